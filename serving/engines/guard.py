@@ -1,0 +1,54 @@
+"""Runs one engine and makes sure that it never outlives rigserve, even when rigserve is killed.
+
+``python guard.py COMMAND...``: the supervisor holds the other end of stdin. When that closes, however
+the supervisor ended, the engine and all its children are stopped. SIGTERM stops them too. Exits with the
+engine's exit code, or 128 + N if signal N ended it. Uses the standard library only, and no ``serving`` import:
+it stays small beside engines that count their memory.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+GRACE_SECONDS = 10.0
+
+
+def main(command: list[str]) -> int:
+    """Run ``command`` to its end in a session of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def stop() -> None:
+        _signal_group(child.pid, signal.SIGTERM)
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            _signal_group(child.pid, signal.SIGKILL)
+
+    def watch_supervisor() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        stop()
+
+    def on_sigterm(*_: object) -> None:
+        threading.Thread(target=stop, daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    threading.Thread(target=watch_supervisor, daemon=True).start()
+    code = child.wait()
+    # Helpers the engine started (tensor-parallel workers, say) are in its session and must go too.
+    _signal_group(child.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

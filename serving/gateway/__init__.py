@@ -1,0 +1,1 @@
+"""The front door: one process that never loads a model and never blocks."""

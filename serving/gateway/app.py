@@ -1,0 +1,224 @@
+"""The gateway's HTTP face."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import __version__
+from serving.engines.supervisor import Engine
+from serving.gateway.metering import Meter
+from serving.gateway.relay import CLIENT_CLOSED_REQUEST, Relay
+from serving.gateway.routing import Router, endpoint_of
+from serving.metrics import UNKNOWN_MODEL, Metrics
+from serving.protocol.errors import ApiError, respond_with_error
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse_chat,
+    parse_completion,
+)
+from serving.protocol.responses import model_json, new_id
+from serving.protocol.sse import ClientDisconnected
+
+_log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+_ACCEPTED_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(slots=True)
+class Gateway:
+    """What the routes work with. ``draining`` turns new requests away while old ones finish."""
+
+    router: Router
+    relay: Relay
+    meter: Meter
+    metrics: Metrics
+    session: aiohttp.ClientSession
+    max_body_bytes: int
+    draining: bool = False
+    started_unix: int = field(default_factory=lambda: int(time.time()))
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The ASGI application."""
+    app = FastAPI(title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local")
+    app.add_middleware(_RequestId)
+    app.add_exception_handler(ApiError, respond_with_error)
+    app.add_exception_handler(HTTPException, _respond_with_http_error)
+    app.add_exception_handler(ClientDisconnected, _respond_to_nobody)
+    app.add_exception_handler(Exception, _respond_with_bug)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The gateway is alive."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 once every model takes requests, otherwise 503; the body tells each engine's state."""
+        states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
+        is_ready = not gateway.draining and all(e.endpoint for e in gateway.router.engines)
+        return _json({"ready": is_ready, "models": states}, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        await _update_gauges(gateway)
+        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """All models and aliases."""
+        entries = [model_json(name, gateway.started_unix) for name in gateway.router.names]
+        return _json({"object": "list", "data": entries})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One model."""
+        gateway.router.find(name)
+        return _json(model_json(name, gateway.started_unix))
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
+    async def chat_completions(http: Request) -> Response:
+        """Answer a conversation."""
+        return await _complete(gateway, http, parse_chat)
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    async def completions(http: Request) -> Response:
+        """Continue a text."""
+        return await _complete(gateway, http, parse_completion)
+
+    return app
+
+
+async def _complete(
+    gateway: Gateway, http: Request, parse: Callable[[bytes], GenerationRequest]
+) -> Response:
+    model = UNKNOWN_MODEL
+    try:
+        body = parse(await _read_body(http, gateway.max_body_bytes))
+        engine = gateway.router.find(body.model)
+        model = engine.model.name
+        if gateway.draining:
+            raise ApiError(
+                503, "The server is shutting down.", code="draining", retry_after_seconds=5
+            )
+        endpoint = endpoint_of(engine)
+    except ApiError as error:
+        gateway.meter.rejected(model, http.url.path, error.status)
+        raise
+    return await gateway.relay.forward(http, engine, endpoint, body)
+
+
+async def _read_body(http: Request, limit_bytes: int) -> bytes:
+    """The request's body; raises :class:`ApiError` (413) as soon as it proves too large."""
+    declared = http.headers.get("content-length", "")
+    body = bytearray()
+    if not (declared.isdigit() and int(declared) > limit_bytes):
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > limit_bytes:
+                break
+        else:
+            return bytes(body)
+    raise ApiError(
+        413,
+        f"The request body is larger than {limit_bytes} bytes (server.max_body_bytes).",
+        code="request_too_large",
+    )
+
+
+async def _update_gauges(gateway: Gateway) -> None:
+    """Ask every engine how busy it is; an engine that is down has nothing in flight."""
+    metrics = gateway.metrics
+    for engine in gateway.router.engines:
+        name = engine.model.name
+        load = await _load_of(engine, gateway.session)
+        metrics.engine_ready.labels(name).set(1 if engine.endpoint else 0)
+        metrics.engine_restarts.labels(name).set(engine.restarts)
+        metrics.queued.labels(name).set(load.get("waiting", 0))
+        metrics.running.labels(name).set(load.get("running", 0))
+        metrics.kv_used.labels(name).set(load.get("kv_used_tokens", 0))
+        metrics.kv_total.labels(name).set(load.get("kv_total_tokens", 0))
+
+
+async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, int]:
+    endpoint = engine.endpoint
+    if endpoint is None:
+        return {}
+    headers = {"authorization": f"Bearer {endpoint.api_key}"}
+    timeout = aiohttp.ClientTimeout(total=1)
+    try:
+        async with session.get(
+            f"{endpoint.base_url}/internal/load", headers=headers, timeout=timeout
+        ) as answer:
+            load: dict[str, int] = orjson.loads(await answer.read())
+            return load
+    except (aiohttp.ClientError, TimeoutError):
+        return {}
+
+
+def _json(payload: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(payload), status, media_type="application/json")
+
+
+def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
+    """OpenAPI's description of a body that the route parses by itself."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    for part in schema.pop("$defs", {}).values():
+        part.pop("title", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _respond_with_http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, f"{error.detail}.", code="invalid_request").response
+
+
+def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _respond_with_bug(request: Request, _error: Exception) -> Response:
+    # Starlette logs the traceback; the client learns only where to look for it.
+    request_id = request.scope["state"]["request_id"]
+    return ApiError(
+        500, f"Something failed inside rigserve; its log has more under {request_id}."
+    ).response
+
+
+class _RequestId:
+    """Gives every request an id (the client's own, if it sent a sane one) and returns it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"").decode("latin-1")
+        request_id = given if _ACCEPTED_REQUEST_ID.fullmatch(given) else new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (REQUEST_ID_HEADER.encode(), request_id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

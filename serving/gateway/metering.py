@@ -1,0 +1,172 @@
+"""Turns each finished request into a ledger row and into metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from serving.config import ModelConfig
+from serving.cost.ledger import Ledger, UsageRecord
+from serving.cost.model import CostModel
+from serving.cost.prices import PriceBook
+from serving.metrics import Metrics
+from serving.protocol.responses import Timings, Usage
+
+
+class PowerSource(Protocol):
+    """An energy meter, as far as metering cares."""
+
+    @property
+    def source(self) -> str:
+        """Who measures: ``nvml``, ``rapl``, or ``estimated``."""
+
+    def mean_watts(self, started_monotonic: float, ended_monotonic: float) -> float:
+        """The rig's mean draw in a window of time."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A request under way, as the gateway sees it. Moments are ``time.monotonic()``."""
+
+    id: str
+    endpoint: str
+    model: ModelConfig
+    user: str
+    streamed: bool
+    arrived_unix: float = field(default_factory=time.time)
+    arrived_at: float = field(default_factory=time.monotonic)
+    first_byte_at: float | None = None
+    last_event_at: float | None = None
+
+
+class Meter:
+    """Writes down what requests used and what that cost."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        metrics: Metrics,
+        cost: CostModel,
+        prices: PriceBook,
+        power: PowerSource,
+    ) -> None:
+        self._ledger = ledger
+        self._metrics = metrics
+        self._cost = cost
+        self._prices = prices
+        self._power = power
+
+    def started(self, request: Request) -> None:
+        """A request goes to its engine."""
+        self._metrics.in_flight.labels(request.model.name).inc()
+
+    def streamed(self, request: Request, events: int) -> None:
+        """``events`` chunks of a stream have arrived together."""
+        now = time.monotonic()
+        if request.last_event_at is None:
+            request.first_byte_at = now
+            self._metrics.ttft.labels(request.model.name).observe(now - request.arrived_at)
+        elif events:
+            gap = (now - request.last_event_at) / events
+            for _ in range(events):
+                self._metrics.itl.labels(request.model.name).observe(gap)
+        request.last_event_at = now
+
+    def rejected(self, model: str, endpoint: str, status: int) -> None:
+        """A request ended before it reached an engine."""
+        self._metrics.requests.labels(model, endpoint, str(status)).inc()
+
+    def finished(
+        self, request: Request, status: int, final: Mapping[str, Any] | None, chunks: int = 0
+    ) -> None:
+        """A request that was started has ended.
+
+        ``final`` holds the engine's ``usage`` and ``timings``. Without it, as when an engine dies, each
+        of the ``chunks`` that arrived is counted as a token and the time on the clock as the engine's;
+        the ledger marks both as estimated.
+        """
+        ended_at = time.monotonic()
+        usage = _usage(final, chunks)
+        timings = _timings(final) or _observed(request, ended_at)
+        busy_seconds = timings.prefill_busy_seconds + timings.decode_busy_seconds
+        joules = busy_seconds * self._power.mean_watts(request.arrived_at, ended_at)
+        parts = self._cost.parts(busy_seconds, joules)
+        record = UsageRecord(
+            started_at=request.arrived_unix,
+            request_id=request.id,
+            user=request.user,
+            model=request.model.name,
+            engine=request.model.engine,
+            endpoint=request.endpoint,
+            status=status,
+            streamed=request.streamed,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            tokens_source="engine" if final else "estimated",
+            queue_seconds=timings.queue_seconds,
+            prefill_seconds=timings.prefill_seconds,
+            decode_seconds=timings.decode_seconds,
+            prefill_busy_seconds=timings.prefill_busy_seconds,
+            decode_busy_seconds=timings.decode_busy_seconds,
+            timing_source="engine" if _timings(final) else "estimated",
+            energy_joules=joules,
+            energy_source=self._power.source,
+            energy_usd=parts.energy_usd,
+            idle_usd=parts.idle_usd,
+            hardware_usd=parts.hardware_usd,
+        )
+        self._ledger.append(record)
+        self._count(record, request, ended_at)
+
+    def _count(self, record: UsageRecord, request: Request, ended_at: float) -> None:
+        metrics, model = self._metrics, record.model
+        metrics.in_flight.labels(model).dec()
+        metrics.requests.labels(model, record.endpoint, str(record.status)).inc()
+        metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
+        metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+        metrics.completion_tokens.labels(model).inc(record.completion_tokens)
+        metrics.energy.labels(model, record.energy_source).inc(record.energy_joules)
+        metrics.cost.labels(model, "energy").inc(record.energy_usd)
+        metrics.cost.labels(model, "idle").inc(record.idle_usd)
+        metrics.cost.labels(model, "hardware").inc(record.hardware_usd)
+        if record.status == 200:
+            metrics.duration.labels(model).observe(ended_at - request.arrived_at)
+            metrics.queue_time.labels(model).observe(record.queue_seconds)
+            if record.completion_tokens > 1:
+                tpot = record.decode_seconds / (record.completion_tokens - 1)
+                metrics.tpot.labels(model).observe(tpot)
+        for reference in self._prices.references:
+            metrics.commercial_cost.labels(model, reference).inc(
+                self._prices.usd(
+                    reference,
+                    record.prompt_tokens,
+                    record.cached_tokens,
+                    record.completion_tokens,
+                )
+            )
+
+
+def _usage(final: Mapping[str, Any] | None, chunks: int) -> Usage:
+    usage = (final or {}).get("usage")
+    if not isinstance(usage, dict):
+        return Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=chunks)
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=details.get("cached_tokens") or 0,
+        completion_tokens=usage["completion_tokens"],
+    )
+
+
+def _timings(final: Mapping[str, Any] | None) -> Timings | None:
+    timings = (final or {}).get("timings")
+    return Timings(**timings) if timings else None
+
+
+def _observed(request: Request, ended_at: float) -> Timings:
+    first = request.first_byte_at or ended_at
+    prefill, decode = first - request.arrived_at, ended_at - first
+    return Timings(0.0, prefill, decode, prefill, decode)

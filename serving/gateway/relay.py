@@ -1,0 +1,240 @@
+"""Carries a request to its engine and the answer back, and sees to it that every request is metered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+import aiohttp
+import orjson
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.metering import Meter, Request
+from serving.gateway.stream import StreamTap
+from serving.protocol.errors import ApiError
+from serving.protocol.requests import GenerationRequest
+from serving.protocol.responses import new_id
+from serving.protocol.sse import ClientDisconnected, EventStream, event, while_connected
+
+_log = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+# How long an engine may take to hand over the usage of a request whose client has left.
+_SETTLE_SECONDS = 5.0
+_RETRY_AFTER_SECONDS = 2
+
+
+class Relay:
+    """Sends requests to engines over one pool of connections."""
+
+    def __init__(self, session: aiohttp.ClientSession, meter: Meter) -> None:
+        self._session = session
+        self._meter = meter
+        self._settling: set[asyncio.Task[None]] = set()
+        self.open_requests = 0
+
+    async def forward(
+        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: GenerationRequest
+    ) -> Response:
+        """Answer a request through its engine.
+
+        Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more.
+        """
+        call = _Call(self._session, engine, endpoint, http.url.path, body)
+        request = Request(
+            id=http.state.request_id,
+            endpoint=http.url.path,
+            model=engine.model,
+            user=body.user or "-",
+            streamed=bool(body.stream),
+        )
+        self._meter.started(request)
+        self.open_requests += 1
+        if body.stream:
+            return await self._stream(call, request, forward_usage=body.wants_usage_chunk)
+        return await self._whole(http, call, request)
+
+    async def settled(self) -> None:
+        """Wait until every request, also those whose clients have left, is metered."""
+        while self.open_requests:
+            await asyncio.sleep(0.02)
+
+    async def _whole(self, http: HttpRequest, call: _Call, request: Request) -> Response:
+        answering = asyncio.create_task(call.answer())
+        try:
+            await while_connected(http.receive, _finished(answering))
+        except ClientDisconnected:
+            self._settle(self._settle_whole(call, request, answering))
+            raise
+        try:
+            answer, payload = answering.result()
+        except ApiError as error:
+            self._finish(request, error.status, None)
+            raise
+        self._finish(request, answer.status, _final(answer, payload))
+        return _relayed(answer, payload)
+
+    async def _settle_whole(
+        self,
+        call: _Call,
+        request: Request,
+        answering: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
+    ) -> None:
+        """Meter a request whose client has left before the answer."""
+        final = None
+        with contextlib.suppress(ApiError, TimeoutError):
+            async with asyncio.timeout(_SETTLE_SECONDS):
+                await call.cancel()
+                final = _final(*await answering)
+        self._finish(request, CLIENT_CLOSED_REQUEST, final)
+
+    async def _stream(self, call: _Call, request: Request, *, forward_usage: bool) -> Response:
+        try:
+            upstream = await call.open()
+            if upstream.status != 200:
+                payload = await upstream.read()
+                self._finish(request, upstream.status, None)
+                return _relayed(upstream, payload)
+        except (ApiError, aiohttp.ClientError) as error:
+            refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
+            self._finish(request, refusal.status, None)
+            raise refusal from error
+        tap = StreamTap(forward_usage=forward_usage)
+        return EventStream(
+            self._chunks(call, request, upstream, tap),
+            on_close=lambda: self._settle(self._settle_stream(call, request, upstream, tap)),
+        )
+
+    async def _chunks(
+        self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in upstream.content.iter_any():
+                before = tap.events
+                chunk = tap.feed(data)
+                self._meter.streamed(request, tap.events - before)
+                if chunk:
+                    yield chunk
+        except aiohttp.ClientError as error:
+            _log.warning("%s: the engine broke off a stream: %s", call.engine.model.name, error)
+        if not tap.finished and not tap.failed:
+            tap.failed = True
+            yield event(_engine_gone(call.engine).body)
+
+    async def _settle_stream(
+        self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
+    ) -> None:
+        """Meter a stream that is over; if its client left early, the engine is told and still heard out."""
+        status = 200
+        if tap.failed:
+            status = 500
+        elif not tap.finished:
+            status = CLIENT_CLOSED_REQUEST
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(_SETTLE_SECONDS):
+                    await call.cancel()
+                    async for data in upstream.content.iter_any():
+                        tap.feed(data)
+        upstream.close()
+        self._finish(request, status, tap.final, tap.events)
+
+    def _settle(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    def _finish(
+        self, request: Request, status: int, final: dict[str, Any] | None, chunks: int = 0
+    ) -> None:
+        self.open_requests -= 1
+        self._meter.finished(request, status, final, chunks)
+
+
+class _Call:
+    """One request on its way to an engine."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        engine: Engine,
+        endpoint: Endpoint,
+        path: str,
+        body: GenerationRequest,
+    ) -> None:
+        self.engine = engine
+        self._session = session
+        self._endpoint = endpoint
+        self._url = self._endpoint.base_url + path
+        self._body = _for_engine(engine, body)
+        # Clients may repeat their request ids; the engine needs one that is unique.
+        self._engine_request_id = new_id("call")
+        self._headers = {
+            "authorization": f"Bearer {self._endpoint.api_key}",
+            "content-type": "application/json",
+            "x-request-id": self._engine_request_id,
+        }
+
+    async def open(self) -> aiohttp.ClientResponse:
+        """Send the request; returns once the response's headers are there."""
+        try:
+            return await self._session.post(self._url, data=self._body, headers=self._headers)
+        except aiohttp.ClientError as error:
+            raise _engine_gone(self.engine) from error
+
+    async def answer(self) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send the request and read the whole response."""
+        response = await self.open()
+        try:
+            return response, await response.read()
+        except aiohttp.ClientError as error:
+            raise _engine_gone(self.engine) from error
+
+    async def cancel(self) -> None:
+        """Ask the engine to end the request now, in order, with its usage so far."""
+        url = f"{self._endpoint.base_url}/internal/cancel/{self._engine_request_id}"
+        with contextlib.suppress(aiohttp.ClientError):
+            async with self._session.post(url, headers=self._headers):
+                pass
+
+
+async def _finished(task: asyncio.Task[Any]) -> None:
+    """Wait for a task without ending it when the wait is given up."""
+    await asyncio.wait((task,))
+
+
+def _for_engine(engine: Engine, body: GenerationRequest) -> bytes:
+    """The request as the engine gets it: its own model name, and usage at the end of a stream."""
+    fields = body.model_dump(exclude_none=True)
+    fields["model"] = engine.model.name
+    if body.stream:
+        fields["stream_options"] = {"include_usage": True}
+    return orjson.dumps(fields)
+
+
+def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:
+    """The engine's body, for its usage and timings, if it answered the request."""
+    if answer.status != 200:
+        return None
+    body: dict[str, Any] = orjson.loads(payload)
+    return body
+
+
+def _relayed(answer: aiohttp.ClientResponse, payload: bytes) -> Response:
+    retry_after = answer.headers.get("retry-after")
+    headers = {"retry-after": retry_after} if retry_after else {}
+    return Response(payload, answer.status, headers, media_type="application/json")
+
+
+def _engine_gone(engine: Engine) -> ApiError:
+    return ApiError(
+        503,
+        f"The engine of '{engine.model.name}' stopped while it worked on this request; "
+        "it is being started again.",
+        code="engine_stopped",
+        retry_after_seconds=_RETRY_AFTER_SECONDS,
+    )

@@ -1,0 +1,209 @@
+"""Between HTTP and the scheduler: requests become jobs, a job's events become an async stream."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.llamacpp.chat_template import ChatTemplate
+from serving.llamacpp.runtime import Context, Model
+from serving.llamacpp.sampling import SamplingParams
+from serving.llamacpp.scheduler import Load, QueueFull, Scheduler
+from serving.llamacpp.sequence import Event, Job, TextDelta
+from serving.protocol.errors import ApiError
+from serving.protocol.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What ``python -m serving.llamacpp`` is told; see its ``--help``."""
+
+    model_path: Path
+    served_name: str
+    context_length: int
+    max_sequences: int
+    max_queue: int
+    max_batch_tokens: int
+    threads: int
+    gpu_layers: int
+
+
+class Engine:
+    """A loaded model that takes requests. Its methods belong to the event loop that made it."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Load the model and allocate its KV memory; raises ``RuntimeFault``."""
+        self.options = options
+        self._model = Model(options.model_path, options.gpu_layers)
+        if options.context_length > self._model.context_length_trained:
+            _log.warning(
+                "context_length %d is more than the %d tokens this model was trained on",
+                options.context_length,
+                self._model.context_length_trained,
+            )
+        self._context = Context(
+            self._model,
+            slots=options.max_sequences,
+            context_length=options.context_length,
+            batch_tokens=options.max_batch_tokens,
+            threads=options.threads,
+        )
+        self._template = ChatTemplate(
+            self._model.chat_template,
+            bos_text=self._model.bos_text,
+            eos_text=self._model.eos_text,
+            tokenizer_adds_bos=self._model.adds_bos,
+        )
+        self._scheduler = Scheduler(
+            self._model, self._context, max_queue=options.max_queue, emit=self._emit
+        )
+        identity = f"{self._model.build} {options.model_path.name} {options.model_path.stat().st_size}"
+        self.system_fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._loop = asyncio.get_running_loop()
+        self._outputs: dict[Job, asyncio.Queue[Event]] = {}
+        self._scheduler.start()
+
+    def close(self) -> None:
+        """Stop the scheduler and free all memory."""
+        self._scheduler.stop()
+        self._context.close()
+        self._model.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are being worked on."""
+        return self._scheduler.alive
+
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._scheduler.load()
+
+    async def chat(self, request: ChatCompletionRequest) -> Job:
+        """Start a chat completion; raises :class:`ApiError`."""
+
+        def tokens() -> list[list[int]]:
+            prompt = self._template.render(request.messages)
+            return [self._model.tokenize(prompt, add_special=True, parse_special=True)]
+
+        return self._start(request, await asyncio.to_thread(tokens))
+
+    async def complete(self, request: CompletionRequest) -> Job:
+        """Start a text completion; raises :class:`ApiError`."""
+
+        def tokens() -> list[list[int]]:
+            return [self._tokens_of(prompt) for prompt in request.prompts]
+
+        return self._start(request, await asyncio.to_thread(tokens))
+
+    def _tokens_of(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._model.tokenize(prompt, add_special=True, parse_special=False)
+        for token in prompt:
+            if not 0 <= token < self._model.vocab_size:
+                raise ApiError(
+                    400,
+                    f"Token {token} is not in the vocabulary of {self._model.vocab_size} tokens.",
+                    param="prompt",
+                    code="invalid_value",
+                )
+        return prompt
+
+    def _start(
+        self, request: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]]
+    ) -> Job:
+        self._check_bias(request)
+        job = Job(ignore_eos=bool(request.ignore_eos), top_logprobs=request.top_logprob_count)
+        for prompt in prompts:
+            self._check_length(prompt)
+            room = self.options.context_length - len(prompt)
+            job.add(
+                prompt,
+                limit=min(request.token_limit or room, room),
+                params=[SamplingParams.of(request, seed) for seed in _seeds(request)],
+                stop_strings=request.stop_strings,
+            )
+        if len(job.sequences) > self._scheduler.capacity:
+            raise ApiError(
+                400,
+                f"The request asks for {len(job.sequences)} completions; "
+                f"this model takes at most {self._scheduler.capacity} at a time.",
+                param="n",
+                code="too_many_choices",
+            )
+        self._outputs[job] = asyncio.Queue()
+        try:
+            self._scheduler.submit(job)
+        except QueueFull as error:
+            del self._outputs[job]
+            raise ApiError(
+                503,
+                f"All {self.options.max_sequences} slots are taken and {self.options.max_queue} "
+                "requests wait already; try again in a moment.",
+                code="queue_full",
+                retry_after_seconds=1,
+            ) from error
+        return job
+
+    def _check_bias(self, request: GenerationRequest) -> None:
+        for token in request.logit_bias or {}:
+            if int(token) >= self._model.vocab_size:
+                raise ApiError(
+                    400,
+                    f"'logit_bias' names token {token}; "
+                    f"the vocabulary has {self._model.vocab_size} tokens.",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
+
+    def _check_length(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise ApiError(400, "The prompt is empty.", param="prompt", code="invalid_value")
+        if len(prompt) >= self.options.context_length:
+            raise ApiError(
+                400,
+                f"The prompt has {len(prompt)} tokens; this model's context takes "
+                f"{self.options.context_length}, with room for at least one new token.",
+                code="context_length_exceeded",
+            )
+
+    async def events(self, job: Job) -> AsyncIterator[Event]:
+        """A job's events until its last sequence is done."""
+        output = self._outputs[job]
+        for _ in job.sequences:
+            while isinstance(event := await output.get(), TextDelta):
+                yield event
+            yield event
+
+    def release(self, job: Job) -> None:
+        """Forget a job; what is not done of it ends before the scheduler's next step."""
+        if self._outputs.pop(job, None) is not None and not job.done:
+            self._scheduler.cancel(job)
+
+    def cancel(self, job: Job) -> None:
+        """End a job early; :meth:`events` then yields the end of each of its sequences."""
+        self._scheduler.cancel(job)
+
+    def _emit(self, events: list[Event]) -> None:
+        """Carry a step's events from the scheduler's thread to the event loop, in one wake-up."""
+        if events and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            output = self._outputs.get(event.sequence.job)
+            if output is not None:
+                output.put_nowait(event)
+
+
+def _seeds(request: GenerationRequest) -> list[int]:
+    """A sampler seed for each choice: derived from the request's, or random."""
+    if request.seed is None:
+        return [secrets.randbits(32) for _ in range(request.choices)]
+    return [(request.seed + choice) % 2**32 for choice in range(request.choices)]

@@ -1,0 +1,154 @@
+"""What the scheduler works on: jobs (requests) and their sequences. State is data; the rest is derived."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from serving.llamacpp.runtime import Sampler
+from serving.llamacpp.sampling import SamplingParams
+from serving.llamacpp.text import TextStream
+from serving.protocol.responses import FinishReason, Timings, TokenLogprob, Usage
+
+
+class Phase(Enum):
+    """A sequence's life: WAITING → PREFILL → DECODE → DONE. Any phase may end in DONE (cancelled, failed)."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion in the making.
+
+    ``tokens`` is the prompt followed by everything generated; the first ``computed`` of them are in
+    the KV cells of ``slot``. ``limit`` is the most tokens it may generate.
+    """
+
+    job: Job
+    index: int
+    prompt_tokens: int
+    tokens: list[int]
+    limit: int
+    params: SamplingParams
+    text: TextStream
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    computed: int = 0
+    cached: int = 0
+    sampler: Sampler | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    prefill_busy_seconds: float = 0.0
+    decode_busy_seconds: float = 0.0
+    pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def generated(self) -> int:
+        """Tokens sampled so far, the one that ends generation included."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def remaining_prompt(self) -> int:
+        """Prompt tokens still to be computed."""
+        return self.prompt_tokens - self.computed
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request: its prompts' sequences, and what they have in common.
+
+    ``top_logprobs`` None means that no log-probabilities are wanted.
+    """
+
+    ignore_eos: bool
+    top_logprobs: int | None
+    arrived_at: float = field(default_factory=time.monotonic)
+    sequences: list[Sequence] = field(default_factory=list)
+    cancelled: bool = False
+
+    def add(
+        self,
+        prompt: list[int],
+        *,
+        limit: int,
+        params: list[SamplingParams],
+        stop_strings: tuple[str, ...],
+    ) -> None:
+        """Add a completion of ``prompt`` with each of ``params``."""
+        for choice_params in params:
+            self.sequences.append(
+                Sequence(
+                    job=self,
+                    index=len(self.sequences),
+                    prompt_tokens=len(prompt),
+                    tokens=list(prompt),
+                    limit=limit,
+                    params=choice_params,
+                    text=TextStream(stop_strings),
+                )
+            )
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing remains to be generated."""
+        return all(sequence.phase is Phase.DONE for sequence in self.sequences)
+
+    def usage(self, choices: int) -> Usage:
+        """Tokens so far; each prompt counts once, however many ``choices`` were made of it."""
+        firsts = self.sequences[::choices]
+        return Usage(
+            prompt_tokens=sum(sequence.prompt_tokens for sequence in firsts),
+            cached_tokens=sum(sequence.cached for sequence in firsts),
+            completion_tokens=sum(sequence.generated for sequence in self.sequences),
+        )
+
+    def timings(self) -> Timings:
+        """Where the time went, up to now."""
+        now = time.monotonic()
+        admitted = _earliest(now, (sequence.admitted_at for sequence in self.sequences))
+        first_token = _earliest(now, (sequence.first_token_at for sequence in self.sequences))
+        return Timings(
+            queue_seconds=admitted - self.arrived_at,
+            prefill_seconds=first_token - admitted,
+            decode_seconds=now - first_token,
+            prefill_busy_seconds=sum(s.prefill_busy_seconds for s in self.sequences),
+            decode_busy_seconds=sum(s.decode_busy_seconds for s in self.sequences),
+        )
+
+
+def _earliest(now: float, moments: Iterable[float | None]) -> float:
+    return min((moment for moment in moments if moment is not None), default=now)
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of a sequence."""
+
+    sequence: Sequence
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence is complete; ``reason`` None means that it was cancelled."""
+
+    sequence: Sequence
+    reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A sequence could not go on."""
+
+    sequence: Sequence
+    message: str
+
+
+Event = TextDelta | Finished | Failed

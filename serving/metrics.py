@@ -1,0 +1,103 @@
+"""Every Prometheus series: its name, labels and unit.
+
+Labels are bounded: ``model`` is a name of the config (or ``unknown``), ``endpoint`` a route, ``status`` an HTTP
+status, ``compared_to`` a model of ``cost.compare_to``.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+UNKNOWN_MODEL = "unknown"
+
+# From a cached prompt on a fast card to a long prompt in a queue.
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 40, 80)
+# From 1,000 tokens a second down to one.
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.25, 0.5, 1)
+_DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+_QUEUE_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+class Metrics:
+    """The gateway's series, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter(
+            "rigserve_requests", "Requests answered.", "model", "endpoint", "status"
+        )
+        self.in_flight = self._gauge(
+            "rigserve_requests_in_flight", "Requests being answered now.", "model"
+        )
+        self.queued = self._gauge(
+            "rigserve_requests_queued", "Sequences that wait for a slot of the engine.", "model"
+        )
+        self.running = self._gauge(
+            "rigserve_sequences_running", "Sequences in the engine's batch.", "model"
+        )
+        self.kv_used = self._gauge(
+            "rigserve_kv_cache_used_tokens", "KV cells of running sequences.", "model"
+        )
+        self.kv_total = self._gauge("rigserve_kv_cache_total_tokens", "KV cells in all.", "model")
+        self.engine_ready = self._gauge(
+            "rigserve_engine_ready", "1 while the model's engine takes requests.", "model"
+        )
+        self.engine_restarts = self._gauge(
+            "rigserve_engine_restarts", "Times the model's engine was started again.", "model"
+        )
+        self.prompt_tokens = self._counter(
+            "rigserve_prompt_tokens", "Prompt tokens, cached ones included.", "model"
+        )
+        self.cached_tokens = self._counter(
+            "rigserve_cached_tokens", "Prompt tokens found in the KV cache.", "model"
+        )
+        self.completion_tokens = self._counter(
+            "rigserve_completion_tokens", "Generated tokens.", "model"
+        )
+        self.ttft = self._histogram(
+            "rigserve_time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS
+        )
+        self.itl = self._histogram(
+            "rigserve_inter_token_latency_seconds",
+            "Gap between streamed chunks, per chunk.",
+            _TOKEN_BUCKETS,
+        )
+        self.tpot = self._histogram(
+            "rigserve_time_per_output_token_seconds",
+            "Time after the first token over the tokens after the first, by request.",
+            _TOKEN_BUCKETS,
+        )
+        self.duration = self._histogram(
+            "rigserve_request_duration_seconds", "Arrival to last byte.", _DURATION_BUCKETS
+        )
+        self.queue_time = self._histogram(
+            "rigserve_queue_time_seconds", "Arrival at the engine to a slot.", _QUEUE_BUCKETS
+        )
+        self.energy = self._counter(
+            "rigserve_energy_joules",
+            "Energy charged to requests; source says who measured it, or that it is estimated.",
+            "model",
+            "source",
+        )
+        self.cost = self._counter(
+            "rigserve_cost_usd", "Cost of requests: energy, idle, hardware.", "model", "part"
+        )
+        self.commercial_cost = self._counter(
+            "rigserve_commercial_cost_usd",
+            "What the same tokens would have cost at a commercial model.",
+            "model",
+            "compared_to",
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,1 @@
+"""OpenAI's wire format: requests, responses, stream events and errors. Imports nothing else of ours."""

@@ -1,0 +1,106 @@
+"""Errors as OpenAI's clients expect them: a status, and a body their SDK turns into an exception class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+# Statuses the SDKs know by name; anything else is reported as an api_error.
+_TYPE_BY_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that ends in an error response.
+
+    Args:
+        status: HTTP status.
+        message: For the person who sent the request: what was wrong and what to do.
+        code: Machine-readable reason, such as ``model_not_found``.
+        param: The request field at fault, such as ``messages[0].role``.
+        retry_after_seconds: Sent as ``Retry-After`` when the same request may succeed later.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
+        default = "invalid_request_error" if self.status < 500 else "api_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPE_BY_STATUS.get(self.status, default),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def response(self) -> Response:
+        """The complete HTTP response."""
+        headers = {}
+        if self.retry_after_seconds is not None:
+            headers["retry-after"] = str(self.retry_after_seconds)
+        return Response(
+            orjson.dumps(self.body), self.status, headers, media_type="application/json"
+        )
+
+
+async def respond_with_error(_request: Request, error: Exception) -> Response:
+    """Starlette exception handler for :class:`ApiError`."""
+    if not isinstance(error, ApiError):
+        raise error
+    return error.response
+
+
+def dotted(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "role")`` as ``messages[0].role``."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first problem pydantic found in a request body, as a 400 that names the field."""
+    first = error.errors(include_url=False, include_context=True, include_input=False)[0]
+    kind, message = first["type"], first["msg"]
+    # Names of union members and tags (as in `str`, `list[...]`) are pydantic's, not the client's.
+    where = dotted(tuple(part for part in first["loc"] if _is_field(part)))
+    if kind == "missing":
+        return ApiError(400, f"'{where}' is required.", param=where, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(
+            400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter"
+        )
+    if kind == "conflict":
+        return ApiError(400, f"{message}.", param=first["ctx"]["param"], code="invalid_value")
+    reason = message.removeprefix("Value error, ")
+    subject = f"'{where}': " if where else ""
+    return ApiError(400, f"{subject}{reason}.", param=where or None, code="invalid_value")
+
+
+def _is_field(part: int | str) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float"))
