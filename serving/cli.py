@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from loadtest.options import BenchOptions, parse_duration
 from loadtest.run import run_bench
 from serving import __version__
@@ -136,7 +138,7 @@ def _cost(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     since = None if args.since is None else time.time() - args.since
     traffic = read_traffic(ledger_path(config), since=since, model=args.model)
-    print(render(compare(traffic, config.cost, PriceBook(config.cost.compare_to))))
+    Console().print(render(compare(traffic, config.cost, PriceBook(config.cost.compare_to))))
     return 0
 
 

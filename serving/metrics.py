@@ -6,7 +6,14 @@ status, ``compared_to`` a model of ``cost.compare_to``.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 UNKNOWN_MODEL = "unknown"
 
@@ -22,6 +29,8 @@ class Metrics:
     """The gateway's series, in a registry of their own."""
 
     def __init__(self) -> None:
+        # Creation times would double the series and say nothing that rate() needs.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self.requests = self._counter(
             "rigserve_requests", "Requests answered.", "model", "endpoint", "status"

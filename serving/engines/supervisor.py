@@ -126,6 +126,7 @@ class Engine:
                 return _Attempt(f"the engine {_exit_reason(process.returncode)}", None)
             ready_since = time.monotonic()
             self.state = EngineState.READY
+            _log.info("%s: ready", self.model.name)
             await process.wait()
             self.state = EngineState.BACKOFF
             reason = f"the engine {_exit_reason(process.returncode)}"

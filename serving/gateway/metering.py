@@ -37,8 +37,8 @@ class Request:
     streamed: bool
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
-    first_byte_at: float | None = None
-    last_event_at: float | None = None
+    first_chunk_at: float | None = None
+    last_chunk_at: float | None = None
 
 
 class Meter:
@@ -62,17 +62,19 @@ class Meter:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
 
-    def streamed(self, request: Request, events: int) -> None:
-        """``events`` chunks of a stream have arrived together."""
+    def streamed(self, request: Request, chunks: int) -> None:
+        """``chunks`` with generated text have arrived together."""
+        if not chunks:
+            return
         now = time.monotonic()
-        if request.last_event_at is None:
-            request.first_byte_at = now
+        if request.last_chunk_at is None:
+            request.first_chunk_at = now
             self._metrics.ttft.labels(request.model.name).observe(now - request.arrived_at)
-        elif events:
-            gap = (now - request.last_event_at) / events
-            for _ in range(events):
+        else:
+            gap = (now - request.last_chunk_at) / chunks
+            for _ in range(chunks):
                 self._metrics.itl.labels(request.model.name).observe(gap)
-        request.last_event_at = now
+        request.last_chunk_at = now
 
     def rejected(self, model: str, endpoint: str, status: int) -> None:
         """A request ended before it reached an engine."""
@@ -167,6 +169,6 @@ def _timings(final: Mapping[str, Any] | None) -> Timings | None:
 
 
 def _observed(request: Request, ended_at: float) -> Timings:
-    first = request.first_byte_at or ended_at
+    first = request.first_chunk_at or ended_at
     prefill, decode = first - request.arrived_at, ended_at - first
     return Timings(0.0, prefill, decode, prefill, decode)

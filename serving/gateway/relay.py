@@ -115,9 +115,9 @@ class Relay:
     ) -> AsyncGenerator[bytes, None]:
         try:
             async for data in upstream.content.iter_any():
-                before = tap.events
+                before = tap.text_events
                 chunk = tap.feed(data)
-                self._meter.streamed(request, tap.events - before)
+                self._meter.streamed(request, tap.text_events - before)
                 if chunk:
                     yield chunk
         except aiohttp.ClientError as error:
@@ -141,7 +141,7 @@ class Relay:
                     async for data in upstream.content.iter_any():
                         tap.feed(data)
         upstream.close()
-        self._finish(request, status, tap.final, tap.events)
+        self._finish(request, status, tap.final, tap.text_events)
 
     def _settle(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

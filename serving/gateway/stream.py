@@ -11,6 +11,9 @@ from serving.protocol.sse import DONE
 _END = b"\n\n"
 _USAGE = b'"usage":{'
 _ERROR = b'data: {"error"'
+# Inside a JSON string the quotes would be escaped: generated text cannot look like these.
+_UNFINISHED = b'"finish_reason":null'
+_ROLE = b'"delta":{"role"'
 
 
 class StreamTap:
@@ -23,7 +26,7 @@ class StreamTap:
     def __init__(self, *, forward_usage: bool) -> None:
         self._forward_usage = forward_usage
         self._rest = b""
-        self.events = 0
+        self.text_events = 0
         self.finished = False
         self.failed = False
         self.final: dict[str, Any] | None = None
@@ -36,7 +39,7 @@ class StreamTap:
             self._rest = data
             return b""
         complete, self._rest = data[:cut], data[cut:]
-        self.events += complete.count(_END)
+        self.text_events += complete.count(_UNFINISHED) - complete.count(_ROLE)
         self.finished |= complete.endswith(DONE)
         if _ERROR in complete:
             self.failed |= any(event.startswith(_ERROR) for event in complete.split(_END))

@@ -115,22 +115,25 @@ class _Server:
     async def _stream(
         self, request: GenerationRequest, job: Job, envelope: Envelope
     ) -> AsyncGenerator[bytes, None]:
-        started: set[int] = set()
+        introduced: set[int] = set()
         async for output in self._engine.events(job):
             index = output.sequence.index
             if isinstance(output, Failed):
                 yield event(ApiError(500, output.message, code="engine_error").body)
                 return
-            if envelope.chat and index not in started:
-                started.add(index)
-                yield event(envelope.role_chunk(index))
+            opening = b""
+            if envelope.chat and index not in introduced:
+                introduced.add(index)
+                opening = event(envelope.role_chunk(index))
             if isinstance(output, TextDelta):
-                yield event(envelope.text_chunk(index, output.text, output.logprobs))
+                yield opening + event(envelope.text_chunk(index, output.text, output.logprobs))
             elif output.reason is not None:
-                yield event(envelope.finish_chunk(index, output.reason))
+                yield opening + event(envelope.finish_chunk(index, output.reason))
+        closing = DONE
         if request.wants_usage_chunk:
-            yield event(envelope.usage_chunk(job.usage(request.choices), job.timings()))
-        yield DONE
+            usage = envelope.usage_chunk(job.usage(request.choices), job.timings())
+            closing = event(usage) + closing
+        yield closing
 
     async def _whole(self, request: GenerationRequest, job: Job, envelope: Envelope) -> Response:
         choices = [Choice(sequence.index) for sequence in job.sequences]

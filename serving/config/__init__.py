@@ -1,0 +1,26 @@
+"""The YAML file that says what to serve: its schema, and a loader whose errors name the line and the mend."""
+
+from serving.config.load import ConfigError, Problem, config_json_schema, load_config
+from serving.config.schema import (
+    Config,
+    CostConfig,
+    LlamaCppModel,
+    ModelConfig,
+    PowerConfig,
+    ServerConfig,
+    StorageConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "CostConfig",
+    "LlamaCppModel",
+    "ModelConfig",
+    "PowerConfig",
+    "Problem",
+    "ServerConfig",
+    "StorageConfig",
+    "config_json_schema",
+    "load_config",
+]

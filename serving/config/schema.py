@@ -1,0 +1,144 @@
+"""The configuration file as typed models: the documentation, the validation, the schema and the defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+ModelName = Annotated[
+    str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
+]
+Quantization = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
+    "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """A mapping of the file. Unknown keys are errors; values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerConfig(Section):
+    """Where the gateway listens, and what it puts up with."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
+    allow_remote: bool = Field(
+        False,
+        description="Must be true to listen on anything but loopback: there are no API keys yet, so anyone who reaches the port may use it.",
+    )
+    max_body_bytes: int = Field(
+        10 * 1024 * 1024, ge=1024, description="Larger request bodies get 413."
+    )
+    drain_timeout_seconds: float = Field(
+        30.0, ge=0, description="How long streams in flight may go on after SIGTERM."
+    )
+
+    @model_validator(mode="after")
+    def _loopback_unless_allowed(self) -> ServerConfig:
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.allow_remote:
+            raise ValueError(
+                f"host {self.host!r} is not loopback; set allow_remote: true to open the API to the network"
+            )
+        return self
+
+
+class LlamaCppModel(Section):
+    """A GGUF model served by rigserve's own llama.cpp engine."""
+
+    name: ModelName = Field(description="The name clients ask for.")
+    engine: Literal["llama_cpp"] = "llama_cpp"
+    source: str = Field(
+        description="package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path to a GGUF file."
+    )
+    quantization: Quantization | None = Field(
+        None, description="Serve a copy requantized to this type, made once and cached. Unset: as is."
+    )
+    aliases: tuple[ModelName, ...] = Field((), description="Other names that reach this model.")
+    context_length: int = Field(
+        4096, ge=64, description="Prompt and completion tokens one request may use together."
+    )
+    max_sequences: int = Field(
+        16, ge=1, le=256, description="Slots: requests that decode together in one batch."
+    )
+    max_queue: int = Field(
+        256, ge=0, description="Requests that may wait for a slot; one more gets 503."
+    )
+    max_batch_tokens: int = Field(
+        512, ge=32, description="Prompt tokens prefilled per step; more is faster, less is smoother."
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
+    )
+    gpu_layers: int = Field(
+        -1, ge=-1, description="Layers on the GPU; -1 is all of them. Ignored by a CPU build."
+    )
+    port: int | None = Field(
+        None, ge=1, le=65535, description="Loopback port of the engine. Unset: a free one."
+    )
+    start_timeout_seconds: float = Field(
+        120.0, gt=0, description="An engine that is not ready by then is stopped and started again."
+    )
+
+
+ModelConfig = LlamaCppModel
+
+
+class StorageConfig(Section):
+    """Folders rigserve writes to. Environment variables and ~ are expanded."""
+
+    cache_dir: str = Field(
+        "~/.cache/rigserve", description="Prepared (requantized) models; safe to delete."
+    )
+    data_dir: str = Field(
+        "~/.local/share/rigserve", description="The usage ledger (ledger.sqlite)."
+    )
+
+
+class PowerConfig(Section):
+    """Watts to assume where no meter is found. Figures that rest on them are labelled `estimated`."""
+
+    idle_watts: float = Field(25.0, ge=0, description="The rig's draw while it waits.")
+    load_watts: float = Field(95.0, ge=0, description="The rig's draw while it generates.")
+
+    @model_validator(mode="after")
+    def _load_above_idle(self) -> PowerConfig:
+        if self.load_watts < self.idle_watts:
+            raise ValueError(f"load_watts ({self.load_watts}) is below idle_watts ({self.idle_watts})")
+        return self
+
+
+class CostConfig(Section):
+    """What the rig costs its owner. These are the operator's own figures; the report prints them."""
+
+    hardware_price_usd: float = Field(800.0, ge=0, description="What the rig cost.")
+    lifetime_years: float = Field(3.0, gt=0, description="Years over which that price is written off.")
+    utilization: float = Field(
+        0.25, gt=0, le=1, description="Share of the lifetime in which the rig generates tokens."
+    )
+    electricity_usd_per_kwh: float = Field(0.30, ge=0, description="Price of electricity.")
+    power: PowerConfig = PowerConfig()
+    compare_to: tuple[str, ...] = Field(
+        (), description="Commercial models to compare with, as PROVIDER/MODEL of genai-prices."
+    )
+
+    @field_validator("compare_to")
+    @classmethod
+    def _provider_and_model(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for reference in value:
+            provider, _, model = reference.partition("/")
+            if not provider or not model:
+                raise ValueError(f"{reference!r} is not of the form PROVIDER/MODEL, such as openai/gpt-4o-mini")
+        return value
+
+
+class Config(Section):
+    """The whole file."""
+
+    server: ServerConfig = ServerConfig()
+    models: tuple[ModelConfig, ...] = Field(min_length=1, description="The models to serve.")
+    storage: StorageConfig = StorageConfig()
+    cost: CostConfig = CostConfig()

@@ -1,0 +1,207 @@
+"""The usage ledger: one SQLite row a request, written in batches off the hot path."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from serving.cost.traffic import Traffic
+
+_log = logging.getLogger(__name__)
+
+_SCHEMA_VERSION = 1
+_COMMIT_SECONDS = 0.5
+_BUSY_SECONDS = 5.0
+_LONGEST_RETRY_SECONDS = 10.0
+_COMPLAINT_SECONDS = 60.0
+_SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
+
+
+class LedgerError(Exception):
+    """The ledger cannot be opened, read or written; the message says where it is and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One request, as it is written down: each field is a column of the table ``usage``.
+
+    ``started_at`` is Unix time. ``request_id`` may repeat: clients can choose it. The sources tell who
+    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``.
+    """
+
+    started_at: float
+    request_id: str
+    user: str
+    model: str
+    engine: str
+    endpoint: str
+    status: int
+    streamed: bool
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    tokens_source: str
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_busy_seconds: float
+    decode_busy_seconds: float
+    timing_source: str
+    energy_joules: float
+    energy_source: str
+    energy_usd: float
+    idle_usd: float
+    hardware_usd: float
+
+
+_COLUMNS = [field.name for field in fields(UsageRecord)]
+_CREATE = "CREATE TABLE usage (id INTEGER PRIMARY KEY, {})".format(
+    ", ".join(f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord))
+)
+_INSERT = "INSERT INTO usage ({}) VALUES ({})".format(
+    ", ".join(_COLUMNS), ", ".join("?" for _ in _COLUMNS)
+)
+
+
+class Ledger:
+    """Appends records to a database that other processes may use too.
+
+    While the database cannot be written (disk full, locked) records wait in memory and are tried again:
+    none is dropped while the process lives. A crash loses at most the last half second.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the database; raises :class:`LedgerError`."""
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened here for its errors, used by the writer's thread alone.
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            with _readable_errors(path):
+                _prepare(self._connection, path)
+        except OSError as error:
+            raise LedgerError(
+                f"cannot create {path.parent}: {error.strerror}; see storage.data_dir"
+            ) from error
+        self._records: queue.SimpleQueue[UsageRecord] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._unwritten: list[UsageRecord] = []
+        self._closing = threading.Event()
+        self._last_complaint = float("-inf")
+        self._writer = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._writer.start()
+
+    def append(self, record: UsageRecord) -> None:
+        """Take a record; it is committed within half a second. Never blocks, never raises."""
+        self._records.put(record)
+
+    def flush(self) -> None:
+        """Commit everything appended so far; raises :class:`LedgerError` if that cannot be done now."""
+        with _readable_errors(self._path):
+            self._commit()
+
+    def close(self) -> None:
+        """Commit and close; raises :class:`LedgerError` when records had to be left unwritten."""
+        self._closing.set()
+        self._writer.join()
+        try:
+            self.flush()
+        finally:
+            self._connection.close()
+
+    def _run(self) -> None:
+        wait_seconds = _COMMIT_SECONDS
+        while not self._closing.wait(wait_seconds):
+            try:
+                self._commit()
+                wait_seconds = _COMMIT_SECONDS
+            except sqlite3.Error as error:
+                wait_seconds = min(2 * wait_seconds, _LONGEST_RETRY_SECONDS)
+                self._complain(error)
+
+    def _commit(self) -> None:
+        with self._lock:
+            while not self._records.empty():
+                self._unwritten.append(self._records.get())
+            if not self._unwritten:
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(_INSERT, map(astuple, self._unwritten))
+                self._connection.execute("COMMIT")
+            except sqlite3.Error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+            self._unwritten.clear()
+
+    def _complain(self, error: sqlite3.Error) -> None:
+        if time.monotonic() - self._last_complaint > _COMPLAINT_SECONDS:
+            self._last_complaint = time.monotonic()
+            _log.error(
+                "cannot write the ledger %s (%s); %d records wait in memory",
+                *(self._path, error, len(self._unwritten)),
+            )
+
+
+def read_traffic(path: Path, *, since: float | None = None, model: str | None = None) -> Traffic:
+    """Sum the answered requests of a ledger, from Unix time ``since`` on, of one model or of all.
+
+    Requests that failed count with what they used. Raises :class:`LedgerError` when there are none.
+    """
+    if not path.exists():
+        raise LedgerError(f"there is no ledger at {path}; serve some requests first")
+    query = """
+        SELECT count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens),
+               sum(prefill_busy_seconds), sum(decode_busy_seconds), sum(energy_joules),
+               group_concat(DISTINCT energy_source), group_concat(DISTINCT timing_source)
+        FROM usage WHERE started_at >= ? AND (? IS NULL OR model = ?)
+    """
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+        row = connection.execute(query, (since or 0.0, model, model)).fetchone()
+    if not row[0]:
+        raise LedgerError(f"the ledger {path} has no such requests")
+    *sums, energy_sources, timing_sources = row
+    return Traffic(*sums, _joined(energy_sources), _joined(timing_sources))
+
+
+def _joined(sources: str) -> str:
+    return "mixed" if "," in sources else sources
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    # Two processes may open a new ledger at once: look and create under one lock.
+    connection.execute("BEGIN IMMEDIATE")
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found == 0:
+        connection.execute(_CREATE)
+        connection.execute("CREATE INDEX usage_started_at ON usage (started_at)")
+        connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    if found > _SCHEMA_VERSION:
+        raise LedgerError(
+            f"the ledger {path} was written by a newer rigserve (format {found}); upgrade, or move it away"
+        )
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerError(
+            f"the ledger {path} cannot be used: {error}; "
+            "check the disk and its permissions, or move the file away to begin anew"
+        ) from error

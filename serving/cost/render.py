@@ -1,0 +1,114 @@
+"""A cost report as text for a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from serving.cost.comparison import CostReport, RigPrice
+
+# The claim that rigserve exists to test: self-hosting cuts the cost of an API by this much.
+CLAIMED_SAVING_PERCENT = 95
+
+
+def render(report: CostReport) -> Group:
+    """The report: what was measured, what is assumed, prices here and there, and the verdict."""
+    return Group(_basis(report), _table(report), Text(verdict(report)))
+
+
+def _basis(report: CostReport) -> Text:
+    traffic, assumed = report.traffic, report.assumptions
+    return Text(
+        f"Traffic: {traffic.requests:,} requests, {traffic.prompt_tokens:,} prompt tokens "
+        f"({traffic.cached_tokens:,} cached), {traffic.completion_tokens:,} generated.\n"
+        f"Engine time: {traffic.prefill_busy_seconds:,.1f} s prefill, "
+        f"{traffic.decode_busy_seconds:,.1f} s decode (source: {traffic.timing_source}). "
+        f"Energy: {traffic.energy_joules:,.0f} J (source: {traffic.energy_source}).\n"
+        f"Your figures: ${assumed.hardware_price_usd:,.0f} over {assumed.lifetime_years:g} years at "
+        f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:g}/kWh, "
+        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W load.\n"
+    )
+
+
+def _table(report: CostReport) -> Table:
+    label = "estimated" if report.estimated else "measured"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"USD per million tokens (this rig: {label})",
+        title_justify="left",
+        caption=f"Saving on this very traffic. Commercial prices: {report.prices_source}.",
+        caption_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    for heading in ("input", "output", "this\ntraffic", "saving,\nenergy", "saving,\nall costs"):
+        table.add_column(heading, justify="right")
+    for name, price in (
+        ("this rig, energy only", report.here_energy_only),
+        ("this rig, all costs", report.here_fully_loaded),
+    ):
+        table.add_row(name, *_prices(price), "", "", style="bold")
+    table.add_section()
+    for row in report.rows:
+        table.add_row(
+            row.reference,
+            _usd(row.input_usd_per_million),
+            _usd(row.output_usd_per_million),
+            _usd(row.traffic_usd),
+            _saving(row.saving_percent_energy_only),
+            _saving(row.saving_percent_fully_loaded),
+        )
+    return table
+
+
+def _prices(price: RigPrice) -> tuple[str, str, str]:
+    return (
+        _usd(price.input_usd_per_million),
+        _usd(price.output_usd_per_million),
+        _usd(price.traffic_usd),
+    )
+
+
+def _usd(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"${value:.3f}" if value >= 0.1 or value == 0 else f"${value:.2g}"
+
+
+def _saving(percent: float | None) -> str:
+    if percent is None:
+        return "-"
+    return f"{percent:.1f} %" if percent >= 0 else f"LOSS {-percent:,.0f} %"
+
+
+def verdict(report: CostReport) -> str:
+    """One or two plain sentences: is this rig cheaper, and does the claimed saving hold?"""
+    savings = {
+        row.reference: row.saving_percent_fully_loaded
+        for row in report.rows
+        if row.saving_percent_fully_loaded is not None
+    }
+    if not savings:
+        return "Verdict: nothing to compare with (cost.compare_to is empty, or nothing was generated)."
+    cheaper = [name for name, saving in savings.items() if saving > 0]
+    claim = [name for name, saving in savings.items() if saving >= CLAIMED_SAVING_PERCENT]
+    basis = "With all costs counted"
+    if not cheaper:
+        first = f"{basis}, every compared API is cheaper than this rig for this traffic."
+    elif len(cheaper) == len(savings):
+        first = f"{basis}, this rig is cheaper than every compared API for this traffic."
+    else:
+        first = (
+            f"{basis}, this rig is cheaper than {len(cheaper)} of {len(savings)} compared APIs "
+            "for this traffic; the others are cheaper."
+        )
+    if len(claim) == len(savings):
+        second = "The sources' claim, 95 % cheaper, holds against all of them."
+    elif claim:
+        second = f"The sources' claim, 95 % cheaper, holds only against {', '.join(claim)}."
+    else:
+        second = "The sources' claim, 95 % cheaper, does not hold here."
+    caveat = " These figures rest on estimates." if report.estimated else ""
+    return f"Verdict: {first} {second}{caveat} A model's quality is not part of its price."

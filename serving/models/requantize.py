@@ -1,0 +1,112 @@
+"""Prepared models: copies in the quantization that suits the rig, made once and kept in a cache.
+
+``python -m serving.models.requantize SOURCE TARGET TYPE`` makes one copy. It runs as a process of its own,
+so that a crash in native code, or what it prints, stays away from the server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+
+from serving.models.sources import ModelError
+
+_log = logging.getLogger(__name__)
+
+# ``enum llama_ftype`` of llama.h, for the types that ``quantization:`` may name.
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
+    "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
+    "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+}  # fmt: skip
+
+
+def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
+    """A file with the source's model in the given type; the source itself if None is asked for.
+
+    Made once and kept in ``cache_dir`` under the source's digest and the type. Safe when several processes
+    ask at once: one works, the others wait. Raises :class:`ModelError`.
+    """
+    if quantization is None:
+        return source
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        digest = _digest(source, cache_dir)
+        target = cache_dir / f"{source.stem}-{digest[:16]}-{quantization}.gguf"
+        if target.exists():
+            return target
+        with filelock.FileLock(f"{target}.lock"):
+            if not target.exists():
+                _make(source, target, quantization)
+    except OSError as error:
+        raise ModelError(
+            f"cannot prepare {source.name} in {cache_dir}: {error.strerror or error}; "
+            "see storage.cache_dir"
+        ) from error
+    return target
+
+
+def _make(source: Path, target: Path, quantization: str) -> None:
+    """Write to a temporary name first: under the final name there are only whole files."""
+    for stale in target.parent.glob(f"{target.name}.*.partial"):
+        stale.unlink()
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    _log.info("preparing %s as %s (once; kept in %s)", source.name, quantization, target.parent)
+    started = time.monotonic()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "serving.models.requantize", source, partial, quantization],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            last_lines = result.stderr.decode("utf-8", errors="replace").strip().splitlines()[-5:]
+            raise ModelError(
+                f"cannot requantize {source} to {quantization}: " + "; ".join(last_lines)
+            )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    _log.info("prepared %s in %.1f s", target.name, time.monotonic() - started)
+
+
+def _digest(source: Path, cache_dir: Path) -> str:
+    """SHA-256 of a file's content; remembered for as long as its path, size and time stay the same."""
+    stat = source.stat()
+    identity = json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns])
+    memo = cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.sha256"
+    if memo.exists():
+        return memo.read_text().strip()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    partial = memo.with_name(f"{memo.name}.{os.getpid()}")
+    partial.write_text(digest)
+    partial.replace(memo)
+    return digest
+
+
+def _requantize(source: str, target: str, quantization: str) -> int:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = _FILE_TYPES[quantization]
+    params.allow_requantize = True
+    return int(
+        llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(_requantize(*sys.argv[1:]))

