@@ -54,30 +54,32 @@ def _table(report: CostReport) -> Table:
     for row in report.rows:
         table.add_row(
             row.reference,
-            _usd(row.input_usd_per_million),
-            _usd(row.output_usd_per_million),
-            _usd(row.traffic_usd),
-            _saving(row.saving_percent_energy_only),
-            _saving(row.saving_percent_fully_loaded),
+            usd_text(row.input_usd_per_million),
+            usd_text(row.output_usd_per_million),
+            usd_text(row.traffic_usd),
+            saving_text(row.saving_percent_energy_only),
+            saving_text(row.saving_percent_fully_loaded),
         )
     return table
 
 
 def _prices(price: RigPrice) -> tuple[str, str, str]:
     return (
-        _usd(price.input_usd_per_million),
-        _usd(price.output_usd_per_million),
-        _usd(price.traffic_usd),
+        usd_text(price.input_usd_per_million),
+        usd_text(price.output_usd_per_million),
+        usd_text(price.traffic_usd),
     )
 
 
-def _usd(value: float | None) -> str:
+def usd_text(value: float | None) -> str:
+    """A price to read: three decimals, or two digits where that would say nothing."""
     if value is None:
         return "-"
     return f"${value:.3f}" if value >= 0.1 or value == 0 else f"${value:.2g}"
 
 
-def _saving(percent: float | None) -> str:
+def saving_text(percent: float | None) -> str:
+    """A saving in per cent, or the loss it is."""
     if percent is None:
         return "-"
     return f"{percent:.1f} %" if percent >= 0 else f"LOSS {-percent:,.0f} %"

@@ -1,0 +1,233 @@
+"""The report as one self-contained HTML page: no script, no request to anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from loadtest import charts
+from loadtest.measures import Distribution, Summary, throughput_over_time
+from loadtest.records import RequestRecord
+from serving.cost.comparison import CostReport
+from serving.cost.render import saving_text, usd_text, verdict
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5b6678;
+  --line: #dfe3ea; --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
+@media (prefers-color-scheme: dark) { :root { --page: #11151c; --card: #1a202b; --ink: #e7ebf2; --soft: #9aa6b8;
+  --line: #2d3645; --accent: #2dd4bf; --accent-soft: #2dd4bf2b; --other: #64748b; --wait: #d9a520; --bad: #f07167; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 1.65rem; line-height: 1.2; margin: 0 0 4px; }
+h2 { font-size: 1.15rem; margin: 34px 0 12px; }
+p { margin: 8px 0; } .soft, figcaption { color: var(--soft); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
+.verdict { border-left: 5px solid var(--accent); font-size: 1.04rem; margin-top: 18px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-top: 16px; }
+.tiles .number { font-size: 1.55rem; font-weight: 650; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
+figure { margin: 0; } figure h3 { margin: 0 0 6px; font-size: .98rem; } figcaption { font-size: .85rem; margin-top: 4px; }
+.scroll { overflow-x: auto; } .wide { min-width: 640px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 550; font-size: .86rem; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; } tr.ours td { font-weight: 650; color: var(--accent); }
+td.loss { color: var(--bad); font-weight: 600; }
+.chart { width: 100%; height: auto; display: block; } .chart text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.chart text.label { fill: var(--ink); font-size: 12.5px; } .chart text.value { fill: var(--ink); font-weight: 600; }
+.chart .grid { stroke: var(--line); stroke-width: 1; } .chart .curve { fill: none; stroke: var(--accent); stroke-width: 2; }
+.chart .fill { fill: var(--accent-soft); } .chart .mark { fill: var(--accent); } .chart .bar { fill: var(--other); }
+.chart .ours, .chart .stream { fill: var(--accent); } .chart .wait { fill: var(--wait); } .chart .error { fill: var(--bad); }
+.key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 4px 0 10px; }
+pre { overflow-x: auto; font-size: .82rem; margin: 0; } .tag { font-size: .78rem; color: var(--soft); }
+@media print { body { background: #fff; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
+"""
+
+
+def render_html(
+    *,
+    summary: Summary,
+    records: Sequence[RequestRecord],
+    cost: CostReport | None,
+    model: str,
+    started: datetime,
+    settings: Mapping[str, Any],
+    host: Mapping[str, Any],
+    notes: Sequence[str],
+) -> str:
+    """The whole page."""
+    body = [
+        f"<h1>{escape(model)}: load and cost</h1>",
+        f'<p class="soft">{started:%Y-%m-%d %H:%M %Z} · {escape(str(settings["url"]))} · '
+        f"{settings['users']} users for {summary.window_seconds:.0f} s · about "
+        f"{settings['prompt_tokens']} prompt and {settings['output_tokens']} output tokens a request</p>",
+    ]
+    if cost is not None:
+        body.append(f'<p class="card verdict">{escape(verdict(cost))}</p>')
+    body.append(_tiles(summary, cost))
+    body.extend(f'<p class="soft">Note: {escape(note)}</p>' for note in notes)
+    if cost is not None:
+        body.append(_cost_section(cost))
+    body.append(_latency_section(summary, records))
+    body.append(_time_section(records))
+    body.append(_settings_section(settings, host))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(model)}: load and cost</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _tiles(summary: Summary, cost: CostReport | None) -> str:
+    tiles = [
+        (_number(summary.completion_tokens_per_second), "output tokens per second"),
+        (_number(summary.requests_per_second, 2), "requests per second"),
+        (_milliseconds(summary.ttft_seconds, "p50"), "time to first token, p50"),
+        (_milliseconds(summary.tpot_seconds, "p50"), "time per output token, p50"),
+        (f"{summary.totals.errors} of {summary.totals.requests}", "requests failed"),
+    ]
+    if cost is not None:
+        label = "estimated" if cost.estimated else "measured"
+        price = cost.here_fully_loaded.output_usd_per_million
+        tiles.insert(0, (usd_text(price), f"a million output tokens here, all costs ({label})"))
+    return '<div class="tiles">' + "".join(
+        f'<div class="card"><div class="number">{escape(number)}</div>'
+        f'<div class="soft">{escape(text)}</div></div>'
+        for number, text in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _cost_section(cost: CostReport) -> str:
+    label = "estimated" if cost.estimated else "measured"
+    here = (
+        ("This rig, energy only", cost.here_energy_only),
+        ("This rig, all costs", cost.here_fully_loaded),
+    )
+    bars = [
+        charts.Bar(name, price.output_usd_per_million or 0, usd_text(price.output_usd_per_million), True)
+        for name, price in here
+    ]
+    bars += [
+        charts.Bar(row.reference, row.output_usd_per_million, usd_text(row.output_usd_per_million))
+        for row in sorted(cost.rows, key=lambda row: row.output_usd_per_million)
+    ]
+    rows = [
+        f'<tr class="ours"><td>{name} ({label})</td><td>{usd_text(price.input_usd_per_million)}</td>'
+        f"<td>{usd_text(price.output_usd_per_million)}</td><td>{usd_text(price.traffic_usd)}</td>"
+        "<td></td><td></td></tr>"
+        for name, price in here
+    ]
+    rows += [
+        f"<tr><td>{escape(row.reference)}</td><td>{usd_text(row.input_usd_per_million)}</td>"
+        f"<td>{usd_text(row.output_usd_per_million)}</td><td>{usd_text(row.traffic_usd)}</td>"
+        f"{_saving_cell(row.saving_percent_energy_only)}{_saving_cell(row.saving_percent_fully_loaded)}</tr>"
+        for row in cost.rows
+    ]
+    traffic, assumed = cost.traffic, cost.assumptions
+    return (
+        "<h2>What a million tokens cost</h2>"
+        f'<figure class="card"><h3>Output tokens</h3><div class="scroll"><div class="wide">'
+        f"{charts.log_bars(bars)}</div></div></figure>"
+        '<div class="card scroll" style="margin-top:14px"><table><thead><tr><th>USD per million tokens</th>'
+        "<th>input</th><th>output</th><th>this traffic</th><th>saving,<br>energy only</th>"
+        f"<th>saving,<br>all costs</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="soft">This traffic: {traffic.requests:,} requests, {traffic.prompt_tokens:,} prompt tokens '
+        f"({traffic.cached_tokens:,} cached) and {traffic.completion_tokens:,} generated. Engine time: "
+        f"{traffic.prefill_busy_seconds:,.2f} s on prompts, {traffic.decode_busy_seconds:,.2f} s on output "
+        f"(source: {escape(traffic.timing_source)}). Energy: {traffic.energy_joules:,.0f} J "
+        f"(source: {escape(traffic.energy_source)}).<br>"
+        f"The operator's figures: ${assumed.hardware_price_usd:,.2f} over {assumed.lifetime_years:g} years at "
+        f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:g} per kWh, "
+        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W under load (used where no meter measures). "
+        f"Commercial prices: {escape(cost.prices_source)}. All costs are energy, the idle energy of the hours "
+        "between, and hardware. A model's quality is not part of its price.</p>"
+    )
+
+
+def _saving_cell(percent: float | None) -> str:
+    kind = ' class="loss"' if percent is not None and percent < 0 else ""
+    return f"<td{kind}>{escape(saving_text(percent))}</td>"
+
+
+def _latency_section(summary: Summary, records: Sequence[RequestRecord]) -> str:
+    good = [record for record in records if record.error is None and not record.warmup]
+    table = "".join(
+        f"<tr><td>{name}</td>{_distribution_cells(distribution)}</tr>"
+        for name, distribution in (
+            ("Time to first token (TTFT)", summary.ttft_seconds),
+            ("Inter-token latency (ITL)", summary.itl_seconds),
+            ("Time per output token (TPOT)", summary.tpot_seconds),
+            ("End to end", summary.end_to_end_seconds),
+        )
+    )
+    plots = (
+        ("Time to first token", [r.ttft_seconds for r in good]),
+        ("Inter-token latency", [gap for r in good for gap in r.chunk_gaps_seconds]),
+        ("Time per output token", [r.tpot_seconds for r in good]),
+        ("End to end", [r.end_to_end_seconds for r in good]),
+    )
+    figures = "".join(
+        f'<figure class="card"><h3>{name}</h3>'
+        f"{charts.cumulative([value * 1e3 for value in values if value is not None], 'milliseconds')}</figure>"
+        for name, values in plots
+    )
+    return (
+        '<h2>Latency</h2><div class="card scroll"><table><thead><tr><th>milliseconds</th><th>mean</th>'
+        f"<th>p50</th><th>p90</th><th>p99</th><th>values</th></tr></thead><tbody>{table}</tbody></table></div>"
+        f'<div class="grid" style="margin-top:14px">{figures}</div>'
+    )
+
+
+def _time_section(records: Sequence[RequestRecord]) -> str:
+    measured = [record for record in records if not record.warmup]
+    if not measured:
+        return ""
+    begin = min(record.started_at for record in measured)
+    spans = [
+        (
+            record.user,
+            record.started_at - begin,
+            None if record.first_token_at is None else record.first_token_at - begin,
+            record.ended_at - begin,
+            record.error is not None,
+        )
+        for record in measured
+    ]
+    rate = [(at - begin, value) for at, value in throughput_over_time(measured, 40)]
+    return (
+        '<h2>Over time</h2><div class="grid"><figure class="card"><h3>Output tokens per second</h3>'
+        f"{charts.area(rate, 'seconds', 'tokens per second')}</figure>"
+        '<figure class="card"><h3>Every request</h3>'
+        f"{charts.timeline(spans, 'seconds')}<figcaption>"
+        '<span class="key" style="background:var(--wait)"></span>waiting for the first token'
+        '<span class="key" style="background:var(--accent)"></span>streaming'
+        '<span class="key" style="background:var(--bad)"></span>failed</figcaption></figure></div>'
+    )
+
+
+def _settings_section(settings: Mapping[str, Any], host: Mapping[str, Any]) -> str:
+    text = json.dumps({"settings": settings, "client_host": host}, indent=2)
+    return (
+        "<h2>To repeat it</h2>"
+        f'<div class="card"><pre>{escape(text)}</pre></div>'
+    )
+
+
+def _distribution_cells(distribution: Distribution | None) -> str:
+    if distribution is None:
+        return "<td>-</td>" * 5
+    values = (distribution.mean, distribution.p50, distribution.p90, distribution.p99)
+    return "".join(f"<td>{value * 1e3:,.1f}</td>" for value in values) + f"<td>{distribution.count:,}</td>"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "unknown" if value is None else f"{value:,.{digits}f}"
+
+
+def _milliseconds(distribution: Distribution | None, which: str) -> str:
+    return "-" if distribution is None else f"{getattr(distribution, which) * 1e3:,.1f} ms"

@@ -1,0 +1,85 @@
+"""The cost of a bench's traffic: from the server's own meters where it has some, else estimated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from loadtest.client import Client, ServerError
+from loadtest.records import RequestRecord
+from serving.config import CostConfig
+from serving.cost.traffic import Traffic
+
+_ENERGY = re.compile(r'^rigserve_energy_joules_total\{.*source="(\w+)".*\} (\S+)$', re.MULTILINE)
+
+
+def energy_by_source(client: Client) -> dict[str, float] | None:
+    """Joules charged to requests so far, by who measured them; None if the server has no such metric."""
+    try:
+        text = client.get("/metrics", below_base=False).decode("utf-8", errors="replace")
+    except ServerError:
+        return None
+    if "rigserve_energy_joules" not in text:
+        return None
+    joules: dict[str, float] = {}
+    for source, value in _ENERGY.findall(text):
+        joules[source] = joules.get(source, 0.0) + float(value)
+    return joules
+
+
+def traffic_of(
+    records: Sequence[RequestRecord],
+    energy_before: dict[str, float] | None,
+    energy_after: dict[str, float] | None,
+    cost: CostConfig,
+) -> Traffic | None:
+    """The measured requests as traffic to be priced; None without successes or without token counts.
+
+    Busy seconds are the engine's if it sends them. Otherwise the time during which at least one request
+    was open is taken for them, split by how long the requests waited for their first tokens and for the rest:
+    an upper bound, labelled ``estimated``. Energy is the difference of the server's meter, or else the
+    configured watts over the busy seconds.
+    """
+    good = [record for record in records if record.error is None and not record.warmup]
+    if not good or any(r.prompt_tokens is None or r.completion_tokens is None for r in good):
+        return None
+    if all(record.timings for record in good):
+        prefill = sum(r.timings["prefill_busy_seconds"] for r in good if r.timings)
+        decode = sum(r.timings["decode_busy_seconds"] for r in good if r.timings)
+        timing_source = "engine"
+    else:
+        prefill, decode = _observed_busy_seconds(good)
+        timing_source = "estimated"
+    if energy_before is not None and energy_after is not None:
+        used = {
+            source: joules - energy_before.get(source, 0.0)
+            for source, joules in energy_after.items()
+            if joules > energy_before.get(source, 0.0)
+        }
+        joules = sum(used.values())
+        energy_source = next(iter(used)) if len(used) == 1 else "mixed"
+    else:
+        joules = (prefill + decode) * cost.power.load_watts
+        energy_source = "estimated"
+    return Traffic(
+        requests=len(good),
+        prompt_tokens=sum(r.prompt_tokens or 0 for r in good),
+        cached_tokens=sum(r.cached_tokens or 0 for r in good),
+        completion_tokens=sum(r.completion_tokens or 0 for r in good),
+        prefill_busy_seconds=prefill,
+        decode_busy_seconds=decode,
+        energy_joules=joules,
+        energy_source=energy_source,
+        timing_source=timing_source,
+    )
+
+
+def _observed_busy_seconds(good: Sequence[RequestRecord]) -> tuple[float, float]:
+    busy, covered_until = 0.0, float("-inf")
+    for record in sorted(good, key=lambda r: r.started_at):
+        busy += max(record.ended_at - max(record.started_at, covered_until), 0.0)
+        covered_until = max(covered_until, record.ended_at)
+    first_tokens = sum(record.ttft_seconds or 0.0 for record in good)
+    whole = sum(record.end_to_end_seconds for record in good)
+    prefill = busy * first_tokens / whole if whole else 0.0
+    return prefill, busy - prefill
