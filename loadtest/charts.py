@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -29,7 +29,7 @@ def log_bars(bars: Sequence[Bar]) -> str:
     low = math.floor(math.log10(min(bar.value for bar in drawn)))
     high = math.ceil(math.log10(max(bar.value for bar in drawn)))
     high = max(high, low + 1)
-    row, label_space, value_space = 24, 300, 76
+    row, label_space, value_space = 24, 330, 76
     width = 900
     plot = width - label_space - value_space
     height = row * len(drawn) + 44
@@ -50,15 +50,23 @@ def log_bars(bars: Sequence[Bar]) -> str:
             f'<rect class="{kind}" x="{label_space}" y="{top}" height="{row - 8}" '
             f'width="{max(x(bar.value) - label_space, 2):.1f}" rx="3"/>'
         )
-        parts.append(_text(max(x(bar.value), label_space + 2) + 8, top + 13, bar.text, "value", "start"))
+        parts.append(
+            _text(max(x(bar.value), label_space + 2) + 8, top + 13, bar.text, "value", "start")
+        )
     parts.append(
-        _text(label_space + plot / 2, height - 4, "USD per million tokens, logarithmic", "axis", "middle")
+        _text(
+            label_space + plot / 2,
+            height - 4,
+            "USD per million tokens, logarithmic",
+            "axis",
+            "middle",
+        )
     )
     return "".join(parts) + "</svg>"
 
 
-def cumulative(values: Sequence[float], unit: str) -> str:
-    """The share of values at or below each value, with p50, p90 and p99 marked."""
+def cumulative(values: Sequence[float], marks: Mapping[int, float], x_unit: str) -> str:
+    """The share of values at or below each value; ``marks`` puts dots at percentiles."""
     ordered = sorted(values)
     if not ordered:
         return ""
@@ -70,17 +78,15 @@ def cumulative(values: Sequence[float], unit: str) -> str:
     # Thousands of steps look the same as some hundreds.
     step = max(len(points) // 800, 1)
     points = [*points[::step], points[-1]]
-    parts = [frame.open("cumulative"), frame.axes(unit, "share of values", percent=True)]
-    parts.append(f'<polyline class="curve" points="{frame.path(points)}"/>')
-    for percent in (50, 90, 99):
-        value = ordered[min(math.ceil(len(ordered) * percent / 100), len(ordered)) - 1]
-        cx, cy = frame.x(value), frame.y(percent / 100)
-        parts.append(f'<circle class="mark" cx="{cx:.1f}" cy="{cy:.1f}" r="3.5"/>')
-        # Marks near the right edge carry their text on the left.
-        anchor, shift = ("end", -8) if cx > _WIDTH * 0.72 else ("start", 8)
-        drop = {50: 4, 90: 12, 99: 22}[percent]
-        parts.append(_text(cx + shift, cy + drop, f"p{percent} {_short(value)}", "value", anchor))
-    return "".join(parts) + "</svg>"
+    dots = "".join(
+        f'<circle class="mark" cx="{frame.x(value):.1f}" cy="{frame.y(percent / 100):.1f}" r="4"/>'
+        for percent, value in marks.items()
+    )
+    return (
+        frame.open("cumulative")
+        + frame.axes(x_unit, "share of values", percent=True)
+        + f'<polyline class="curve" points="{frame.path(points)}"/>{dots}</svg>'
+    )
 
 
 def area(points: Sequence[tuple[float, float]], x_unit: str, y_unit: str) -> str:
@@ -144,13 +150,13 @@ class _Frame:
     def open(self, kind: str) -> str:
         return _open(_WIDTH, _HEIGHT, kind)
 
-    def axes(
-        self, x_unit: str, y_unit: str, *, percent: bool = False, y_ticks: bool = True
-    ) -> str:
+    def axes(self, x_unit: str, y_unit: str, *, percent: bool = False, y_ticks: bool = True) -> str:
         parts = []
         for number in range(5):
             value = self.x_low + (self.x_high - self.x_low) * number / 4
-            parts.append(_text(self.x(value), _HEIGHT - _BOTTOM + 15, _short(value), "tick", "middle"))
+            parts.append(
+                _text(self.x(value), _HEIGHT - _BOTTOM + 15, _short(value), "tick", "middle")
+            )
             value = self.y_low + (self.y_high - self.y_low) * number / 4
             at = self.y(value)
             parts.append(_line(_LEFT, at, _WIDTH - _RIGHT, at, "grid"))
@@ -175,9 +181,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _text(x: float, y: float, content: str, kind: str, anchor: str) -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
-    )
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
 def _nice_ceiling(value: float) -> float:

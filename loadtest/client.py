@@ -38,7 +38,10 @@ class Client:
         if self._connection is None:
             if self._tls:
                 self._connection = http.client.HTTPSConnection(
-                    self._host, self._port, timeout=_TIMEOUT_SECONDS, context=ssl.create_default_context()
+                    self._host,
+                    self._port,
+                    timeout=_TIMEOUT_SECONDS,
+                    context=ssl.create_default_context(),
                 )
             else:
                 self._connection = http.client.HTTPConnection(
@@ -64,7 +67,9 @@ class Client:
             self.close()
             raise ServerError(f"cannot reach {self._host}:{self._port or ''}: {error}") from error
         if answer.status != 200:
-            raise ServerError(f"GET {full} answered {answer.status}: {body[:200].decode(errors='replace')}")
+            raise ServerError(
+                f"GET {full} answered {answer.status}: {body[:200].decode(errors='replace')}"
+            )
         return body
 
     def models(self) -> list[str]:
@@ -80,7 +85,9 @@ class Client:
         """Send a chat completion, read it to its end, and fill the record in."""
         try:
             connection = self._connect()
-            payload = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
+            payload = json.dumps(
+                {**body, "stream": True, "stream_options": {"include_usage": True}}
+            )
             connection.request(
                 "POST", f"{self._path}/chat/completions", body=payload, headers=self._headers
             )

@@ -37,7 +37,7 @@ th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--li
 th { color: var(--soft); font-weight: 550; font-size: .86rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } tr.ours td { font-weight: 650; color: var(--accent); }
 td.loss { color: var(--bad); font-weight: 600; }
-.chart { width: 100%; height: auto; display: block; } .chart text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.chart { width: 100%; min-width: 430px; height: auto; display: block; } .chart text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .chart text.label { fill: var(--ink); font-size: 12.5px; } .chart text.value { fill: var(--ink); font-weight: 600; }
 .chart .grid { stroke: var(--line); stroke-width: 1; } .chart .curve { fill: none; stroke: var(--accent); stroke-width: 2; }
 .chart .fill { fill: var(--accent-soft); } .chart .mark { fill: var(--accent); } .chart .bar { fill: var(--other); }
@@ -109,7 +109,9 @@ def _cost_section(cost: CostReport) -> str:
         ("This rig, all costs", cost.here_fully_loaded),
     )
     bars = [
-        charts.Bar(name, price.output_usd_per_million or 0, usd_text(price.output_usd_per_million), True)
+        charts.Bar(
+            name, price.output_usd_per_million or 0, usd_text(price.output_usd_per_million), True
+        )
         for name, price in here
     ]
     bars += [
@@ -165,21 +167,44 @@ def _latency_section(summary: Summary, records: Sequence[RequestRecord]) -> str:
             ("End to end", summary.end_to_end_seconds),
         )
     )
-    plots = (
-        ("Time to first token", [r.ttft_seconds for r in good]),
-        ("Inter-token latency", [gap for r in good for gap in r.chunk_gaps_seconds]),
-        ("Time per output token", [r.tpot_seconds for r in good]),
-        ("End to end", [r.end_to_end_seconds for r in good]),
-    )
-    figures = "".join(
-        f'<figure class="card"><h3>{name}</h3>'
-        f"{charts.cumulative([value * 1e3 for value in values if value is not None], 'milliseconds')}</figure>"
-        for name, values in plots
+    figures = (
+        _latency_figure(
+            "Time to first token", [r.ttft_seconds for r in good], summary.ttft_seconds
+        ),
+        _latency_figure(
+            "Inter-token latency",
+            [gap for r in good for gap in r.chunk_gaps_seconds],
+            summary.itl_seconds,
+        ),
+        _latency_figure(
+            "Time per output token", [r.tpot_seconds for r in good], summary.tpot_seconds
+        ),
+        _latency_figure(
+            "End to end", [r.end_to_end_seconds for r in good], summary.end_to_end_seconds
+        ),
     )
     return (
         '<h2>Latency</h2><div class="card scroll"><table><thead><tr><th>milliseconds</th><th>mean</th>'
         f"<th>p50</th><th>p90</th><th>p99</th><th>values</th></tr></thead><tbody>{table}</tbody></table></div>"
-        f'<div class="grid" style="margin-top:14px">{figures}</div>'
+        f'<div class="grid" style="margin-top:14px">{"".join(figures)}</div>'
+    )
+
+
+def _latency_figure(
+    name: str, values: Sequence[float | None], distribution: Distribution | None
+) -> str:
+    if distribution is None:
+        return ""
+    known = [value * 1e3 for value in values if value is not None]
+    marks = {
+        50: distribution.p50 * 1e3,
+        90: distribution.p90 * 1e3,
+        99: distribution.p99 * 1e3,
+    }
+    caption = " · ".join(f"p{percent} {value:,.1f} ms" for percent, value in marks.items())
+    return (
+        f'<figure class="card"><h3>{name}</h3><div class="scroll">'
+        f"{charts.cumulative(known, marks, 'milliseconds')}</div><figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -201,9 +226,9 @@ def _time_section(records: Sequence[RequestRecord]) -> str:
     rate = [(at - begin, value) for at, value in throughput_over_time(measured, 40)]
     return (
         '<h2>Over time</h2><div class="grid"><figure class="card"><h3>Output tokens per second</h3>'
-        f"{charts.area(rate, 'seconds', 'tokens per second')}</figure>"
+        f"<div class='scroll'>{charts.area(rate, 'seconds', 'tokens per second')}</div></figure>"
         '<figure class="card"><h3>Every request</h3>'
-        f"{charts.timeline(spans, 'seconds')}<figcaption>"
+        f"<div class='scroll'>{charts.timeline(spans, 'seconds')}</div><figcaption>"
         '<span class="key" style="background:var(--wait)"></span>waiting for the first token'
         '<span class="key" style="background:var(--accent)"></span>streaming'
         '<span class="key" style="background:var(--bad)"></span>failed</figcaption></figure></div>'
@@ -212,17 +237,17 @@ def _time_section(records: Sequence[RequestRecord]) -> str:
 
 def _settings_section(settings: Mapping[str, Any], host: Mapping[str, Any]) -> str:
     text = json.dumps({"settings": settings, "client_host": host}, indent=2)
-    return (
-        "<h2>To repeat it</h2>"
-        f'<div class="card"><pre>{escape(text)}</pre></div>'
-    )
+    return f'<h2>To repeat it</h2><div class="card"><pre>{escape(text)}</pre></div>'
 
 
 def _distribution_cells(distribution: Distribution | None) -> str:
     if distribution is None:
         return "<td>-</td>" * 5
     values = (distribution.mean, distribution.p50, distribution.p90, distribution.p99)
-    return "".join(f"<td>{value * 1e3:,.1f}</td>" for value in values) + f"<td>{distribution.count:,}</td>"
+    return (
+        "".join(f"<td>{value * 1e3:,.1f}</td>" for value in values)
+        + f"<td>{distribution.count:,}</td>"
+    )
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -125,9 +125,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def throughput_over_time(
-    records: Sequence[RequestRecord], bins: int
-) -> list[tuple[float, float]]:
+def throughput_over_time(records: Sequence[RequestRecord], bins: int) -> list[tuple[float, float]]:
     """Generated tokens per second in each of ``bins`` equal slices of time: (middle in seconds, rate).
 
     A request's tokens count evenly from its first token to its end.

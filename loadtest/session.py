@@ -72,7 +72,9 @@ class Bench:
             if record.error:
                 raise ServerError(f"a first request failed: {record.error_message}")
         if short.prompt_tokens is None or long.prompt_tokens is None:
-            self.notes.append("The server sends no usage: tokens are unknown, and nothing is priced.")
+            self.notes.append(
+                "The server sends no usage: tokens are unknown, and nothing is priced."
+            )
             self.words = max(int(self.options.prompt_tokens * 0.75), 1)
             return
         calibration = Calibration(
@@ -91,9 +93,7 @@ class Bench:
         record = RequestRecord(number=number, user=user, warmup=warmup, started_at=self.clock())
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [
-                {"role": "user", "content": excerpt(number, words, self.options.seed)}
-            ],
+            "messages": [{"role": "user", "content": excerpt(number, words, self.options.seed)}],
             "max_tokens": self.options.output_tokens,
             "temperature": 0,
         }
@@ -107,7 +107,7 @@ class Bench:
 def _user_class(bench: Bench) -> type[User]:
     numbers = itertools.count()
 
-    class ChatUser(User):  # type: ignore[misc]
+    class ChatUser(User):
         """Sends one chat completion after the other, without pauses."""
 
         wait_time = constant(0)

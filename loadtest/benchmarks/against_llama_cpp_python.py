@@ -58,7 +58,9 @@ def main() -> int:
     with ExitStack() as stack:
         servers = {
             "rigserve": stack.enter_context(_rigserve(args.model_path, args.threads)),
-            "llama_cpp.server": stack.enter_context(_llama_cpp_server(args.model_path, args.threads)),
+            "llama_cpp.server": stack.enter_context(
+                _llama_cpp_server(args.model_path, args.threads)
+            ),
         }
         results = asyncio.run(_measure(servers, args))
     table = _table(results, args)
@@ -98,9 +100,7 @@ async def _round(
     args: argparse.Namespace,
 ) -> Round:
     async def client() -> list[float]:
-        return [
-            await _stream(session, base_url, next(serial), args) for _ in range(args.requests)
-        ]
+        return [await _stream(session, base_url, next(serial), args) for _ in range(args.requests)]
 
     started = time.monotonic()
     ttfts = await asyncio.gather(*(client() for _ in range(clients)))
@@ -138,7 +138,9 @@ async def _stream(
 
 def _prompt(number: int) -> str:
     # The number comes first, so that no two prompts share a prefix that could be cached.
-    text = "Describe a voyage across the ocean, the ship, its captain and crew, the weather they met. "
+    text = (
+        "Describe a voyage across the ocean, the ship, its captain and crew, the weather they met. "
+    )
     return f"{number * 7919}: {text * 2}"
 
 

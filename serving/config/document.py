@@ -128,9 +128,10 @@ class _Reader:
                 self._document.lines[below] = item.start_mark.line + 1
                 items.append(self._value(item, below))
             return items
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node, path)
 
-    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text = _VARIABLE.sub(lambda match: self._variable(match, path), node.value)
         tag = node.tag
         if text != node.value and not node.style:  # a plain scalar: 8000 from ${PORT} is a number

@@ -58,8 +58,16 @@ def load_config(file: Path) -> Config:
     try:
         config = Config.model_validate(document.values)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            _report(document, detail)
+        details = error.errors(include_url=False)
+        for detail in details:
+            inside = any(
+                other["loc"][: len(detail["loc"])] == detail["loc"]
+                for other in details
+                if other is not detail
+            )
+            # A list whose entries are wrong is not also too short.
+            if not (detail["type"] == "too_short" and inside):
+                _report(document, detail)
         raise ConfigError(document.problems) from error
     _check_names(document, config)
     _check_ports(document, config)
@@ -132,26 +140,37 @@ def _report(document: Document, detail: Any) -> None:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
-        document.report(path, f"unknown key{_nearest(str(path[-1]), known)}; known: {', '.join(known)}")
+        document.report(
+            path, f"unknown key{_nearest(str(path[-1]), known)}; known: {', '.join(known)}"
+        )
     elif kind == "missing":
         document.report(path, "this key is required")
     elif kind == "literal_error":
-        choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        choices = [
+            choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")
+        ]
         document.report(
             path,
             f"expected one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}",
         )
     elif kind in _EXPECTED:
         document.report(path, f"expected {_EXPECTED[kind]}; got {value!r}")
+    elif kind == "too_short":
+        document.report(path, f"expected at least {context['min_length']} entry")
     elif kind == "value_error":
         document.report(path, str(context["error"]))
     elif kind == "string_pattern_mismatch":
         document.report(
-            path, f"expected letters, digits and any of . _ : / @ -, beginning with one of the first two; got {value!r}"
+            path,
+            f"expected letters, digits and any of . _ : / @ -, beginning with one of the first two; got {value!r}",
         )
     else:
         # Bounds and lengths: pydantic says them well, but for its opening words.
-        wording = detail["msg"].replace("Input should be", "expected a value").replace("Tuple", "the list")
+        wording = (
+            detail["msg"]
+            .replace("Input should be", "expected a value")
+            .replace("Tuple", "the list")
+        )
         document.report(path, f"{wording}; got {value!r}")
 
 

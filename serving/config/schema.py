@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 ModelName = Annotated[
     str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
@@ -55,7 +62,8 @@ class LlamaCppModel(Section):
         description="package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path to a GGUF file."
     )
     quantization: Quantization | None = Field(
-        None, description="Serve a copy requantized to this type, made once and cached. Unset: as is."
+        None,
+        description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
     )
     aliases: tuple[ModelName, ...] = Field((), description="Other names that reach this model.")
     context_length: int = Field(
@@ -68,7 +76,9 @@ class LlamaCppModel(Section):
         256, ge=0, description="Requests that may wait for a slot; one more gets 503."
     )
     max_batch_tokens: int = Field(
-        512, ge=32, description="Prompt tokens prefilled per step; more is faster, less is smoother."
+        512,
+        ge=32,
+        description="Prompt tokens prefilled per step; more is faster, less is smoother.",
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
@@ -107,7 +117,9 @@ class PowerConfig(Section):
     @model_validator(mode="after")
     def _load_above_idle(self) -> PowerConfig:
         if self.load_watts < self.idle_watts:
-            raise ValueError(f"load_watts ({self.load_watts}) is below idle_watts ({self.idle_watts})")
+            raise ValueError(
+                f"load_watts ({self.load_watts}) is below idle_watts ({self.idle_watts})"
+            )
         return self
 
 
@@ -115,7 +127,9 @@ class CostConfig(Section):
     """What the rig costs its owner. These are the operator's own figures; the report prints them."""
 
     hardware_price_usd: float = Field(800.0, ge=0, description="What the rig cost.")
-    lifetime_years: float = Field(3.0, gt=0, description="Years over which that price is written off.")
+    lifetime_years: float = Field(
+        3.0, gt=0, description="Years over which that price is written off."
+    )
     utilization: float = Field(
         0.25, gt=0, le=1, description="Share of the lifetime in which the rig generates tokens."
     )
@@ -131,7 +145,9 @@ class CostConfig(Section):
         for reference in value:
             provider, _, model = reference.partition("/")
             if not provider or not model:
-                raise ValueError(f"{reference!r} is not of the form PROVIDER/MODEL, such as openai/gpt-4o-mini")
+                raise ValueError(
+                    f"{reference!r} is not of the form PROVIDER/MODEL, such as openai/gpt-4o-mini"
+                )
         return value
 
 

@@ -63,7 +63,9 @@ class UsageRecord:
 
 _COLUMNS = [field.name for field in fields(UsageRecord)]
 _CREATE = "CREATE TABLE usage (id INTEGER PRIMARY KEY, {})".format(
-    ", ".join(f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord))
+    ", ".join(
+        f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord)
+    )
 )
 _INSERT = "INSERT INTO usage ({}) VALUES ({})".format(
     ", ".join(_COLUMNS), ", ".join("?" for _ in _COLUMNS)
@@ -172,7 +174,7 @@ def read_traffic(path: Path, *, since: float | None = None, model: str | None = 
     if not row[0]:
         raise LedgerError(f"the ledger {path} has no such requests")
     *sums, energy_sources, timing_sources = row
-    return Traffic(*sums, _joined(energy_sources), _joined(timing_sources))
+    return Traffic(*[*sums, _joined(energy_sources), _joined(timing_sources)])
 
 
 def _joined(sources: str) -> str:

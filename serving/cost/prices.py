@@ -48,7 +48,6 @@ class PriceBook:
         prompt_tokens: float,
         cached_tokens: float,
         completion_tokens: float,
-
     ) -> float:
         """What one request costs there; ``prompt_tokens`` include the cached ones, means may be fractions."""
         provider, model = self._models[reference]
@@ -87,5 +86,7 @@ def _find(reference: str) -> tuple[Provider, ModelInfo]:
 
 def _message(reference: str, kind: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known)[:12])} …"
+    hint = (
+        f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known)[:12])} …"
+    )
     return f"cost.compare_to: {reference!r}: genai-prices knows no {kind} {name!r}; {hint}"

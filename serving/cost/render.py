@@ -37,13 +37,14 @@ def _table(report: CostReport) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1),
         title=f"USD per million tokens (this rig: {label})",
         title_justify="left",
         caption=f"Saving on this very traffic. Commercial prices: {report.prices_source}.",
         caption_justify="left",
     )
     table.add_column("model", overflow="fold")
-    for heading in ("input", "output", "this\ntraffic", "saving,\nenergy", "saving,\nall costs"):
+    for heading in ("input", "output", "saving,\nenergy", "saving,\nall costs"):
         table.add_column(heading, justify="right")
     for name, price in (
         ("this rig, energy only", report.here_energy_only),
@@ -56,18 +57,16 @@ def _table(report: CostReport) -> Table:
             row.reference,
             usd_text(row.input_usd_per_million),
             usd_text(row.output_usd_per_million),
-            usd_text(row.traffic_usd),
             saving_text(row.saving_percent_energy_only),
             saving_text(row.saving_percent_fully_loaded),
         )
     return table
 
 
-def _prices(price: RigPrice) -> tuple[str, str, str]:
+def _prices(price: RigPrice) -> tuple[str, str]:
     return (
         usd_text(price.input_usd_per_million),
         usd_text(price.output_usd_per_million),
-        usd_text(price.traffic_usd),
     )
 
 
@@ -75,7 +74,9 @@ def usd_text(value: float | None) -> str:
     """A price to read: three decimals, or two digits where that would say nothing."""
     if value is None:
         return "-"
-    return f"${value:.3f}" if value >= 0.1 or value == 0 else f"${value:.2g}"
+    if value >= 1 or value == 0:
+        return f"${value:,.2f}"
+    return f"${value:.3f}" if value >= 0.1 else f"${value:.2g}"
 
 
 def saving_text(percent: float | None) -> str:
@@ -93,7 +94,9 @@ def verdict(report: CostReport) -> str:
         if row.saving_percent_fully_loaded is not None
     }
     if not savings:
-        return "Verdict: nothing to compare with (cost.compare_to is empty, or nothing was generated)."
+        return (
+            "Verdict: nothing to compare with (cost.compare_to is empty, or nothing was generated)."
+        )
     cheaper = [name for name, saving in savings.items() if saving > 0]
     claim = [name for name, saving in savings.items() if saving >= CLAIMED_SAVING_PERCENT]
     basis = "With all costs counted"

@@ -55,7 +55,9 @@ class Gateway:
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The ASGI application."""
-    app = FastAPI(title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local")
+    app = FastAPI(
+        title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local"
+    )
     app.add_middleware(_RequestId)
     app.add_exception_handler(ApiError, respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)

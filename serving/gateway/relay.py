@@ -36,6 +36,8 @@ class Relay:
         self._session = session
         self._meter = meter
         self._settling: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.open_requests = 0
 
     async def forward(
@@ -55,14 +57,14 @@ class Relay:
         )
         self._meter.started(request)
         self.open_requests += 1
+        self._idle.clear()
         if body.stream:
             return await self._stream(call, request, forward_usage=body.wants_usage_chunk)
         return await self._whole(http, call, request)
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
-        while self.open_requests:
-            await asyncio.sleep(0.02)
+        await self._idle.wait()
 
     async def _whole(self, http: HttpRequest, call: _Call, request: Request) -> Response:
         answering = asyncio.create_task(call.answer())
@@ -152,6 +154,8 @@ class Relay:
         self, request: Request, status: int, final: dict[str, Any] | None, chunks: int = 0
     ) -> None:
         self.open_requests -= 1
+        if not self.open_requests:
+            self._idle.set()
         self._meter.finished(request, status, final, chunks)
 
 

@@ -102,12 +102,12 @@ def _nvml_counter() -> Counter | None:
     try:
         pynvml.nvmlInit()
         cards = [
-            pynvml.nvmlDeviceGetHandleByIndex(index)
-            for index in range(pynvml.nvmlDeviceGetCount())
+            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
         ]
 
         def joules() -> float:
-            return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(card) for card in cards) / 1e3
+            millijoules = sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, cards))
+            return float(millijoules) / 1e3
 
         joules()
     except pynvml.NVMLError:

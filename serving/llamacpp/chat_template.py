@@ -44,7 +44,10 @@ class ChatTemplate:
         """The prompt, up to where the assistant speaks next. Raises :class:`ApiError` (400)."""
         if self._template is None:
             raise ApiError(
-                400, f"{self._fault}; use /v1/completions.", param="messages", code="no_chat_template"
+                400,
+                f"{self._fault}; use /v1/completions.",
+                param="messages",
+                code="no_chat_template",
             )
         turns = [_turn(message) for message in messages]
         try:

@@ -64,7 +64,9 @@ class Engine:
         self._scheduler = Scheduler(
             self._model, self._context, max_queue=options.max_queue, emit=self._emit
         )
-        identity = f"{self._model.build} {options.model_path.name} {options.model_path.stat().st_size}"
+        identity = (
+            f"{self._model.build} {options.model_path.name} {options.model_path.stat().st_size}"
+        )
         self.system_fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._loop = asyncio.get_running_loop()
         self._outputs: dict[Job, asyncio.Queue[Event]] = {}

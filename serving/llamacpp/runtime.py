@@ -26,7 +26,7 @@ class RuntimeFault(Exception):
     """llama.cpp refused or failed; the message holds its own last words."""
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", errors="replace").strip()
     if not line or level == _CONTINUED_LEVEL:
@@ -125,9 +125,7 @@ class Model:
         capacity = 64
         while True:
             buffer = ctypes.create_string_buffer(capacity)
-            length = llama_cpp.llama_token_to_piece(
-                self._vocab, token, buffer, capacity, 0, False
-            )
+            length = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, False)
             if length >= 0:
                 return buffer.raw[:length]
             capacity = -length
@@ -255,7 +253,9 @@ class Sampler:
             llama_cpp.llama_sampler_chain_default_params()
         )
         if params.logit_bias:
-            biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(*params.logit_bias)
+            biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(
+                *(llama_cpp.llama_logit_bias(token, bias) for token, bias in params.logit_bias)
+            )
             self._add(
                 llama_cpp.llama_sampler_init_logit_bias(
                     model.vocab_size, len(params.logit_bias), biases

@@ -8,6 +8,7 @@ rather than an estimate, and cost nothing: with split KV streams llama.cpp compu
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -147,8 +148,13 @@ class Scheduler:
     # The scheduler's thread.
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._step()
+        try:
+            while not self._stopping:
+                self._step()
+        except Exception:
+            # Requests would wait for ever. The supervisor starts a new process.
+            _log.exception("the scheduler failed; the engine ends")
+            os._exit(70)
 
     def _step(self) -> None:
         self._take_arrivals()
@@ -260,7 +266,9 @@ class Scheduler:
             text = sequence.text.finish()
         else:
             if sequence.job.top_logprobs is not None:
-                sequence.pending_logprobs.append(self._logprob(token, row, sequence.job.top_logprobs))
+                sequence.pending_logprobs.append(
+                    self._logprob(token, row, sequence.job.top_logprobs)
+                )
             text = sequence.text.push(self._model.piece(token))
         reason: FinishReason | None = None
         if ended or sequence.text.stopped:

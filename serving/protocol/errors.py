@@ -90,7 +90,9 @@ def from_validation(error: ValidationError) -> ApiError:
     # Names of union members and tags (as in `str`, `list[...]`) are pydantic's, not the client's.
     where = dotted(tuple(part for part in first["loc"] if _is_field(part)))
     if kind == "missing":
-        return ApiError(400, f"'{where}' is required.", param=where, code="missing_required_parameter")
+        return ApiError(
+            400, f"'{where}' is required.", param=where, code="missing_required_parameter"
+        )
     if kind == "extra_forbidden":
         return ApiError(
             400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter"

@@ -103,7 +103,9 @@ class GenerationRequest(_Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _conflict("stream_options", "'stream_options' is only allowed when 'stream' is true")
+            raise _conflict(
+                "stream_options", "'stream_options' is only allowed when 'stream' is true"
+            )
         return self
 
     @property
@@ -155,11 +157,14 @@ class ChatCompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _conflict("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true")
+            raise _conflict(
+                "top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true"
+            )
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise _conflict(
-                "max_tokens", "'max_tokens' and 'max_completion_tokens' differ; send only one of them"
+                "max_tokens",
+                "'max_tokens' and 'max_completion_tokens' differ; send only one of them",
             )
         return self
 

@@ -131,7 +131,9 @@ class Envelope:
     def role_chunk(self, index: int) -> dict[str, Any]:
         """The first chunk of a chat choice: who is speaking."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+        return self._chunk(
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        )
 
     def text_chunk(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         """Generated text, with the log-probabilities of its tokens if there are any."""

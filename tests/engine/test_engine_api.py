@@ -42,13 +42,13 @@ def test_a_stream_says_what_the_whole_answer_says(engine: EngineServer) -> None:
     # The prompt is in the cache both times, so that both compute the same batches.
     text_of(engine, temperature=0)
     whole = chat(engine, temperature=0)
-    chunks = list(
-        chat(engine, temperature=0, stream=True, stream_options={"include_usage": True})
-    )
+    chunks = list(chat(engine, temperature=0, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [
+        "length"
+    ]
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert len({c.id for c in chunks}) == 1
@@ -145,7 +145,7 @@ def test_a_prompt_beyond_the_context_is_refused(engine: EngineServer) -> None:
 
 
 def test_batched_and_tokenized_prompts(engine: EngineServer) -> None:
-    create = engine.client.completions.create
+    create: Any = engine.client.completions.create
     answer = create(model="smol", prompt=["One", "Two"], max_tokens=4, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert create(model="smol", prompt=[1, 2, 3], max_tokens=1).usage.prompt_tokens == 3
@@ -198,7 +198,7 @@ def test_a_request_that_can_never_fit_is_refused_for_good(engine: EngineServer) 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_slot(engine: EngineServer, stream: bool) -> None:
-    body = {"model": "smol", "messages": HELLO, "ignore_eos": True, "stream": stream}
+    body: Any = {"model": "smol", "messages": HELLO, "ignore_eos": True, "stream": stream}
     headers = {"Authorization": f"Bearer {ENGINE_KEY}"}
     url = f"{engine.base_url}/v1/chat/completions"
     if stream:
@@ -213,12 +213,16 @@ def test_a_client_that_hangs_up_frees_its_slot(engine: EngineServer, stream: boo
 
 def test_a_cancelled_stream_ends_in_order_with_its_usage(engine: EngineServer) -> None:
     headers = {"Authorization": f"Bearer {ENGINE_KEY}", "x-request-id": "to-cancel"}
-    body = {
+    body: Any = {
         "model": "smol", "messages": HELLO, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     with requests.post(
-        f"{engine.base_url}/v1/chat/completions", json=body, headers=headers, stream=True, timeout=30
+        f"{engine.base_url}/v1/chat/completions",
+        json=body,
+        headers=headers,
+        stream=True,
+        timeout=30,
     ) as answer:
         lines = answer.iter_lines()
         next(lines)

@@ -73,7 +73,11 @@ def test_content_parts_are_joined() -> None:
 def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
     error = refusal(json.dumps(HELLO | fields).encode())
     assert error.param is not None
-    assert error.param.startswith(param.split(".")[0]) if param == "logit_bias.1" else error.param == param
+    assert (
+        error.param.startswith(param.split(".")[0])
+        if param == "logit_bias.1"
+        else error.param == param
+    )
     assert param.split(".")[0].split("[")[0] in error.message
 
 
@@ -94,7 +98,17 @@ def test_values_that_ask_for_nothing_are_accepted(fields: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"model":"\\ud800"}', b"[" * 10_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": NaN}',
+        b'{"model":"\\ud800"}',
+        b"[" * 10_000,
+    ],
 )
 def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert refusal(body).code in ("invalid_json", "invalid_value", "missing_required_parameter")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,17 +22,24 @@ def run(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], boo
 
 def split_at(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @given(st.text(), st.lists(st.integers(0, 1000)))
 def test_any_split_of_any_text_comes_out_whole(text: str, cuts: list[int]) -> None:
     deltas, _ = run(split_at(text.encode(), cuts))
     assert "".join(deltas) == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in delta or "\N{REPLACEMENT CHARACTER}" in text for delta in deltas)
+    assert all(
+        "\N{REPLACEMENT CHARACTER}" not in delta or "\N{REPLACEMENT CHARACTER}" in text
+        for delta in deltas
+    )
 
 
-@given(st.text("abX", max_size=30), st.sampled_from(["X", "ab", "aXb", "bba"]), st.lists(st.integers(0, 99)))
+@given(
+    st.text("abX", max_size=30),
+    st.sampled_from(["X", "ab", "aXb", "bba"]),
+    st.lists(st.integers(0, 99)),
+)
 def test_text_ends_before_the_first_stop_string(text: str, stop: str, cuts: list[int]) -> None:
     deltas, stopped = run(split_at(text.encode(), cuts), (stop,))
     assert stopped == (stop in text)

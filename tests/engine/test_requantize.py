@@ -1,0 +1,73 @@
+"""Prepared copies of the real model: made once, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serving.models.requantize import prepare
+from serving.models.sources import ModelError, resolve
+from tests.conftest import SOURCE
+from tests.processes import wait_for
+
+PREPARE = "import sys; from pathlib import Path; from serving.models.requantize import prepare;"
+PREPARE += "print(prepare(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))"
+
+
+def start(cache: Path, quantization: str = "Q4_0") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PREPARE, str(resolve(SOURCE)), quantization, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_prepare_one_file(tmp_path: Path) -> None:
+    processes = [start(tmp_path), start(tmp_path)]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert outputs[0] == outputs[1]
+    assert list(tmp_path.glob("*.gguf")) == [Path(outputs[0])]
+    assert not list(tmp_path.glob("*.partial"))
+    # Q4_0 takes less room than the shipped Q4_1.
+    assert 50_000_000 < Path(outputs[0]).stat().st_size < resolve(SOURCE).stat().st_size
+    made_at = Path(outputs[0]).stat().st_mtime_ns
+    started = time.monotonic()
+    assert prepare(resolve(SOURCE), "Q4_0", tmp_path) == Path(outputs[0])
+    assert time.monotonic() - started < 0.5
+    assert Path(outputs[0]).stat().st_mtime_ns == made_at
+
+
+def test_a_process_killed_half_way_leaves_no_half_file(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("*.partial")), "the work begins")
+    children = psutil.Process(process.pid).children()
+    for victim in (process.pid, *(child.pid for child in children)):
+        os.kill(victim, signal.SIGKILL)
+    process.communicate()
+    assert not list(tmp_path.glob("*.gguf"))
+    prepared = prepare(resolve(SOURCE), "Q4_0", tmp_path)
+    assert prepared.stat().st_size > 50_000_000
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_without_a_quantization_the_source_is_served_as_it_is(tmp_path: Path) -> None:
+    assert prepare(resolve(SOURCE), None, tmp_path) == resolve(SOURCE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_file_is_a_clear_error(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(resolve(SOURCE).read_bytes()[:100_000])
+    with pytest.raises(ModelError, match=r"cannot requantize .*broken\.gguf"):
+        prepare(broken, "Q8_0", tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.gguf*.partial"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"storage\.cache_dir"):
+        prepare(resolve(SOURCE), "Q8_0", tmp_path / "file" / "cache")

@@ -1,0 +1,176 @@
+"""The ledger loses nothing while its process lives, and next to nothing when it is killed."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serving.cost.ledger import Ledger, LedgerError, UsageRecord, read_traffic
+from tests.processes import wait_for
+
+RECORD = UsageRecord(
+    started_at=1000.0, request_id="r", user="-", model="m", engine="llama_cpp",
+    endpoint="/v1/chat/completions", status=200, streamed=True, prompt_tokens=10, cached_tokens=4,
+    completion_tokens=5, tokens_source="engine", queue_seconds=0.1, prefill_seconds=0.2,
+    decode_seconds=0.3, prefill_busy_seconds=0.2, decode_busy_seconds=0.25, timing_source="engine",
+    energy_joules=3.0, energy_source="nvml", energy_usd=1e-6, idle_usd=1e-7, hardware_usd=1e-5,
+)  # fmt: skip
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from serving.cost.ledger import Ledger
+from tests.unit.test_ledger import RECORD
+ledger = Ledger(Path(sys.argv[1]))
+for _ in range(int(sys.argv[2])):
+    ledger.append(RECORD)
+if sys.argv[3] == "hang":
+    print("written", flush=True)
+    time.sleep(60)
+ledger.close()
+"""
+
+
+def writer(path: Path, count: int, end: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WRITER, str(path), str(count), end]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+def rows(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM usage").fetchone()[0])
+
+
+def test_what_is_appended_can_be_read_and_summed(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.append(RECORD)
+    ledger.append(replace(RECORD, model="other", started_at=2000.0, energy_source="estimated"))
+    ledger.flush()
+    both = read_traffic(path)
+    assert (both.requests, both.prompt_tokens, both.cached_tokens, both.completion_tokens) == (
+        2,
+        20,
+        8,
+        10,
+    )
+    assert both.energy_joules == pytest.approx(6.0)
+    assert both.energy_source == "mixed"
+    assert both.timing_source == "engine"
+    assert read_traffic(path, model="m").energy_source == "nvml"
+    assert read_traffic(path, since=1500.0).requests == 1
+    with pytest.raises(LedgerError, match="no such requests"):
+        read_traffic(path, model="nobody")
+    ledger.close()
+
+
+def test_every_field_is_a_column(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    ledger.append(RECORD)
+    ledger.close()
+    with closing(sqlite3.connect(tmp_path / "l.sqlite")) as connection:
+        connection.row_factory = sqlite3.Row
+        row = dict(connection.execute("SELECT * FROM usage").fetchone())
+    del row["id"]
+    assert UsageRecord(**row) == RECORD
+
+
+def test_records_are_committed_without_being_asked(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "l.sqlite")) as ledger:
+        ledger.append(RECORD)
+        wait_for(lambda: rows(tmp_path / "l.sqlite") == 1, "the row", 3)
+
+
+def test_two_processes_write_one_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    writers = [writer(path, 3000, "close") for _ in range(2)]
+    assert [process.wait(30) for process in writers] == [0, 0]
+    assert rows(path) == 6000
+
+
+def test_a_killed_process_loses_at_most_the_last_second(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    process = writer(path, 500, "hang")
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert rows(path) == 500
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_locked_database_delays_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.cost.ledger._BUSY_SECONDS", 0.1)
+    path = tmp_path / "l.sqlite"
+    ledger = Ledger(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(10):
+            ledger.append(RECORD)
+        with pytest.raises(LedgerError, match="locked"):
+            ledger.flush()
+        other.execute("ROLLBACK")
+    ledger.append(RECORD)
+    ledger.close()
+    assert rows(path) == 11
+
+
+def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    ledger = Ledger(path)
+    pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
+    ledger._connection.execute(f"PRAGMA max_page_count={pages}")
+    for _ in range(1000):
+        ledger.append(RECORD)
+    with pytest.raises(LedgerError, match="full"):
+        ledger.flush()
+    assert rows(path) == 0
+    ledger._connection.execute("PRAGMA max_page_count=1000000")
+    ledger.close()
+    assert rows(path) == 1000
+
+
+def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(LedgerError, match="not a database"):
+        Ledger(path)
+    with pytest.raises(LedgerError, match="there is no ledger"):
+        read_traffic(tmp_path / "gone.sqlite")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match=r"storage\.data_dir"):
+        Ledger(tmp_path / "file" / "l.sqlite")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    Ledger(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version=99")
+    with pytest.raises(LedgerError, match="newer rigserve"):
+        Ledger(path)
+
+
+def test_appending_does_not_wait_for_the_database(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with (
+        closing(Ledger(path)) as ledger,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        ledger.append(RECORD)
+        assert time.monotonic() - started < 0.1
+        other.execute("ROLLBACK")
