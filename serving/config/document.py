@@ -13,8 +13,10 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 
-# $${ is a literal ${; ${NAME} and ${NAME:-default} are variables.
-_VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+# $${ is a literal ${; ${NAME} and ${NAME:-default} are variables; any other ${ is a mistake.
+_VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{[^}]*\}?")
+
+_KINDS = {yaml.SequenceNode: "list", yaml.ScalarNode: "single value"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,11 @@ def read_document(file: Path, environment: Mapping[str, str] = os.environ) -> Do
         line = error.problem_mark.line + 1 if error.problem_mark else None
         reason = f"it is not valid YAML: {error.problem or error.context}"
         raise ConfigError([Problem(file, line, "", reason)]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([Problem(file, None, "", f"it is not valid YAML: {error}")]) from error
+    except yaml.reader.ReaderError as error:
+        reason = f"it is not text: it holds the control character {error.character:#x}"
+        raise ConfigError([Problem(file, None, "", reason)]) from error
     if not isinstance(root, yaml.MappingNode):
-        found = "it is empty" if root is None else "found something else at its top"
+        found = "it is empty" if root is None else f"found a {_KINDS[type(root)]}"
         raise ConfigError(
             [Problem(file, None, "", f"expected keys such as 'models:' at the top level; {found}")]
         )
@@ -98,6 +101,7 @@ class _Reader:
         self._environment = environment
         self._constructor = yaml.constructor.SafeConstructor()
         self._resolver = yaml.resolver.Resolver()
+        self._open: list[yaml.Node] = []
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
         values = self._mapping(node, path)
@@ -107,18 +111,32 @@ class _Reader:
         self._document.lines.setdefault(path, node.start_mark.line + 1)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._document.report(path, "a key must be a single word")
+                continue
             key = str(key_node.value)
             below = (*path, key)
             if key in values:
                 first = self._document.lines[below]
                 self._document.lines[below] = key_node.start_mark.line + 1
                 self._document.report(below, f"this key stands here twice, first on line {first}")
+                self._document.lines[below] = first  # the value that counts below
                 continue
             self._document.lines[below] = key_node.start_mark.line + 1
             values[key] = self._value(value_node, below)
         return values
 
     def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+        if node in self._open:
+            self._document.report(path, "this alias (*) stands inside its own anchor (&)")
+            return None
+        self._open.append(node)
+        try:
+            return self._content(node, path)
+        finally:
+            self._open.pop()
+
+    def _content(self, node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -136,13 +154,30 @@ class _Reader:
         tag = node.tag
         if text != node.value and not node.style:  # a plain scalar: 8000 from ${PORT} is a number
             tag = self._resolver.resolve(yaml.ScalarNode, text, (True, False))
-        return self._constructor.construct_object(yaml.ScalarNode(tag, text))
+        try:
+            return self._constructor.construct_object(yaml.ScalarNode(tag, text))
+        except yaml.constructor.ConstructorError:
+            self._document.report(
+                path, f"the YAML tag {node.tag} has no meaning here; leave it out"
+            )
+        except ValueError as error:
+            self._document.report(path, f"cannot read the value {text!r}: {error}")
+        return text
 
     def _variable(self, match: re.Match[str], path: KeyPath) -> str:
         name, default = match.group(1), match.group(2)
-        if name is None:
+        if match.group() == "$${":
             return "${"
-        value = self._environment.get(name) or default
+        if name is None:
+            self._document.report(
+                path,
+                f"{match.group()!r} is no variable; write ${{NAME}} or ${{NAME:-default}}, "
+                "or $${ for the characters themselves",
+            )
+            return ""
+        value = self._environment.get(name)
+        if default is not None:
+            value = value or default  # as in a shell, :- stands in for an empty value, too
         if value is None:
             self._document.report(
                 path,

@@ -6,7 +6,9 @@ import difflib
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from serving.config.document import (
     ConfigError,
@@ -16,7 +18,7 @@ from serving.config.document import (
     dotted,
     read_document,
 )
-from serving.config.schema import Config
+from serving.config.schema import Config, ServerConfig, StorageConfig
 
 __all__ = ["ConfigError", "Problem", "config_json_schema", "load_config"]
 
@@ -24,21 +26,24 @@ _REMOTE_SCHEMES = ("package://", "hf://")
 
 # What pydantic's kinds of errors ask for, in the reader's words.
 _EXPECTED = {
-    "int_parsing": "a whole number",
     "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
+    "int_parsing_size": "a whole number",
     "float_type": "a number",
-    "bool_parsing": "true or false",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "list_type": "a list",
     "model_type": "keys and values",
-    "dict_type": "keys and values",
     "model_attributes_type": "keys and values",
-    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list with at least {min_length} entry",
+    "string_too_short": "at least {min_length} character",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "letters, digits and any of . _ : / @ -, beginning with one of the first two",
 }
+_SHOWN_CHARACTERS = 60
 
 
 def config_json_schema() -> dict[str, Any]:
@@ -47,68 +52,87 @@ def config_json_schema() -> dict[str, Any]:
 
 
 def load_config(file: Path) -> Config:
-    """Load and check a file; raises :class:`ConfigError` with all its problems.
+    """Load and check a file; raises :class:`ConfigError` with all its problems, in the order of their lines.
 
-    Relative model paths are taken from the file's folder; ``~`` stands for the home folder.
+    Relative paths are taken from the file's folder; ``~`` stands for the home folder.
     """
     document = read_document(file)
-    if document.problems:
-        raise ConfigError(document.problems)
     _place_files(document)
-    try:
-        config = Config.model_validate(document.values)
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        for detail in details:
-            inside = any(
-                other["loc"][: len(detail["loc"])] == detail["loc"]
-                for other in details
-                if other is not detail
-            )
-            # A list whose entries are wrong is not also too short.
-            if not (detail["type"] == "too_short" and inside):
-                _report(document, detail)
-        raise ConfigError(document.problems) from error
-    _check_names(document, config)
-    _check_ports(document, config)
-    if document.problems:
-        raise ConfigError(document.problems)
+    _check_names(document)
+    _check_ports(document)
+    config = _validate(document)
+    if config is None or document.problems:
+        raise ConfigError(sorted(document.problems, key=lambda problem: problem.line or 0))
     return config
+
+
+def _validate(document: Document) -> Config | None:
+    """The typed configuration; None if there are problems, which are then in the document."""
+    try:
+        return Config.model_validate(document.values)
+    except ValidationError as error:
+        # What is said of a value already, such as an unset variable, is why it does not fit.
+        known = {problem.path for problem in document.problems}
+        for detail in error.errors(include_url=False):
+            # Pydantic counts only good items: a list whose items are bad is not empty for that.
+            is_empty_of_good = detail["type"] == "too_short" and detail["input"]
+            if dotted(detail["loc"]) not in known and not is_empty_of_good:
+                document.report(detail["loc"], _message(detail))
+    return None
 
 
 def _place_files(document: Document) -> None:
     """Make paths absolute; a model file that is not there is a problem of the config."""
-    storage = document.values.get("storage")
+    storage = document.values.setdefault("storage", {})
     if isinstance(storage, dict):
-        for key, value in storage.items():
-            if isinstance(value, str):
-                storage[key] = str(Path(value).expanduser())
-    models = document.values.get("models")
-    for position, model in enumerate(models if isinstance(models, list) else []):
-        source = model.get("source") if isinstance(model, dict) else None
+        for key, field in StorageConfig.model_fields.items():
+            folder = storage.setdefault(key, field.default)
+            if isinstance(folder, str):
+                storage[key] = str(_absolute(document, ("storage", key), folder))
+    for position, model in _models(document):
+        path: KeyPath = ("models", position, "source")
+        source = model.get("source")
         if not isinstance(source, str) or source.startswith(_REMOTE_SCHEMES):
             continue
         if "://" in source:
-            known = " or ".join(_REMOTE_SCHEMES)
             document.report(
-                ("models", position, "source"), f"expected a path, {known}; got {source!r}"
+                path, f"expected a path, {' or '.join(_REMOTE_SCHEMES)}; got {source!r}"
             )
             continue
-        path = document.file.parent / Path(source).expanduser()
-        model["source"] = str(path)
-        if not path.is_file():
-            document.report(("models", position, "source"), f"there is no file {path}")
+        file = _absolute(document, path, source)
+        model["source"] = str(file)
+        if not file.is_file():
+            document.report(path, f"there is no file {file}")
 
 
-def _check_names(document: Document, config: Config) -> None:
+def _absolute(document: Document, path: KeyPath, text: str) -> Path:
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        document.report(path, f"there is no home folder for {text!r}; write the path out")
+        expanded = Path(text)
+    return (document.file.parent / expanded).absolute()
+
+
+def _models(document: Document) -> list[tuple[int, dict[str, Any]]]:
+    """The models that are mappings, with their positions, whatever else is wrong with them."""
+    models = document.values.get("models")
+    entries = enumerate(models if isinstance(models, list) else [])
+    return [(position, model) for position, model in entries if isinstance(model, dict)]
+
+
+def _check_names(document: Document) -> None:
     first_use: dict[str, KeyPath] = {}
-    for position, model in enumerate(config.models):
-        paths: list[tuple[str, KeyPath]] = [(model.name, ("models", position, "name"))]
-        paths += [
+    for position, model in _models(document):
+        names: list[tuple[Any, KeyPath]] = [(model.get("name"), ("models", position, "name"))]
+        aliases = model.get("aliases")
+        names += [
             (alias, ("models", position, "aliases", number))
-            for number, alias in enumerate(model.aliases)
+            for number, alias in enumerate(aliases if isinstance(aliases, list) else [])
         ]
-        for name, path in paths:
+        for name, path in names:
+            if not isinstance(name, str):
+                continue
             if name in first_use:
                 other = first_use[name]
                 document.report(
@@ -119,59 +143,68 @@ def _check_names(document: Document, config: Config) -> None:
             first_use.setdefault(name, path)
 
 
-def _check_ports(document: Document, config: Config) -> None:
-    taken: dict[int, str] = {config.server.port: "server.port"} if config.server.port else {}
-    for position, model in enumerate(config.models):
-        if model.port is None:
+def _check_ports(document: Document) -> None:
+    server = document.values.get("server")
+    default = ServerConfig.model_fields["port"].default
+    port = server.get("port", default) if isinstance(server, dict) else default
+    taken: dict[int, str] = {port: "server.port"} if type(port) is int else {}
+    for position, model in _models(document):
+        port, path = model.get("port"), ("models", position, "port")
+        if type(port) is not int or port == 0:  # a bool is an int, too
             continue
-        path: KeyPath = ("models", position, "port")
-        if model.port in taken:
+        if port in taken:
             document.report(
                 path,
-                f"port {model.port} is taken by {taken[model.port]}; "
+                f"port {port} is taken by {taken[port]}; "
                 "choose another, or leave it out for a free one",
             )
-        taken.setdefault(model.port, dotted(path))
+        taken.setdefault(port, dotted(path))
 
 
-def _report(document: Document, detail: Any) -> None:
+def _message(detail: ErrorDetails) -> str:
     """One of pydantic's errors, in words for the file's author."""
-    path: KeyPath = detail["loc"]
-    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    path, kind, value = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = _keys_at(path[:-1])
-        document.report(
-            path, f"unknown key{_nearest(str(path[-1]), known)}; known: {', '.join(known)}"
-        )
-    elif kind == "missing":
-        document.report(path, "this key is required")
-    elif kind == "literal_error":
+        return f"unknown key{_nearest(str(path[-1]), known)}; known: {', '.join(known)}"
+    if kind == "missing":
+        return "this key is required"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
         choices = [
             choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")
         ]
-        document.report(
-            path,
-            f"expected one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}",
-        )
-    elif kind in _EXPECTED:
-        document.report(path, f"expected {_EXPECTED[kind]}; got {value!r}")
-    elif kind == "too_short":
-        document.report(path, f"expected at least {context['min_length']} entry")
-    elif kind == "value_error":
-        document.report(path, str(context["error"]))
-    elif kind == "string_pattern_mismatch":
-        document.report(
-            path,
-            f"expected letters, digits and any of . _ : / @ -, beginning with one of the first two; got {value!r}",
-        )
-    else:
-        # Bounds and lengths: pydantic says them well, but for its opening words.
-        wording = (
-            detail["msg"]
-            .replace("Input should be", "expected a value")
-            .replace("Tuple", "the list")
-        )
-        document.report(path, f"{wording}; got {value!r}")
+        return f"expected one of {', '.join(choices)}; got {_shown(value)}{_nearest(str(value), choices)}"
+    if kind not in _EXPECTED:
+        return f"{detail['msg']}; got {_shown(value)}"
+    expected = _EXPECTED[kind].format(**context)
+    return f"expected {expected}; got {_shown(value)}{_quoting(kind, value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the author wrote it, or what it is if that is long."""
+    if isinstance(value, list | dict):
+        return "keys and values" if isinstance(value, dict) else f"a list of {len(value)}"
+    if value is None:
+        return "nothing"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+
+
+def _quoting(kind: str, value: Any) -> str:
+    """A mend to append to a message, where only the quotes are wrong."""
+    if kind == "string_type" and not isinstance(value, list | dict | None):
+        return "; put it in quotes"
+    if kind in ("int_type", "float_type", "bool_type") and isinstance(value, str):
+        try:
+            plain = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return ""
+        wanted = bool if kind == "bool_type" else int if kind == "int_type" else (int, float)
+        return "; leave out the quotes" if isinstance(plain, wanted) else ""
+    return ""
 
 
 def _keys_at(path: KeyPath) -> list[str]:

