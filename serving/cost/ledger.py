@@ -76,7 +76,8 @@ class Ledger:
     """Appends records to a database that other processes may use too.
 
     While the database cannot be written (disk full, locked) records wait in memory and are tried again:
-    none is dropped while the process lives. A crash loses at most the last half second.
+    none is dropped while the process lives. A killed process loses at most the last half second, a power
+    cut what the system had not written to disk yet; neither damages the database.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,8 +89,12 @@ class Ledger:
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            with _readable_errors(path):
-                _prepare(self._connection, path)
+            try:
+                with _readable_errors(path):
+                    _prepare(self._connection, path)
+            except BaseException:
+                self._connection.close()
+                raise
         except OSError as error:
             raise LedgerError(
                 f"cannot create {path.parent}: {error.strerror}; see storage.data_dir"
@@ -117,6 +122,9 @@ class Ledger:
         self._writer.join()
         try:
             self.flush()
+        except LedgerError:
+            _log.error("%d usage records could not be written and are lost", len(self._unwritten))
+            raise
         finally:
             self._connection.close()
 
@@ -138,13 +146,21 @@ class Ledger:
                 return
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                self._connection.executemany(_INSERT, map(astuple, self._unwritten))
+                for record in self._unwritten:
+                    self._insert(record)
                 self._connection.execute("COMMIT")
             except sqlite3.Error:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
             self._unwritten.clear()
+
+    def _insert(self, record: UsageRecord) -> None:
+        try:
+            self._connection.execute(_INSERT, astuple(record))
+        except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError) as error:
+            # Tried again it would fail again, and keep all that come after it from the ledger.
+            _log.error("a usage record cannot be stored (%s): %r", error, record)
 
     def _complain(self, error: sqlite3.Error) -> None:
         if time.monotonic() - self._last_complaint > _COMPLAINT_SECONDS:
@@ -156,9 +172,9 @@ class Ledger:
 
 
 def read_traffic(path: Path, *, since: float | None = None, model: str | None = None) -> Traffic:
-    """Sum the answered requests of a ledger, from Unix time ``since`` on, of one model or of all.
+    """Sum the requests of a ledger, from Unix time ``since`` on, of one model or of all.
 
-    Requests that failed count with what they used. Raises :class:`LedgerError` when there are none.
+    Requests that failed count with what they used. Never writes. Raises :class:`LedgerError` when there are none.
     """
     if not path.exists():
         raise LedgerError(f"there is no ledger at {path}; serve some requests first")
@@ -170,6 +186,7 @@ def read_traffic(path: Path, *, since: float | None = None, model: str | None = 
     """
     uri = f"{path.resolve().as_uri()}?mode=ro"
     with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+        _check_version(connection, path)
         row = connection.execute(query, (since or 0.0, model, model)).fetchone()
     if not row[0]:
         raise LedgerError(f"the ledger {path} has no such requests")
@@ -182,20 +199,38 @@ def _joined(sources: str) -> str:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    _switch_to_wal(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     # Two processes may open a new ledger at once: look and create under one lock.
     connection.execute("BEGIN IMMEDIATE")
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
-    if found == 0:
+    if _check_version(connection, path) == 0:
         connection.execute(_CREATE)
         connection.execute("CREATE INDEX usage_started_at ON usage (started_at)")
         connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
     connection.execute("COMMIT")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # While another process makes the same switch, SQLite fails at once instead of waiting.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The format of the database, 0 if it is new."""
+    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if found > _SCHEMA_VERSION:
         raise LedgerError(
             f"the ledger {path} was written by a newer rigserve (format {found}); upgrade, or move it away"
         )
+    return found
 
 
 @contextmanager

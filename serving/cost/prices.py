@@ -13,12 +13,15 @@ from genai_prices.types import ModelInfo, Provider
 
 
 class UnknownModel(Exception):
-    """``compare_to`` names a model without a price; the message lists near ones."""
+    """``compare_to`` names a model without prices; the message lists near ones, or says what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommercialPrice:
-    """List prices in USD per million tokens, at the lowest context tier; None where there is none."""
+    """List prices in USD per million tokens, at the lowest context tier.
+
+    ``cached_input_usd`` is None where cached tokens cost as much as others.
+    """
 
     input_usd: float
     cached_input_usd: float | None
@@ -77,10 +80,20 @@ def _find(reference: str) -> tuple[Provider, ModelInfo]:
     provider = providers.get(provider_id)
     if provider is None:
         raise UnknownModel(_message(reference, "provider", provider_id, list(providers)))
-    model = provider.find_model(model_id, all_providers=snapshot.providers)
+    # Some models' matching rules do not match their own names.
+    model = next((model for model in provider.models if model.id == model_id), None)
+    model = model or provider.find_model(model_id, all_providers=snapshot.providers)
     if model is None:
         known = [model.id for model in provider.models]
         raise UnknownModel(_message(reference, "model", model_id, known))
+    # Subscriptions, embeddings, gaps in the data: a missing price must not pass for a price of zero.
+    prices = model.calc_price(Usage(), provider).model_price
+    for kind, price in (("input", prices.input_mtok), ("output", prices.output_mtok)):
+        if price is None:
+            raise UnknownModel(
+                f"cost.compare_to: {reference!r}: genai-prices has no price for its {kind} tokens; "
+                "compare with another model"
+            )
     return provider, model
 
 

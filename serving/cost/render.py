@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serving.cost.comparison import CostReport, RigPrice
+from serving.cost.comparison import CostReport
 
 # The claim that rigserve exists to test: self-hosting cuts the cost of an API by this much.
 CLAIMED_SAVING_PERCENT = 95
@@ -27,8 +29,8 @@ def _basis(report: CostReport) -> Text:
         f"{traffic.decode_busy_seconds:,.1f} s decode (source: {traffic.timing_source}). "
         f"Energy: {traffic.energy_joules:,.0f} J (source: {traffic.energy_source}).\n"
         f"Your figures: ${assumed.hardware_price_usd:,.0f} over {assumed.lifetime_years:g} years at "
-        f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:g}/kWh, "
-        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W load.\n"
+        f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:.2f}/kWh, "
+        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W load (where not measured).\n"
     )
 
 
@@ -37,79 +39,85 @@ def _table(report: CostReport) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
         title=f"USD per million tokens (this rig: {label})",
         title_justify="left",
-        caption=f"Saving on this very traffic. Commercial prices: {report.prices_source}.",
+        caption=f"Savings are on this traffic. Commercial prices: {report.prices_source}.",
         caption_justify="left",
     )
     table.add_column("model", overflow="fold")
-    for heading in ("input", "output", "saving,\nenergy", "saving,\nall costs"):
+    for heading in ("input", "cached\ninput", "output", "this\ntraffic", "saving,\nenergy", "saving,\nall costs"):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, price in (
         ("this rig, energy only", report.here_energy_only),
         ("this rig, all costs", report.here_fully_loaded),
     ):
-        table.add_row(name, *_prices(price), "", "", style="bold")
+        table.add_row(
+            name,
+            usd_text(price.input_usd_per_million),
+            "",
+            usd_text(price.output_usd_per_million),
+            usd_text(price.traffic_usd),
+            style="bold",
+        )
     table.add_section()
     for row in report.rows:
         table.add_row(
             row.reference,
             usd_text(row.input_usd_per_million),
+            usd_text(row.cached_input_usd_per_million),
             usd_text(row.output_usd_per_million),
+            usd_text(row.traffic_usd),
             saving_text(row.saving_percent_energy_only),
             saving_text(row.saving_percent_fully_loaded),
         )
     return table
 
 
-def _prices(price: RigPrice) -> tuple[str, str]:
-    return (
-        usd_text(price.input_usd_per_million),
-        usd_text(price.output_usd_per_million),
-    )
-
-
 def usd_text(value: float | None) -> str:
-    """A price to read: three decimals, or two digits where that would say nothing."""
+    """A price to read: cents from a dollar on, two significant digits below."""
     if value is None:
         return "-"
-    if value >= 1 or value == 0:
+    if value >= 1 or value <= 0:
         return f"${value:,.2f}"
-    return f"${value:.3f}" if value >= 0.1 else f"${value:.2g}"
+    decimals = 1 - math.floor(math.log10(value))
+    return f"${value:.{decimals}f}"
 
 
 def saving_text(percent: float | None) -> str:
     """A saving in per cent, or the loss it is."""
     if percent is None:
         return "-"
-    return f"{percent:.1f} %" if percent >= 0 else f"LOSS {-percent:,.0f} %"
+    if percent >= 0:
+        # Rounded down: 94.96 % must not read as the claim come true, nor 99.96 % as free.
+        return f"{math.floor(10 * percent) / 10:.1f} %"
+    return f"LOSS {-percent:,.1f} %" if percent > -10 else f"LOSS {-percent:,.0f} %"
 
 
 def verdict(report: CostReport) -> str:
     """One or two plain sentences: is this rig cheaper, and does the claimed saving hold?"""
-    savings = {
-        row.reference: row.saving_percent_fully_loaded
-        for row in report.rows
-        if row.saving_percent_fully_loaded is not None
-    }
-    if not savings:
+    if not any(row.traffic_usd for row in report.rows):
         return (
             "Verdict: nothing to compare with (cost.compare_to is empty, or nothing was generated)."
         )
-    cheaper = [name for name, saving in savings.items() if saving > 0]
-    claim = [name for name, saving in savings.items() if saving >= CLAIMED_SAVING_PERCENT]
+    here_usd = report.here_fully_loaded.traffic_usd
+    cheaper = [row.reference for row in report.rows if here_usd < row.traffic_usd]
+    claim = [
+        row.reference
+        for row in report.rows
+        if (row.saving_percent_fully_loaded or 0.0) >= CLAIMED_SAVING_PERCENT
+    ]
     basis = "With all costs counted"
     if not cheaper:
         first = f"{basis}, every compared API is cheaper than this rig for this traffic."
-    elif len(cheaper) == len(savings):
+    elif len(cheaper) == len(report.rows):
         first = f"{basis}, this rig is cheaper than every compared API for this traffic."
     else:
         first = (
-            f"{basis}, this rig is cheaper than {len(cheaper)} of {len(savings)} compared APIs "
+            f"{basis}, this rig is cheaper than {len(cheaper)} of {len(report.rows)} compared APIs "
             "for this traffic; the others are cheaper."
         )
-    if len(claim) == len(savings):
+    if len(claim) == len(report.rows):
         second = "The sources' claim, 95 % cheaper, holds against all of them."
     elif claim:
         second = f"The sources' claim, 95 % cheaper, holds only against {', '.join(claim)}."

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -25,23 +26,55 @@ RECORD = UsageRecord(
 )  # fmt: skip
 
 WRITER = """
-import sys, time
+import sys
 from pathlib import Path
 from serving.cost.ledger import Ledger
 from tests.unit.test_ledger import RECORD
 ledger = Ledger(Path(sys.argv[1]))
 for _ in range(int(sys.argv[2])):
     ledger.append(RECORD)
-if sys.argv[3] == "hang":
-    print("written", flush=True)
-    time.sleep(60)
+ledger.close()
+"""
+
+# Appends for ever, and says how many before each.
+ENDLESS_WRITER = """
+import itertools, sys, time
+from pathlib import Path
+from serving.cost.ledger import Ledger
+from tests.unit.test_ledger import RECORD
+ledger = Ledger(Path(sys.argv[1]))
+for count in itertools.count():
+    print(count, flush=True)
+    ledger.append(RECORD)
+    time.sleep(0.002)
+"""
+
+# Fills what it may write of a file, then gets more room.
+FULL_DISK_WRITER = """
+import resource, sys
+from pathlib import Path
+from serving.cost.ledger import Ledger, LedgerError
+from tests.unit.test_ledger import RECORD
+ledger = Ledger(Path(sys.argv[1]))
+ledger.append(RECORD)
+ledger.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, resource.RLIM_INFINITY))
+for _ in range(3000):
+    ledger.append(RECORD)
+try:
+    ledger.flush()
+    sys.exit("the disk was not full")
+except LedgerError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+ledger.append(RECORD)
 ledger.close()
 """
 
 
-def writer(path: Path, count: int, end: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", WRITER, str(path), str(count), end]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows(path: Path) -> int:
@@ -70,6 +103,7 @@ def test_what_is_appended_can_be_read_and_summed(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="no such requests"):
         read_traffic(path, model="nobody")
     ledger.close()
+    assert rows(path) == 2  # each was written once
 
 
 def test_every_field_is_a_column(tmp_path: Path) -> None:
@@ -91,22 +125,47 @@ def test_records_are_committed_without_being_asked(tmp_path: Path) -> None:
 
 def test_two_processes_write_one_ledger(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
-    writers = [writer(path, 3000, "close") for _ in range(2)]
-    assert [process.wait(30) for process in writers] == [0, 0]
-    assert rows(path) == 6000
+    writers = [start(WRITER, path, 3000) for _ in range(2)]
+    for process in writers:
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+    traffic = read_traffic(path)
+    assert (traffic.requests, traffic.prompt_tokens) == (6000, 60_000)
+    assert traffic.energy_joules == pytest.approx(18_000.0)
+
+
+def test_a_new_ledger_waits_for_another_that_is_being_made(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")  # the lock under which the other process sets up
+        release = threading.Timer(0.5, other.execute, ["ROLLBACK"])
+        release.start()
+        Ledger(path).close()
+        release.join()
+    assert rows(path) == 0
 
 
 def test_a_killed_process_loses_at_most_the_last_second(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
-    process = writer(path, 500, "hang")
+    process = start(ENDLESS_WRITER, path)
     assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(1.0)
+    seen: list[tuple[float, int]] = []
+    for line in process.stdout:
+        seen.append((time.monotonic(), int(line)))
+        if seen[-1][0] - seen[0][0] > 2.2:
+            break
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert rows(path) == 500
+    killed_at = time.monotonic()
+    process.communicate()
+    safe = max(count for moment, count in seen if moment < killed_at - 1.0)
+    assert safe > 50
+    assert rows(path) >= safe
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    survivors = rows(path)
+    with closing(Ledger(path)) as ledger:
+        ledger.append(RECORD)
+    assert rows(path) == survivors + 1
 
 
 def test_a_locked_database_delays_and_loses_nothing(
@@ -114,32 +173,54 @@ def test_a_locked_database_delays_and_loses_nothing(
 ) -> None:
     monkeypatch.setattr("serving.cost.ledger._BUSY_SECONDS", 0.1)
     path = tmp_path / "l.sqlite"
-    ledger = Ledger(path)
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        for _ in range(10):
+    with closing(Ledger(path)) as ledger:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(10):
+                ledger.append(RECORD)
+            with pytest.raises(LedgerError, match="locked"):
+                ledger.flush()
             ledger.append(RECORD)
-        with pytest.raises(LedgerError, match="locked"):
-            ledger.flush()
-        other.execute("ROLLBACK")
-    ledger.append(RECORD)
-    ledger.close()
-    assert rows(path) == 11
+            other.execute("ROLLBACK")
+        wait_for(lambda: rows(path) == 11, "the writer's next try")
 
 
 def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
+    output, errors = start(FULL_DISK_WRITER, path).communicate(timeout=30)
+    assert "cannot be used" in output, errors
+    assert rows(path) == 3002
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serving.cost.ledger._BUSY_SECONDS", 0.1)
+    path = tmp_path / "l.sqlite"
     ledger = Ledger(path)
-    pages = ledger._connection.execute("PRAGMA page_count").fetchone()[0]
-    ledger._connection.execute(f"PRAGMA max_page_count={pages}")
-    for _ in range(1000):
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
         ledger.append(RECORD)
-    with pytest.raises(LedgerError, match="full"):
-        ledger.flush()
-    assert rows(path) == 0
-    ledger._connection.execute("PRAGMA max_page_count=1000000")
+        ledger.append(RECORD)
+        with pytest.raises(LedgerError, match="locked"):
+            ledger.close()
+    assert "2 usage records" in caplog.text
+
+
+def test_a_record_that_cannot_be_stored_does_not_hold_up_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "l.sqlite"
+    ledger = Ledger(path)
+    ledger.append(replace(RECORD, user="\ud800"))  # half a character, as JSON can carry
+    ledger.append(replace(RECORD, energy_joules=float("nan")))
+    ledger.append(replace(RECORD, prompt_tokens=2**63))
+    ledger.append(RECORD)
     ledger.close()
-    assert rows(path) == 1000
+    assert rows(path) == 1
+    assert caplog.text.count("cannot be stored") == 3
 
 
 def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
@@ -161,6 +242,8 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version=99")
     with pytest.raises(LedgerError, match="newer rigserve"):
         Ledger(path)
+    with pytest.raises(LedgerError, match="newer rigserve"):
+        read_traffic(path)
 
 
 def test_appending_does_not_wait_for_the_database(tmp_path: Path) -> None:
