@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
 from importlib.metadata import version
 
 from genai_prices import Usage
@@ -54,6 +56,14 @@ class PriceBook:
     ) -> float:
         """What one request costs there; ``prompt_tokens`` include the cached ones, means may be fractions."""
         provider, model = self._models[reference]
+        prices = model.get_prices(datetime.now(UTC))
+        rates = (prices.input_mtok, prices.cache_read_mtok or prices.input_mtok, prices.output_mtok)
+        # The gateway asks for every request: flat rates are multiplied here, as the package takes 0.2 ms.
+        flat = [float(rate) for rate in rates if isinstance(rate, Decimal)]
+        if len(flat) == len(rates):
+            fresh, cached, output = flat
+            input_usd = (prompt_tokens - cached_tokens) * fresh + cached_tokens * cached
+            return (input_usd + completion_tokens * output) / 1e6
         usage = Usage(
             input_tokens=prompt_tokens,
             cache_read_tokens=cached_tokens,

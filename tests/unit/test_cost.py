@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 
 import pytest
+from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from serving.config import CostConfig, PowerConfig
+from serving.config import CostConfig, PowerConfig, load_config
 from serving.cost.comparison import CostReport, compare
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook, UnknownModel
@@ -255,3 +256,15 @@ def test_savings_never_read_as_more_than_they_are(percent: float | None, text: s
 def test_a_report_is_plain_json() -> None:
     report = compare(TRAFFIC, CONFIG, PriceBook(CONFIG.compare_to))
     assert json.loads(json.dumps(dataclasses.asdict(report)))["traffic"]["requests"] == 100
+
+
+@given(st.integers(0, 400_000), st.floats(0, 1), st.integers(0, 100_000))
+@settings(max_examples=30)
+def test_prices_are_those_of_the_package(prompt: int, cached_share: float, completion: int) -> None:
+    references = load_config(Path(__file__).parents[2] / "configs/default.yaml").cost.compare_to
+    book, cached = PriceBook(references), int(prompt * cached_share)
+    usage = Usage(input_tokens=prompt, cache_read_tokens=cached, output_tokens=completion)
+    for reference in references:
+        provider, _, model = reference.partition("/")
+        expected = float(calc_price(usage, model, provider_id=provider).total_price)
+        assert book.usd(reference, prompt, cached, completion) == pytest.approx(expected)
