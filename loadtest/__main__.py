@@ -1,4 +1,4 @@
-"""``python -m loadtest``: runs the bench whose options are on stdin. Use `rigserve bench`."""
+"""``python -m loadtest``: the process that :func:`loadtest.run.run_bench` starts. Use `rigserve bench`."""
 
 # ruff: noqa: E402 - gevent must come before everything that opens sockets.
 from gevent import monkey
@@ -10,4 +10,4 @@ import sys
 from loadtest.options import BenchOptions
 from loadtest.session import run
 
-sys.exit(run(BenchOptions.from_json(sys.stdin.read())))
+sys.exit(run(BenchOptions.from_json(sys.stdin.readline())))

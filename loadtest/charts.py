@@ -1,4 +1,4 @@
-"""Charts as inline SVG: each function returns one ``<svg>``, coloured by the page's CSS variables."""
+"""Charts as inline SVG (the bars as boxes), coloured by the page's CSS."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 560, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 40
+# So narrow that the text is still readable when a telephone shows it at two thirds of this.
+_WIDTH, _HEIGHT = 460, 215
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 10, 42
+_TICKS = 4  # about so many steps on each axis
+MOST_REQUESTS = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,48 +24,37 @@ class Bar:
     ours: bool = False
 
 
-def log_bars(bars: Sequence[Bar]) -> str:
-    """Horizontal bars on a logarithmic scale, each with its label above it and its value beside it."""
+def log_bars(bars: Sequence[Bar], unit: str) -> str:
+    """Horizontal bars on a logarithmic scale, each with its label and its value; ``unit`` names the scale.
+
+    Boxes rather than SVG, so that text keeps its size and labels move above their bars on a narrow screen.
+    """
     drawn = [bar for bar in bars if bar.value > 0]
     if not drawn:
         return ""
     low = math.floor(math.log10(min(bar.value for bar in drawn)))
-    high = math.ceil(math.log10(max(bar.value for bar in drawn)))
-    high = max(high, low + 1)
-    row, label_space, value_space = 24, 330, 76
-    width = 900
-    plot = width - label_space - value_space
-    height = row * len(drawn) + 44
+    high = max(math.ceil(math.log10(max(bar.value for bar in drawn))), low + 1)
 
-    def x(value: float) -> float:
-        return label_space + plot * (math.log10(value) - low) / (high - low)
+    def percent(value: float) -> float:
+        return 100 * (math.log10(value) - low) / (high - low)
 
-    parts = [_open(width, height, "bars")]
-    for exponent in range(low, high + 1):
-        at = x(10.0**exponent)
-        parts.append(_line(at, 4, at, height - 38, "grid"))
-        parts.append(_text(at, height - 22, f"${10.0**exponent:g}", "tick", "middle"))
-    for number, bar in enumerate(drawn):
-        top = 6 + number * row
-        kind = "bar ours" if bar.ours else "bar"
-        parts.append(_text(label_space - 10, top + 13, bar.label, "label", "end"))
-        parts.append(
-            f'<rect class="{kind}" x="{label_space}" y="{top}" height="{row - 8}" '
-            f'width="{max(x(bar.value) - label_space, 2):.1f}" rx="3"/>'
-        )
-        parts.append(
-            _text(max(x(bar.value), label_space + 2) + 8, top + 13, bar.text, "value", "start")
-        )
-    parts.append(
-        _text(
-            label_space + plot / 2,
-            height - 4,
-            "USD per million tokens, logarithmic",
-            "axis",
-            "middle",
-        )
+    decades = range(low, high + 1)
+    lines = "".join(f'<i style="left:{percent(10.0**decade):.2f}%"></i>' for decade in decades)
+    rows = "".join(
+        f'<div class="bar-label">{escape(bar.label)}</div>'
+        f'<div class="bar-track{" ours" if bar.ours else ""}">{lines}'
+        f'<b style="width:max({percent(bar.value):.2f}%, 2px)"></b></div>'
+        f'<div class="bar-value">{escape(bar.text)}</div>'
+        for bar in drawn
     )
-    return "".join(parts) + "</svg>"
+    ticks = "".join(
+        f'<span style="left:{percent(10.0**decade):.2f}%">{10.0**decade:g}</span>'
+        for decade in decades
+    )
+    return (
+        f'<div class="bars">{rows}<div class="bar-label"></div><div class="bar-ticks">{ticks}</div>'
+        f'<div class="bar-value"></div><div class="bar-unit">{escape(unit)}, logarithmic scale</div></div>'
+    )
 
 
 def cumulative(values: Sequence[float], marks: Mapping[int, float], x_unit: str) -> str:
@@ -70,8 +62,11 @@ def cumulative(values: Sequence[float], marks: Mapping[int, float], x_unit: str)
     ordered = sorted(values)
     if not ordered:
         return ""
-    frame = _Frame(0.0, _nice_ceiling(ordered[-1]), 0.0, 1.0)
-    points = [(0.0, 0.0)]
+    # Where values lie far from zero and close together, the axis begins near them.
+    start = ordered[0] if ordered[0] > ordered[-1] / 3 else 0.0
+    ticks = _scale(start, ordered[-1])
+    frame = _Frame(ticks, ticks[-1], _scale(0.0, 1.0))
+    points = [(frame.x_ticks[0], 0.0)]
     for position, value in enumerate(ordered):
         points.append((value, position / len(ordered)))
         points.append((value, (position + 1) / len(ordered)))
@@ -93,8 +88,8 @@ def area(points: Sequence[tuple[float, float]], x_unit: str, y_unit: str) -> str
     """A filled line over time."""
     if not points:
         return ""
-    top = _nice_ceiling(max(y for _, y in points))
-    frame = _Frame(0.0, points[-1][0] + points[0][0], 0.0, top)
+    top = max(y for _, y in points)
+    frame = _Frame.over_time(points[-1][0] + points[0][0], _scale(0.0, top))
     outline = [(points[0][0], 0.0), *points, (points[-1][0], 0.0)]
     return (
         frame.open("area")
@@ -105,21 +100,26 @@ def area(points: Sequence[tuple[float, float]], x_unit: str, y_unit: str) -> str
 
 
 def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x_unit: str) -> str:
-    """Requests as lines, one row a user: (row, start, first token, end, failed)."""
+    """Requests as lines, one row a user: (row, start, first token, end, failed).
+
+    Of very many, the :data:`MOST_REQUESTS` that began first: more would be a solid block.
+    """
     if not requests:
         return ""
     rows = max(row for row, *_ in requests) + 1
+    requests = sorted(requests, key=lambda request: request[1])[:MOST_REQUESTS]
     end = max(stop for *_, stop, _ in requests)
-    frame = _Frame(0.0, end, 0.0, float(rows))
+    frame = _Frame.over_time(end, (0.0, float(rows)))
     thick = max(min((_HEIGHT - _TOP - _BOTTOM) / rows - 2, 12.0), 1.0)
-    parts = [frame.open("timeline"), frame.axes(x_unit, "users", y_ticks=False)]
+    parts = [frame.open("timeline"), frame.axes(x_unit, f"{rows} users", y_lines=False)]
     for row, start, first, stop, failed in requests:
         middle = frame.y(rows - row - 0.5)
         split = stop if first is None else first
         spans = ((start, split, "error" if failed else "wait"), (split, stop, "stream"))
         for begin, finish, kind in spans:
-            width = frame.x(finish) - frame.x(begin) - 0.6
-            if width > 0:
+            # A sliver of space sets neighbours apart, where there is room for one.
+            width = max(frame.x(finish) - frame.x(begin) - 0.6, 0.4)
+            if finish > begin:
                 parts.append(
                     f'<rect class="{kind}" x="{frame.x(begin):.1f}" y="{middle - thick / 2:.1f}" '
                     f'width="{width:.1f}" height="{thick:.1f}"/>'
@@ -129,19 +129,23 @@ def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """The plotting area, and the way from values to places in it."""
+    """The plotting area, from the first ticks to ``x_end`` and the last of ``y_ticks``."""
 
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
+    x_ticks: Sequence[float]
+    x_end: float
+    y_ticks: Sequence[float]
+
+    @staticmethod
+    def over_time(end: float, y_ticks: Sequence[float]) -> _Frame:
+        """With an x axis that ends where the bench did."""
+        return _Frame([tick for tick in _scale(0.0, end) if tick <= end], end, y_ticks)
 
     def x(self, value: float) -> float:
-        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
+        share = (value - self.x_ticks[0]) / ((self.x_end - self.x_ticks[0]) or 1.0)
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        share = (value - self.y_low) / ((self.y_high - self.y_low) or 1.0)
+        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     def path(self, points: Sequence[tuple[float, float]]) -> str:
@@ -150,24 +154,23 @@ class _Frame:
     def open(self, kind: str) -> str:
         return _open(_WIDTH, _HEIGHT, kind)
 
-    def axes(self, x_unit: str, y_unit: str, *, percent: bool = False, y_ticks: bool = True) -> str:
-        parts = []
-        for number in range(5):
-            value = self.x_low + (self.x_high - self.x_low) * number / 4
-            parts.append(
-                _text(self.x(value), _HEIGHT - _BOTTOM + 15, _short(value), "tick", "middle")
-            )
-            value = self.y_low + (self.y_high - self.y_low) * number / 4
-            at = self.y(value)
-            parts.append(_line(_LEFT, at, _WIDTH - _RIGHT, at, "grid"))
-            if y_ticks:
-                shown = f"{value:.0%}" if percent else _short(value)
-                parts.append(_text(_LEFT - 6, at + 4, shown, "tick", "end"))
+    def axes(self, x_unit: str, y_unit: str, *, percent: bool = False, y_lines: bool = True) -> str:
+        bottom = _HEIGHT - _BOTTOM
+        parts = [
+            _text(self.x(tick), bottom + 16, _short(tick), "tick", "middle")
+            for tick in self.x_ticks
+        ]
+        for tick in self.y_ticks if y_lines else ():
+            at = self.y(tick)
+            parts.append(_line(_LEFT, at, _WIDTH - _RIGHT, at, "rule"))
+            shown = f"{tick:.0%}" if percent else _short(tick)
+            parts.append(_text(_LEFT - 6, at + 4, shown, "tick", "end"))
+        parts.append(_line(_LEFT, bottom, _WIDTH - _RIGHT, bottom, "rule"))
         parts.append(_text((_LEFT + _WIDTH) / 2, _HEIGHT - 6, x_unit, "axis", "middle"))
         middle = (_TOP + _HEIGHT - _BOTTOM) / 2
         parts.append(
             f'<text class="axis" text-anchor="middle" '
-            f'transform="translate(12 {middle:.0f}) rotate(-90)">{escape(y_unit)}</text>'
+            f'transform="translate(13 {middle:.0f}) rotate(-90)">{escape(y_unit)}</text>'
         )
         return "".join(parts)
 
@@ -184,13 +187,14 @@ def _text(x: float, y: float, content: str, kind: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-def _nice_ceiling(value: float) -> float:
-    """The next of 1, 2, 4, 5, 8, 10 times a power of ten: its quarters are round."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 1.2, 1.6, 2, 3, 4, 6, 8, 10) if value <= step * power)
+def _scale(low: float, high: float) -> list[float]:
+    """Evenly spaced round numbers, of which the first is at most ``low`` and the last at least ``high``."""
+    rough = (high - low) / _TICKS or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if rough <= nice * power * (1 + 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -65,7 +65,10 @@ class Client:
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise ServerError(f"cannot reach {self._host}:{self._port or ''}: {error}") from error
+            place = self._host if self._port is None else f"{self._host}:{self._port}"
+            raise ServerError(
+                f"cannot reach {place}: {error}; is the server running, and --url right?"
+            ) from error
         if answer.status != 200:
             raise ServerError(
                 f"GET {full} answered {answer.status}: {body[:200].decode(errors='replace')}"
@@ -99,6 +102,10 @@ class Client:
                 self._read_stream(answer, record, clock)
         except (OSError, http.client.HTTPException) as error:
             record.error, record.error_message = "connection", str(error) or type(error).__name__
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # Whatever shape a foreign server's events have, the request must be counted.
+            record.error = "malformed_stream"
+            record.error_message = f"an event is not of OpenAI's shape: {error}"
         record.ended_at = clock()
         if record.error:
             self.close()
@@ -113,9 +120,11 @@ class Client:
                 done = True
                 continue
             event = json.loads(data)
-            if "error" in event:
+            if error := event.get("error"):
                 record.error = "stream_error"
-                record.error_message = str(event["error"].get("message"))
+                record.error_message = str(
+                    error.get("message", error) if isinstance(error, dict) else error
+                )
                 return
             if _has_text(event):
                 now = clock()
@@ -141,7 +150,7 @@ def sse_events(reads: Iterator[bytes]) -> Iterator[bytes]:
 
 def _has_text(event: dict[str, Any]) -> bool:
     choices = event.get("choices")
-    return bool(choices and choices[0].get("delta", {}).get("content"))
+    return bool(choices and (choices[0].get("delta") or {}).get("content"))
 
 
 def _note(event: dict[str, Any], record: RequestRecord) -> None:
@@ -150,7 +159,7 @@ def _note(event: dict[str, Any], record: RequestRecord) -> None:
     if usage := event.get("usage"):
         record.prompt_tokens = usage.get("prompt_tokens")
         record.completion_tokens = usage.get("completion_tokens")
-        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     if timings := event.get("timings"):
         record.timings = timings
 

@@ -31,20 +31,33 @@ p { margin: 8px 0; } .soft, figcaption { color: var(--soft); }
 .tiles .number { font-size: 1.55rem; font-weight: 650; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
 figure { margin: 0; } figure h3 { margin: 0 0 6px; font-size: .98rem; } figcaption { font-size: .85rem; margin-top: 4px; }
-.scroll { overflow-x: auto; } .wide { min-width: 640px; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 550; font-size: .86rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } tr.ours td { font-weight: 650; color: var(--accent); }
 td.loss { color: var(--bad); font-weight: 600; }
-.chart { width: 100%; min-width: 430px; height: auto; display: block; } .chart text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.chart text.label { fill: var(--ink); font-size: 12.5px; } .chart text.value { fill: var(--ink); font-weight: 600; }
-.chart .grid { stroke: var(--line); stroke-width: 1; } .chart .curve { fill: none; stroke: var(--accent); stroke-width: 2; }
-.chart .fill { fill: var(--accent-soft); } .chart .mark { fill: var(--accent); } .chart .bar { fill: var(--other); }
-.chart .ours, .chart .stream { fill: var(--accent); } .chart .wait { fill: var(--wait); } .chart .error { fill: var(--bad); }
+.chart { width: 100%; height: auto; display: block; } .chart text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.chart .rule { stroke: var(--line); } .chart .curve { fill: none; stroke: var(--accent); stroke-width: 2; }
+.chart .fill { fill: var(--accent-soft); } .chart .mark, .chart .stream { fill: var(--accent); }
+.chart .wait { fill: var(--wait); } .chart .error { fill: var(--bad); }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; align-items: center; font-size: .88rem; }
+.bar-label { text-align: right; padding-right: 12px; } .bar-value { font-weight: 600; padding-left: 10px; font-variant-numeric: tabular-nums; }
+.bar-track { position: relative; height: 26px; } .bar-track i { position: absolute; height: 100%; border-left: 1px solid var(--line); }
+.bar-track b { position: absolute; top: 5px; height: 16px; border-radius: 0 3px 3px 0; background: var(--other); }
+.bar-track.ours b { background: var(--accent); } .bar-ticks { position: relative; height: 20px; }
+.bar-ticks span { position: absolute; transform: translateX(-50%); } .bar-ticks, .bar-unit { color: var(--soft); font-size: .8rem; }
+.bar-unit { grid-column: 1 / -1; text-align: center; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 4px 0 10px; }
-pre { overflow-x: auto; font-size: .82rem; margin: 0; } .tag { font-size: .78rem; color: var(--soft); }
-@media print { body { background: #fff; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
+pre { overflow-x: auto; font-size: .82rem; margin: 0; }
+@media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 13px; } .tiles { grid-template-columns: 1fr 1fr; }
+  .tiles .number { font-size: 1.3rem; } .bars { grid-template-columns: 1fr max-content; } .bar-track { height: 20px; }
+  .bar-track b { top: 2px; height: 13px; } .bar-label { grid-column: 1 / -1; text-align: left; padding: 4px 0 0; }
+  table, th { font-size: .78rem; } th, td { padding: 6px 3px; } th { white-space: normal; } td:first-child { white-space: normal; }
+  .prices :is(td, th):nth-child(4), .latencies :is(td, th):nth-child(6) { display: none; } }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
+  --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
+  * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
 """
 
 
@@ -85,7 +98,11 @@ def render_html(
 
 def _tiles(summary: Summary, cost: CostReport | None) -> str:
     tiles = [
-        (_number(summary.completion_tokens_per_second), "output tokens per second"),
+        (
+            _number(summary.completion_tokens_per_second),
+            "output tokens per second, "
+            f"{_number(summary.completion_tokens_per_second_per_user)} a user",
+        ),
         (_number(summary.requests_per_second, 2), "requests per second"),
         (_milliseconds(summary.ttft_seconds, "p50"), "time to first token, p50"),
         (_milliseconds(summary.tpot_seconds, "p50"), "time per output token, p50"),
@@ -125,7 +142,7 @@ def _cost_section(cost: CostReport) -> str:
         for name, price in here
     ]
     rows += [
-        f"<tr><td>{escape(row.reference)}</td><td>{usd_text(row.input_usd_per_million)}</td>"
+        f"<tr><td>{escape(row.reference).replace('/', '/<wbr>')}</td><td>{usd_text(row.input_usd_per_million)}</td>"
         f"<td>{usd_text(row.output_usd_per_million)}</td><td>{usd_text(row.traffic_usd)}</td>"
         f"{_saving_cell(row.saving_percent_energy_only)}{_saving_cell(row.saving_percent_fully_loaded)}</tr>"
         for row in cost.rows
@@ -133,10 +150,10 @@ def _cost_section(cost: CostReport) -> str:
     traffic, assumed = cost.traffic, cost.assumptions
     return (
         "<h2>What a million tokens cost</h2>"
-        f'<figure class="card"><h3>Output tokens</h3><div class="scroll"><div class="wide">'
-        f"{charts.log_bars(bars)}</div></div></figure>"
-        '<div class="card scroll" style="margin-top:14px"><table><thead><tr><th>USD per million tokens</th>'
-        "<th>input</th><th>output</th><th>this traffic</th><th>saving,<br>energy only</th>"
+        f'<figure class="card"><h3>Output tokens</h3>'
+        f"{charts.log_bars(bars, 'USD per million tokens')}</figure>"
+        '<div class="card scroll" style="margin-top:14px"><table class="prices"><thead><tr>'
+        "<th>USD per<br>million tokens</th><th>input</th><th>output</th><th>this<br>traffic</th><th>saving,<br>energy only</th>"
         f"<th>saving,<br>all costs</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="soft">This traffic: {traffic.requests:,} requests, {traffic.prompt_tokens:,} prompt tokens '
         f"({traffic.cached_tokens:,} cached) and {traffic.completion_tokens:,} generated. Engine time: "
@@ -184,7 +201,7 @@ def _latency_section(summary: Summary, records: Sequence[RequestRecord]) -> str:
         ),
     )
     return (
-        '<h2>Latency</h2><div class="card scroll"><table><thead><tr><th>milliseconds</th><th>mean</th>'
+        '<h2>Latency</h2><div class="card scroll"><table class="latencies"><thead><tr><th>milliseconds</th><th>mean</th>'
         f"<th>p50</th><th>p90</th><th>p99</th><th>values</th></tr></thead><tbody>{table}</tbody></table></div>"
         f'<div class="grid" style="margin-top:14px">{"".join(figures)}</div>'
     )
@@ -203,8 +220,8 @@ def _latency_figure(
     }
     caption = " · ".join(f"p{percent} {value:,.1f} ms" for percent, value in marks.items())
     return (
-        f'<figure class="card"><h3>{name}</h3><div class="scroll">'
-        f"{charts.cumulative(known, marks, 'milliseconds')}</div><figcaption>{caption}</figcaption></figure>"
+        f'<figure class="card"><h3>{name}</h3>{charts.cumulative(known, marks, "milliseconds")}'
+        f"<figcaption>Dots: {caption}</figcaption></figure>"
     )
 
 
@@ -223,12 +240,15 @@ def _time_section(records: Sequence[RequestRecord]) -> str:
         )
         for record in measured
     ]
+    heading = "Every request"
+    if len(spans) > charts.MOST_REQUESTS:
+        heading = f"The first {charts.MOST_REQUESTS:,} of {len(spans):,} requests"
     rate = [(at - begin, value) for at, value in throughput_over_time(measured, 40)]
     return (
         '<h2>Over time</h2><div class="grid"><figure class="card"><h3>Output tokens per second</h3>'
-        f"<div class='scroll'>{charts.area(rate, 'seconds', 'tokens per second')}</div></figure>"
-        '<figure class="card"><h3>Every request</h3>'
-        f"<div class='scroll'>{charts.timeline(spans, 'seconds')}</div><figcaption>"
+        f"{charts.area(rate, 'seconds', 'tokens per second')}</figure>"
+        f'<figure class="card"><h3>{heading}</h3>'
+        f"{charts.timeline(spans, 'seconds')}<figcaption>"
         '<span class="key" style="background:var(--wait)"></span>waiting for the first token'
         '<span class="key" style="background:var(--accent)"></span>streaming'
         '<span class="key" style="background:var(--bad)"></span>failed</figcaption></figure></div>'

@@ -35,12 +35,14 @@ class Totals:
 class Summary:
     """The measured requests, the warm-up left out.
 
-    ``window_seconds`` runs from the first request's start to the last one's end; rates are over it.
-    Distributions are of successful requests; None where there is nothing to measure. The inter-token
-    latency is the gap between chunks with text.
+    ``window_seconds`` runs from the first request's start to the last one's end, so it includes the time
+    after the last start in which requests are finished; rates are over it. A user's rate is that of all,
+    divided by ``users``: those who sent a request. Distributions are of successful requests; None where
+    there is nothing to measure. The inter-token latency is the gap between chunks with text.
     """
 
     window_seconds: float
+    users: int
     totals: Totals
     totals_with_warmup: Totals
     error_classes: dict[str, int]
@@ -48,6 +50,8 @@ class Summary:
     requests_per_second: float
     prompt_tokens_per_second: float | None
     completion_tokens_per_second: float | None
+    prompt_tokens_per_second_per_user: float | None
+    completion_tokens_per_second_per_user: float | None
     ttft_seconds: Distribution | None
     itl_seconds: Distribution | None
     tpot_seconds: Distribution | None
@@ -63,12 +67,14 @@ def summarize(records: Sequence[RequestRecord]) -> Summary:
     if measured:
         window = max(r.ended_at for r in measured) - min(r.started_at for r in measured)
     failed = [record for record in measured if record.error]
+    users = len({record.user for record in measured})
 
-    def rate(count: int | None) -> float | None:
-        return None if count is None or not window else count / window
+    def rate(count: int | None, sharers: int = 1) -> float | None:
+        return None if count is None or not window else count / window / sharers
 
     return Summary(
         window_seconds=window,
+        users=users,
         totals=totals,
         totals_with_warmup=_totals(records),
         error_classes=dict(Counter(record.error for record in failed if record.error)),
@@ -76,6 +82,8 @@ def summarize(records: Sequence[RequestRecord]) -> Summary:
         requests_per_second=rate(len(good)) or 0.0,
         prompt_tokens_per_second=rate(totals.prompt_tokens),
         completion_tokens_per_second=rate(totals.completion_tokens),
+        prompt_tokens_per_second_per_user=rate(totals.prompt_tokens, users),
+        completion_tokens_per_second_per_user=rate(totals.completion_tokens, users),
         ttft_seconds=distribution(r.ttft_seconds for r in good),
         itl_seconds=distribution(gap for r in good for gap in r.chunk_gaps_seconds),
         tpot_seconds=distribution(r.tpot_seconds for r in good),

@@ -37,8 +37,8 @@ def traffic_of(
 
     Busy seconds are the engine's if it sends them. Otherwise the time during which at least one request
     was open is taken for them, split by how long the requests waited for their first tokens and for the rest:
-    an upper bound, labelled ``estimated``. Energy is the difference of the server's meter, or else the
-    configured watts over the busy seconds.
+    an upper bound, labelled ``estimated``. Energy is the difference of the server's meter, or else (no
+    meter, or one that stood still) the configured watts over the busy seconds.
     """
     good = [record for record in records if record.error is None and not record.warmup]
     if not good or any(r.prompt_tokens is None or r.completion_tokens is None for r in good):
@@ -50,12 +50,14 @@ def traffic_of(
     else:
         prefill, decode = _observed_busy_seconds(good)
         timing_source = "estimated"
+    used: dict[str, float] = {}
     if energy_before is not None and energy_after is not None:
         used = {
             source: joules - energy_before.get(source, 0.0)
             for source, joules in energy_after.items()
             if joules > energy_before.get(source, 0.0)
         }
+    if used:
         joules = sum(used.values())
         energy_source = next(iter(used)) if len(used) == 1 else "mixed"
     else:

@@ -1,4 +1,4 @@
-"""Prompts of a wanted length: excerpts of public-domain novels, no two beginning alike."""
+"""Prompts of a wanted length: excerpts of Alice in Wonderland (public domain), no two beginning alike."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ class RequestRecord:
 
     Moments are seconds since the bench began. Token counts come from the server's ``usage`` alone and are
     None if it sent none; ``timings`` are those of rigserve's engines. ``error`` is None for a success,
-    otherwise its class: ``http_503``, ``stream_error``, ``incomplete_stream``, ``connection``.
+    otherwise its class: ``http_503``, ``stream_error`` (an error event), ``incomplete_stream`` (no finish
+    reason or no ``[DONE]``), ``malformed_stream``, ``connection``, or ``abandoned`` (by the bench, at its end).
     """
 
     number: int

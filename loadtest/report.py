@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def host_facts() -> dict[str, Any]:
     """The machine that sent the load, which need not be the one that served it."""
     return {
         "rigserve": __version__,
+        "locust": version("locust"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": _processor(),
@@ -69,8 +71,8 @@ def _processor() -> str:
 
 def write_report(report: Report, out: Path) -> None:
     """Write all three files into ``out``."""
-    (out / "report.json").write_text(json.dumps(_as_json(report), indent=1))
-    with (out / "report.csv").open("w", newline="") as file:
+    (out / "report.json").write_text(json.dumps(_as_json(report), indent=1), encoding="utf-8")
+    with (out / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_CSV_COLUMNS)
         for record in report.records:
@@ -85,7 +87,8 @@ def write_report(report: Report, out: Path) -> None:
             settings=report.settings,
             host=report.host,
             notes=report.notes,
-        )
+        ),
+        encoding="utf-8",
     )
 
 

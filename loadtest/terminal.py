@@ -51,9 +51,12 @@ def show_report(console: Console, report: Report, out: Path) -> None:
         f"{summary.window_seconds:.1f} s"
     )
     console.print(
-        f"{totals.requests} requests, {totals.errors} errors, {summary.requests_per_second:.2f} requests/s; "
+        f"{totals.requests} requests, {totals.errors} errors, {summary.requests_per_second:.2f} requests/s"
+    )
+    console.print(
         f"tokens/s: {_rate(summary.prompt_tokens_per_second)} in, "
-        f"{_rate(summary.completion_tokens_per_second)} out"
+        f"{_rate(summary.completion_tokens_per_second)} out "
+        f"({_rate(summary.completion_tokens_per_second_per_user)} a user)"
     )
     for kind, count in summary.error_classes.items():
         console.print(f"[red]{count} x {kind}[/red]; the first: {summary.first_error}")
