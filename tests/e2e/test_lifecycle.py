@@ -62,13 +62,13 @@ def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
     )
     assert away.status_code == 503
     assert int(away.headers["retry-after"]) > 0
+    wait_for(lambda: own_rig.total("rigserve_engine_restarts") == 1, "the death is noticed")
     own_rig.wait_until_ready()
     answer = own_rig.client.chat.completions.create(
         model="smollm2-135m", messages=HELLO, max_tokens=2
     )
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 2
-    assert own_rig.total("rigserve_engine_restarts") == 1
     assert "SIGKILL" in own_rig.output
     wait_for(lambda: (500, "estimated") in {(r[0], r[2]) for r in ledger_rows(own_rig)}, "the row")
 

@@ -1,0 +1,1 @@
+"""Set-up of a clone, before anything is installed: standard library only."""
