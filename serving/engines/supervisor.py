@@ -9,9 +9,10 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -82,7 +83,7 @@ class Engine:
         cannot be prepared.
         """
         try:
-            weights = await asyncio.to_thread(self._launcher.prepare, self.model)
+            weights = await _in_background(lambda: self._launcher.prepare(self.model))
             backoff_seconds = _FIRST_BACKOFF_SECONDS
             while True:
                 attempt = await self._attempt(weights, session)
@@ -191,6 +192,32 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for engine in self.engines:
                 group.create_task(engine.run(self._session))
+
+
+async def _in_background(work: Callable[[], Path]) -> Path:
+    """Like ``asyncio.to_thread``, on a thread that nobody waits for at exit: downloads take hours."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Path] = loop.create_future()
+
+    def settle(result: Path | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if result is not None:
+            done.set_result(result)
+        elif error is not None:
+            done.set_exception(error)
+
+    def run() -> None:
+        result = failure = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return await done
 
 
 def _exit_reason(code: int | None) -> str:

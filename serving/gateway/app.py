@@ -13,13 +13,14 @@ import aiohttp
 import orjson
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
 from serving.engines.supervisor import Engine
 from serving.gateway.metering import Meter
-from serving.gateway.relay import CLIENT_CLOSED_REQUEST, Relay
+from serving.gateway.relay import Relay
 from serving.gateway.routing import Router, endpoint_of
 from serving.metrics import UNKNOWN_MODEL, Metrics
 from serving.protocol.errors import ApiError, respond_with_error
@@ -31,7 +32,7 @@ from serving.protocol.requests import (
     parse_completion,
 )
 from serving.protocol.responses import model_json, new_id
-from serving.protocol.sse import ClientDisconnected
+from serving.protocol.sse import ClientDisconnected, respond_to_nobody
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(_RequestId)
     app.add_exception_handler(ApiError, respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
-    app.add_exception_handler(ClientDisconnected, _respond_to_nobody)
+    app.add_exception_handler(ClientDisconnected, respond_to_nobody)
+    app.add_exception_handler(ClientDisconnect, respond_to_nobody)
     app.add_exception_handler(Exception, _respond_with_bug)
 
     @app.get("/health")
@@ -189,10 +191,6 @@ def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
 def _respond_with_http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return ApiError(error.status_code, f"{error.detail}.", code="invalid_request").response
-
-
-def _respond_to_nobody(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _respond_with_bug(request: Request, _error: Exception) -> Response:

@@ -19,11 +19,16 @@ from serving.gateway.stream import StreamTap
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import GenerationRequest
 from serving.protocol.responses import new_id
-from serving.protocol.sse import ClientDisconnected, EventStream, event, while_connected
+from serving.protocol.sse import (
+    CLIENT_CLOSED_REQUEST,
+    ClientDisconnected,
+    EventStream,
+    event,
+    while_connected,
+)
 
 _log = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
 _RETRY_AFTER_SECONDS = 2

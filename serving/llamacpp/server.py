@@ -9,7 +9,7 @@ from dataclasses import asdict
 import orjson
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,7 +19,14 @@ from serving.llamacpp.sequence import Failed, Job, TextDelta
 from serving.protocol.errors import ApiError, respond_with_error
 from serving.protocol.requests import GenerationRequest, parse_chat, parse_completion
 from serving.protocol.responses import Choice, Envelope, model_json
-from serving.protocol.sse import DONE, EventStream, event, while_connected
+from serving.protocol.sse import (
+    DONE,
+    ClientDisconnected,
+    EventStream,
+    event,
+    respond_to_nobody,
+    while_connected,
+)
 
 
 def create_app(engine: Engine, api_key: str | None) -> Starlette:
@@ -35,7 +42,11 @@ def create_app(engine: Engine, api_key: str | None) -> Starlette:
             Route("/internal/cancel/{request_id}", server.cancel, methods=["POST"]),
         ],
         middleware=[Middleware(_RequireKey, api_key=api_key)] if api_key else [],
-        exception_handlers={ApiError: respond_with_error},
+        exception_handlers={
+            ApiError: respond_with_error,
+            ClientDisconnected: respond_to_nobody,
+            ClientDisconnect: respond_to_nobody,
+        },
     )
 
 

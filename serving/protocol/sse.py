@@ -7,12 +7,15 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+# nginx's status for clients that have left before the answer.
+CLIENT_CLOSED_REQUEST = 499
 
 
 def event(payload: dict[str, Any]) -> bytes:
@@ -63,6 +66,11 @@ class EventStream(Response):
 
 class ClientDisconnected(Exception):
     """The client hung up before its response was complete."""
+
+
+async def respond_to_nobody(_request: Request, _error: Exception) -> Response:
+    """Starlette exception handler for clients that have left; the status is for logs only."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

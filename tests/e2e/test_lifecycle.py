@@ -200,3 +200,11 @@ def test_requests_while_loading_are_told_to_come_back(tmp_path: Path, cache_dir:
             assert answer.json()["error"]["code"] == "model_not_ready"
             assert int(answer.headers["retry-after"]) > 0
         rig.wait_until_ready()
+
+
+def test_sigterm_while_a_model_is_prepared_does_not_wait_for_it(tmp_path: Path) -> None:
+    # An empty cache: the first thing the server does is to requantize.
+    with RigServer(write_config(tmp_path, tmp_path / "cache")) as rig:
+        wait_for(lambda: "preparing" in rig.output, "the preparation begins")
+        assert rig.stop(signal.SIGTERM, seconds=10) == 0
+        assert "Traceback" not in rig.output

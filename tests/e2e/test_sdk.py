@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import openai
@@ -148,6 +149,24 @@ def test_a_client_that_hangs_up_is_metered(rig: RigServer) -> None:
     wait_for(counted, "the request is counted as 499", 5)
     assert 3 <= rig.total("rigserve_completion_tokens_total") - tokens < 300
     wait_for(lambda: rig.total("rigserve_sequences_running") == 0, "its slot is free", 2)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"\x00\x01\x02 what is this\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: x",
+    ],
+)
+def test_half_a_request_does_no_harm(rig: RigServer, sent: bytes) -> None:
+    host, _, port = rig.base_url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(sent)
+    assert rig.get("/health").status_code == 200
+    assert rig.total("rigserve_requests_in_flight") == 0
+    assert "Traceback" not in rig.output
 
 
 def test_unknown_models_make_no_series(rig: RigServer) -> None:
