@@ -20,25 +20,26 @@ def main(command: list[str]) -> int:
     """Run ``command`` to its end in a session of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Before the engine exists: a signal that comes while it is being started must not be lost on it.
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def stop() -> None:
+    def watch_supervisor() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        stopping.set()
+
+    def stop_when_asked() -> None:
+        stopping.wait()
         _signal_group(child.pid, signal.SIGTERM)
         try:
             child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             _signal_group(child.pid, signal.SIGKILL)
 
-    def watch_supervisor() -> None:
-        while os.read(sys.stdin.fileno(), 1024):
-            pass
-        stop()
-
-    def on_sigterm(*_: object) -> None:
-        threading.Thread(target=stop, daemon=True).start()
-
-    signal.signal(signal.SIGTERM, on_sigterm)
-    threading.Thread(target=watch_supervisor, daemon=True).start()
+    for work in (watch_supervisor, stop_when_asked):
+        threading.Thread(target=work, daemon=True).start()
     code = child.wait()
     # Helpers the engine started (tensor-parallel workers, say) are in its session and must go too.
     _signal_group(child.pid, signal.SIGKILL)
