@@ -31,6 +31,8 @@ def _basis(report: CostReport) -> Text:
         f"Your figures: ${assumed.hardware_price_usd:,.0f} over {assumed.lifetime_years:g} years at "
         f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:.2f}/kWh, "
         f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W load (where not measured).\n"
+        f"This traffic cost {usd_text(report.here_energy_only.traffic_usd)} in energy, "
+        f"{usd_text(report.here_fully_loaded.traffic_usd)} with all costs.\n"
     )
 
 
@@ -46,7 +48,7 @@ def _table(report: CostReport) -> Table:
         caption_justify="left",
     )
     table.add_column("model", overflow="fold")
-    for heading in ("input", "cached\ninput", "output", "this\ntraffic", "saving,\nenergy", "saving,\nall costs"):  # fmt: skip
+    for heading in ("input", "output", "saving,\nenergy", "saving,\nall costs"):
         table.add_column(heading, justify="right")
     for name, price in (
         ("this rig, energy only", report.here_energy_only),
@@ -55,9 +57,7 @@ def _table(report: CostReport) -> Table:
         table.add_row(
             name,
             usd_text(price.input_usd_per_million),
-            "",
             usd_text(price.output_usd_per_million),
-            usd_text(price.traffic_usd),
             style="bold",
         )
     table.add_section()
@@ -65,9 +65,7 @@ def _table(report: CostReport) -> Table:
         table.add_row(
             row.reference,
             usd_text(row.input_usd_per_million),
-            usd_text(row.cached_input_usd_per_million),
             usd_text(row.output_usd_per_million),
-            usd_text(row.traffic_usd),
             saving_text(row.saving_percent_energy_only),
             saving_text(row.saving_percent_fully_loaded),
         )
