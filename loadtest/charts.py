@@ -189,7 +189,8 @@ def _text(x: float, y: float, content: str, kind: str, anchor: str) -> str:
 
 def _scale(low: float, high: float) -> list[float]:
     """Evenly spaced round numbers, of which the first is at most ``low`` and the last at least ``high``."""
-    rough = (high - low) / _TICKS or abs(high) or 1.0
+    # Below a millionth of a millisecond there is nothing to see, and soon nothing a float can divide.
+    rough = max((high - low) / _TICKS or abs(high) or 1.0, 1e-6)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(nice * power for nice in (1, 2, 2.5, 5, 10) if rough <= nice * power * (1 + 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loadtest import charts
@@ -163,6 +163,7 @@ def test_bad_durations(text: str) -> None:
     st.lists(st.floats(0, 1e7), min_size=1, max_size=60),
     st.lists(st.floats(0, 1e5), min_size=1, max_size=60),
 )
+@example([0.0], [5e-324])
 def test_charts_stay_within_their_frames(values: list[float], rates: list[float]) -> None:
     middle = sorted(values)[len(values) // 2]
     drawings = (
