@@ -111,12 +111,18 @@ async def _serve(config: Config, listener: socket.socket, meter: Meter, metrics:
         stopping.cancel()
         engines.cancel()
         ended = (await asyncio.gather(engines, return_exceptions=True))[0]
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(relay.settled(), _LAST_WORDS_SECONDS)
+        await _settle(relay)
         server.should_exit = True
         await serving
+        # uvicorn has cut off the clients that would not read; what they used is metered too.
+        await _settle(relay)
     if isinstance(ended, BaseExceptionGroup):
         raise _readable(ended) from ended
+
+
+async def _settle(relay: Relay) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(relay.settled(), _LAST_WORDS_SECONDS)
 
 
 async def _drain(

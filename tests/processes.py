@@ -66,11 +66,11 @@ class Program:
         """GET a path below the base URL."""
         return requests.get(self.base_url + path, timeout=30, **options)
 
-    def answers(self, path: str) -> bool:
+    def answers(self, path: str, **options: Any) -> bool:
         """Whether the path answers 200 now."""
         assert self.process.poll() is None, f"exited with {self.process.returncode}:\n{self.output}"
         try:
-            return self.get(path).status_code == 200
+            return self.get(path, **options).status_code == 200
         except requests.ConnectionError:
             return False
 
@@ -117,8 +117,16 @@ class EngineServer(Program):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        wait_for(lambda: self.answers("/health"), "the engine answers", START_SECONDS)
+        wait_for(
+            lambda: self.answers("/health", headers=self._headers),
+            "the engine answers",
+            START_SECONDS,
+        )
         return self
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {ENGINE_KEY}"}
 
     @property
     def client(self) -> openai.OpenAI:
@@ -127,7 +135,7 @@ class EngineServer(Program):
 
     def load(self) -> dict[str, int]:
         """Sequences waiting and running, and KV use."""
-        answer = self.get("/internal/load", headers={"Authorization": f"Bearer {ENGINE_KEY}"})
+        answer = self.get("/internal/load", headers=self._headers)
         load: dict[str, int] = answer.json()
         return load
 

@@ -7,6 +7,7 @@ it stays small beside engines that count their memory.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import sys
 import threading
 
 GRACE_SECONDS = 10.0
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 def main(command: list[str]) -> int:
@@ -23,7 +27,13 @@ def main(command: list[str]) -> int:
     # Before the engine exists: a signal that comes while it is being started must not be lost on it.
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        # Safe here: this process has no other thread yet.
+        preexec_fn=_die_with_guard if sys.platform == "linux" else None,  # noqa: PLW1509
+    )
 
     def watch_supervisor() -> None:
         while os.read(sys.stdin.fileno(), 1024):
@@ -44,6 +54,11 @@ def main(command: list[str]) -> int:
     # Helpers the engine started (tensor-parallel workers, say) are in its session and must go too.
     _signal_group(child.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code
+
+
+def _die_with_guard() -> None:
+    """Run in the child: should the guard itself be killed, the kernel kills the engine (on Linux)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 _engine_log = logging.getLogger("rigserve.engine")
 
 _PROBE_INTERVAL_SECONDS = 0.1
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+# How long the last lines of an engine that has ended may take to arrive.
+_LAST_LINES_SECONDS = 1.0
 _LOG_LINES_KEPT = 40
 _FIRST_BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF_SECONDS = 30.0
@@ -134,16 +137,21 @@ class Engine:
             return _Attempt(reason, time.monotonic() - ready_since)
         finally:
             await _stop(process)
-            await log_reader
+            # A helper that outlives its engine keeps the pipe open.
+            await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
+            log_reader.cancel()
 
     async def _becomes_ready(
         self, process: asyncio.subprocess.Process, session: aiohttp.ClientSession
     ) -> bool:
         assert self._endpoint is not None
+        url = f"{self._endpoint.base_url}/health"
+        # Without its key, another engine that listens on the port would pass for this one.
+        headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
         deadline = time.monotonic() + self.model.start_timeout_seconds
         while process.returncode is None and time.monotonic() < deadline:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(f"{self._endpoint.base_url}/health") as answer:
+                async with session.get(url, headers=headers, timeout=_PROBE_TIMEOUT) as answer:
                     if answer.status == 200:
                         return True
             await asyncio.sleep(_PROBE_INTERVAL_SECONDS)

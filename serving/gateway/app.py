@@ -32,7 +32,7 @@ from serving.protocol.requests import (
     parse_completion,
 )
 from serving.protocol.responses import model_json, new_id
-from serving.protocol.sse import ClientDisconnected, respond_to_nobody
+from serving.protocol.sse import CLIENT_CLOSED_REQUEST, ClientDisconnected, respond_to_nobody
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +124,9 @@ async def _complete(
         endpoint = endpoint_of(engine)
     except ApiError as error:
         gateway.meter.rejected(model, http.url.path, error.status)
+        raise
+    except ClientDisconnect:
+        gateway.meter.rejected(model, http.url.path, CLIENT_CLOSED_REQUEST)
         raise
     return await gateway.relay.forward(http, engine, endpoint, body)
 

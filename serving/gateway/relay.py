@@ -18,7 +18,7 @@ from serving.gateway.metering import Meter, Request
 from serving.gateway.stream import StreamTap
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import GenerationRequest
-from serving.protocol.responses import new_id
+from serving.protocol.responses import Timings, Usage, new_id
 from serving.protocol.sse import (
     CLIENT_CLOSED_REQUEST,
     ClientDisconnected,
@@ -31,7 +31,13 @@ _log = logging.getLogger(__name__)
 
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
+_CANCEL_INTERVAL_SECONDS = 0.1
 _RETRY_AFTER_SECONDS = 2
+
+_NOTHING_USED = {
+    "usage": Usage(0, 0, 0).to_json(),
+    "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0).to_json(),
+}
 
 
 class Relay:
@@ -64,7 +70,7 @@ class Relay:
         self.open_requests += 1
         self._idle.clear()
         if body.stream:
-            return await self._stream(call, request, forward_usage=body.wants_usage_chunk)
+            return await self._stream(http, call, request, forward_usage=body.wants_usage_chunk)
         return await self._whole(http, call, request)
 
     async def settled(self) -> None:
@@ -93,19 +99,33 @@ class Relay:
         answering: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
         """Meter a request whose client has left before the answer."""
-        final = None
-        with contextlib.suppress(ApiError, TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_SECONDS):
-                await call.cancel()
-                final = _final(*await answering)
+                # An engine that does not know the request yet cannot cancel it: tell it again.
+                while not answering.done():
+                    await call.cancel()
+                    await asyncio.wait((answering,), timeout=_CANCEL_INTERVAL_SECONDS)
+        final = None
+        if not answering.done():
+            answering.cancel()
+        elif answering.exception() is None:
+            final = _final(*answering.result())
         self._finish(request, CLIENT_CLOSED_REQUEST, final)
 
-    async def _stream(self, call: _Call, request: Request, *, forward_usage: bool) -> Response:
+    async def _stream(
+        self, http: HttpRequest, call: _Call, request: Request, *, forward_usage: bool
+    ) -> Response:
+        opening = asyncio.create_task(call.open())
         try:
-            upstream = await call.open()
+            await while_connected(http.receive, _finished(opening))
+        except ClientDisconnected:
+            self._settle(self._settle_opening(call, request, opening))
+            raise
+        try:
+            upstream = opening.result()
             if upstream.status != 200:
                 payload = await upstream.read()
-                self._finish(request, upstream.status, None)
+                self._finish(request, upstream.status, _final(upstream, payload))
                 return _relayed(upstream, payload)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
@@ -132,6 +152,18 @@ class Relay:
         if not tap.finished and not tap.failed:
             tap.failed = True
             yield event(_engine_gone(call.engine).body)
+
+    async def _settle_opening(
+        self, call: _Call, request: Request, opening: asyncio.Task[aiohttp.ClientResponse]
+    ) -> None:
+        """Meter a stream whose client has left before it began."""
+        await asyncio.wait((opening,), timeout=_SETTLE_SECONDS)
+        if opening.done() and opening.exception() is None:
+            tap = StreamTap(forward_usage=False)
+            await self._settle_stream(call, request, opening.result(), tap)
+        else:
+            opening.cancel()
+            self._finish(request, CLIENT_CLOSED_REQUEST, None)
 
     async def _settle_stream(
         self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
@@ -226,9 +258,12 @@ def _for_engine(engine: Engine, body: GenerationRequest) -> bytes:
 
 
 def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:
-    """The engine's body, for its usage and timings, if it answered the request."""
+    """What holds the request's usage and timings; None if the engine failed over it.
+
+    An engine that refuses a request (too long, queue full) has done nothing for it.
+    """
     if answer.status != 200:
-        return None
+        return None if answer.status == 500 else _NOTHING_USED
     body: dict[str, Any] = orjson.loads(payload)
     return body
 

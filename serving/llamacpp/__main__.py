@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -59,8 +58,6 @@ async def _serve(options: EngineOptions, port: int) -> int:
             timeout_graceful_shutdown=1,
         )
     )
-    # The gateway stops engines, also on Ctrl-C, which a terminal sends to both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     await server.serve()
     engine.close()
     return 0

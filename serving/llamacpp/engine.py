@@ -136,7 +136,7 @@ class Engine:
                 400,
                 f"The request asks for {len(job.sequences)} completions; "
                 f"this model takes at most {self._scheduler.capacity} at a time.",
-                param="n",
+                param="n" if request.choices > 1 else "prompt",
                 code="too_many_choices",
             )
         self._outputs[job] = asyncio.Queue()

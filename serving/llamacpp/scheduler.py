@@ -311,6 +311,7 @@ class Scheduler:
             sequence.sampler.close()
             sequence.sampler = None
         sequence.phase = Phase.DONE
+        sequence.finished_at = time.monotonic()
         with self._unfinished_lock:
             self._unfinished -= 1
 

@@ -44,6 +44,7 @@ class Sequence:
     sampler: Sampler | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
+    finished_at: float | None = None
     prefill_busy_seconds: float = 0.0
     decode_busy_seconds: float = 0.0
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -52,6 +53,11 @@ class Sequence:
     def generated(self) -> int:
         """Tokens sampled so far, the one that ends generation included."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def computed_prompt(self) -> int:
+        """Prompt tokens in the KV cells, whether computed or found there."""
+        return min(self.computed, self.prompt_tokens)
 
     @property
     def remaining_prompt(self) -> int:
@@ -100,30 +106,38 @@ class Job:
         return all(sequence.phase is Phase.DONE for sequence in self.sequences)
 
     def usage(self, choices: int) -> Usage:
-        """Tokens so far; each prompt counts once, however many ``choices`` were made of it."""
-        firsts = self.sequences[::choices]
+        """Tokens so far; each prompt counts once, however many ``choices`` were made of it.
+
+        Of a job that was cancelled early, prompts count as far as they were computed.
+        """
+        furthest = [
+            max(self.sequences[first : first + choices], key=lambda s: s.computed_prompt)
+            for first in range(0, len(self.sequences), choices)
+        ]
         return Usage(
-            prompt_tokens=sum(sequence.prompt_tokens for sequence in firsts),
-            cached_tokens=sum(sequence.cached for sequence in firsts),
+            prompt_tokens=sum(sequence.computed_prompt for sequence in furthest),
+            cached_tokens=sum(sequence.cached for sequence in furthest),
             completion_tokens=sum(sequence.generated for sequence in self.sequences),
         )
 
     def timings(self) -> Timings:
-        """Where the time went, up to now."""
+        """Where the time went, up to the end of the last sequence, or up to now."""
         now = time.monotonic()
-        admitted = _earliest(now, (sequence.admitted_at for sequence in self.sequences))
-        first_token = _earliest(now, (sequence.first_token_at for sequence in self.sequences))
+        ends = [now if s.finished_at is None else s.finished_at for s in self.sequences]
+        end = max(ends, default=now)
+        admitted = _earliest(end, (sequence.admitted_at for sequence in self.sequences))
+        first_token = _earliest(end, (sequence.first_token_at for sequence in self.sequences))
         return Timings(
             queue_seconds=admitted - self.arrived_at,
             prefill_seconds=first_token - admitted,
-            decode_seconds=now - first_token,
+            decode_seconds=end - first_token,
             prefill_busy_seconds=sum(s.prefill_busy_seconds for s in self.sequences),
             decode_busy_seconds=sum(s.decode_busy_seconds for s in self.sequences),
         )
 
 
-def _earliest(now: float, moments: Iterable[float | None]) -> float:
-    return min((moment for moment in moments if moment is not None), default=now)
+def _earliest(otherwise: float, moments: Iterable[float | None]) -> float:
+    return min((moment for moment in moments if moment is not None), default=otherwise)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 
@@ -30,7 +31,7 @@ from serving.protocol.sse import (
 
 
 def create_app(engine: Engine, api_key: str | None) -> Starlette:
-    """The ASGI application; with an ``api_key`` every path but ``/health`` asks for it."""
+    """The ASGI application; with an ``api_key`` every path asks for it."""
     server = _Server(engine)
     return Starlette(
         routes=[
@@ -46,8 +47,14 @@ def create_app(engine: Engine, api_key: str | None) -> Starlette:
             ApiError: respond_with_error,
             ClientDisconnected: respond_to_nobody,
             ClientDisconnect: respond_to_nobody,
+            Exception: _respond_with_bug,
         },
     )
+
+
+def _respond_with_bug(_request: Request, _error: Exception) -> Response:
+    # Starlette logs the traceback.
+    return ApiError(500, "Something failed inside the engine; its log has more.").response
 
 
 class _RequireKey:
@@ -59,7 +66,7 @@ class _RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = ApiError(401, "This engine takes requests from its gateway only.")
@@ -127,6 +134,7 @@ class _Server:
         self, request: GenerationRequest, job: Job, envelope: Envelope
     ) -> AsyncGenerator[bytes, None]:
         introduced: set[int] = set()
+        sent_characters: Counter[int] = Counter()
         async for output in self._engine.events(job):
             index = output.sequence.index
             if isinstance(output, Failed):
@@ -137,7 +145,10 @@ class _Server:
                 introduced.add(index)
                 opening = event(envelope.role_chunk(index))
             if isinstance(output, TextDelta):
-                yield opening + event(envelope.text_chunk(index, output.text, output.logprobs))
+                offset = sent_characters[index]
+                sent_characters[index] += len(output.text)
+                chunk = envelope.text_chunk(index, output.text, output.logprobs, offset)
+                yield opening + event(chunk)
             elif output.reason is not None:
                 yield opening + event(envelope.finish_chunk(index, output.reason))
         closing = DONE

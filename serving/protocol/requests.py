@@ -15,6 +15,10 @@ MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
 
+_MAX_INT32 = 2**31 - 1
+# What an answer's message holds beside its text: clients send it back as it came, mostly null.
+_ANSWER_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+
 # Fields of OpenAI's API that no engine of ours implements yet, and the values that ask for nothing.
 _CHAT_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -66,11 +70,11 @@ class GenerationRequest(_Body):
     model: str = Field(min_length=1, max_length=256)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 and -1: all tokens.")
+    top_k: int | None = Field(None, ge=-1, le=_MAX_INT32, description="0 and -1: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -94,8 +98,8 @@ class GenerationRequest(_Body):
     @classmethod
     def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for token, bias in (value or {}).items():
-            if not token.isascii() or not token.isdigit():
-                raise ValueError(f"keys are token ids, such as '1234'; got {token!r}")
+            if not token.isascii() or not token.isdigit() or len(token) > 10:
+                raise ValueError(f"keys are token ids, such as '1234'; got {token[:20]!r}")
             if not -100 <= bias <= 100:
                 raise ValueError(f"the bias of token {token} must lie between -100 and 100")
         return value
@@ -138,6 +142,17 @@ class Message(_Body):
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = Field(None, max_length=64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_answer_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: field
+            for name, field in value.items()
+            if name not in _ANSWER_FIELDS or field not in (None, [])
+        }
+
     @property
     def text(self) -> str:
         """The content as one string."""
@@ -150,7 +165,7 @@ class ChatCompletionRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -190,6 +205,10 @@ class CompletionRequest(GenerationRequest):
     def _some_prompt(cls, value: Any) -> Any:
         if value == [] or (isinstance(value, list) and [] in value):
             raise ValueError("the list must not be empty")
+        for prompt in value if isinstance(value, list) else ():
+            for token in prompt if isinstance(prompt, list) else (prompt,):
+                if isinstance(token, int) and not 0 <= token <= _MAX_INT32:
+                    raise ValueError("token ids are numbers from 0 to the size of the vocabulary")
         return value
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -114,7 +115,7 @@ class Envelope:
         return body | {"usage": usage.to_json(), "timings": timings.to_json()}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.logprobs) if choice.logprobs else None
+        logprobs = self._logprobs(choice.logprobs, 0) if choice.logprobs else None
         content: Mapping[str, Any]
         if self.chat:
             message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -135,13 +136,15 @@ class Envelope:
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         )
 
-    def text_chunk(self, index: int, text: str, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        """Generated text, with the log-probabilities of its tokens if there are any."""
+    def text_chunk(
+        self, index: int, text: str, logprobs: list[TokenLogprob], offset: int
+    ) -> dict[str, Any]:
+        """Text that follows ``offset`` characters, with its tokens' log-probabilities if there are any."""
         return self._chunk(
             {
                 "index": index,
                 **({"delta": {"content": text}} if self.chat else {"text": text}),
-                "logprobs": self._logprobs(logprobs) if logprobs else None,
+                "logprobs": self._logprobs(logprobs, offset) if logprobs else None,
                 "finish_reason": None,
             }
         )
@@ -166,8 +169,8 @@ class Envelope:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any]:
-        return _chat_logprobs(tokens) if self.chat else _completion_logprobs(tokens)
+    def _logprobs(self, tokens: list[TokenLogprob], offset: int) -> dict[str, Any]:
+        return _chat_logprobs(tokens) if self.chat else _completion_logprobs(tokens, offset)
 
 
 def _piece_json(piece: bytes, logprob: float) -> dict[str, Any]:
@@ -184,9 +187,9 @@ def _chat_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
+def _completion_logprobs(tokens: list[TokenLogprob], offset: int) -> dict[str, Any]:
     texts = [token.piece.decode("utf-8", errors="replace") for token in tokens]
-    offsets = [sum(map(len, texts[:position])) for position in range(len(texts))]
+    offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=offset))
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],

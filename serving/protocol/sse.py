@@ -52,8 +52,10 @@ class EventStream(Response):
         except ClientDisconnected:
             pass
         finally:
-            await self._chunks.aclose()
-            self._on_close()
+            try:
+                await self._chunks.aclose()
+            finally:
+                self._on_close()
 
     async def _send(self, send: Send) -> None:
         await send(

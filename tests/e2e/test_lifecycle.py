@@ -73,6 +73,32 @@ def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
     wait_for(lambda: (500, "estimated") in {(r[0], r[2]) for r in ledger_rows(own_rig)}, "the row")
 
 
+def test_a_killed_guard_takes_its_engine_along_and_both_come_back(own_rig: RigServer) -> None:
+    [engine] = engine_processes(own_rig)
+    engine.parent().kill()
+    psutil.wait_procs([engine], timeout=5)
+    assert not engine.is_running()
+    wait_for(lambda: own_rig.total("rigserve_engine_restarts") == 1, "the crash is noticed")
+    own_rig.wait_until_ready()
+
+
+def test_a_stopped_engine_does_not_hold_on_to_clients_that_leave(own_rig: RigServer) -> None:
+    [engine] = engine_processes(own_rig)
+    engine.suspend()
+    try:
+        for stream in (True, False):
+            with pytest.raises(requests.ReadTimeout):
+                requests.post(
+                    f"{own_rig.base_url}/v1/chat/completions",
+                    json={"model": "smollm2-135m", "messages": HELLO, "stream": stream},
+                    timeout=0.5,
+                )
+        wait_for(lambda: own_rig.total("rigserve_requests_in_flight") == 0, "both are metered")
+    finally:
+        engine.resume()
+    wait_for(lambda: own_rig.total("rigserve_sequences_running") == 0, "the engine is idle", 5)
+
+
 def test_sigterm_lets_streams_finish_and_turns_new_requests_away(own_rig: RigServer) -> None:
     finished: list[Any] = []
 
@@ -172,6 +198,22 @@ def test_a_port_in_use_is_a_clear_error(tmp_path: Path, cache_dir: Path) -> None
     assert result.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
     assert "server.port" in result.stderr
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_engine_port_in_use_is_a_clear_error(
+    tmp_path: Path, cache_dir: Path, rig: RigServer, answers: bool
+) -> None:
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        # An engine of another rigserve, or somebody who never says a word.
+        [other] = engine_processes(rig)
+        port = other.net_connections()[0].laddr.port if answers else squatter.getsockname()[1]
+        result = run_serve(write_config(tmp_path, cache_dir, port=port, max_sequences=1))
+    assert result.returncode == 2
+    assert "address already in use" in result.stderr
+    assert "smollm2-135m: ready" not in result.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path, cache_dir: Path) -> None:

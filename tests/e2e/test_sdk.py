@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from typing import Any
 
@@ -23,6 +24,15 @@ def test_a_whole_answer(rig: RigServer) -> None:
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
+
+
+def test_an_answer_can_be_sent_back_as_it_came(rig: RigServer) -> None:
+    create: Any = rig.client.chat.completions.create
+    message = create(model="smollm2-135m", messages=HELLO, max_tokens=4).choices[0].message
+    for turn in (message, message.model_dump()):
+        question = {"role": "user", "content": "Go on."}
+        answer = create(model="smollm2-135m", messages=[*HELLO, turn, question], max_tokens=4)
+        assert answer.usage.completion_tokens == 4
 
 
 def test_a_stream(rig: RigServer) -> None:
@@ -167,6 +177,53 @@ def test_half_a_request_does_no_harm(rig: RigServer, sent: bytes) -> None:
     assert rig.get("/health").status_code == 200
     assert rig.total("rigserve_requests_in_flight") == 0
     assert "Traceback" not in rig.output
+
+
+def send_and_leave(rig: RigServer, body: bytes, length: int) -> None:
+    """Send a request's head and ``body``, then hang up."""
+    with socket.create_connection(("127.0.0.1", rig.config["server"]["port"])) as client:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: rig\r\nContent-Length: {length}\r\n\r\n"
+        )
+        client.sendall(head.encode() + body)
+
+
+def test_a_client_that_hangs_up_before_its_body_is_complete(rig: RigServer) -> None:
+    label = '{endpoint="/v1/chat/completions",model="unknown",status="499"}'
+    before = rig.series("rigserve_requests_total").get(label, 0)
+    send_and_leave(rig, b'{"model"', 1000)
+    wait_for(
+        lambda: rig.series("rigserve_requests_total").get(label, 0) == before + 1, "it is counted"
+    )
+    assert "Traceback" not in rig.output
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_at_once_leaves_nothing_behind(rig: RigServer, stream: bool) -> None:
+    label = '{endpoint="/v1/chat/completions",model="smollm2-135m",status="499"}'
+    before = rig.series("rigserve_requests_total").get(label, 0)
+    request = {"model": "smollm2-135m", "messages": HELLO, "ignore_eos": True, "stream": stream}
+    body = json.dumps(request).encode()
+    for _ in range(4):
+        send_and_leave(rig, body, len(body))
+    wait_for(
+        lambda: rig.series("rigserve_requests_total").get(label, 0) == before + 4, "all count", 3
+    )
+    assert rig.total("rigserve_requests_in_flight") == 0
+    assert rig.total("rigserve_sequences_running") == 0
+    assert "Traceback" not in rig.output
+
+
+def test_a_refused_request_costs_nothing(rig: RigServer) -> None:
+    joules = rig.total("rigserve_energy_joules_total")
+    for stream in (True, False):
+        with pytest.raises(openai.BadRequestError):
+            rig.client.chat.completions.create(
+                model="smollm2-135m",
+                messages=[{"role": "user", "content": "sea " * 600}],
+                stream=stream,
+            )
+    assert rig.total("rigserve_energy_joules_total") == joules
 
 
 def test_unknown_models_make_no_series(rig: RigServer) -> None:

@@ -126,6 +126,20 @@ def test_logprobs_are_those_of_the_distribution(engine: EngineServer) -> None:
         assert 0.2 < sum(map(math.exp, values)) <= 1.0001
 
 
+def test_text_offsets_run_on_through_a_stream(engine: EngineServer) -> None:
+    stream = engine.client.completions.create(
+        model="smol", prompt="The sea", max_tokens=6, logprobs=1, stream=True, temperature=0
+    )
+    text, offsets = "", []
+    for chunk in stream:
+        if chunk.choices[0].logprobs is not None:
+            offsets += chunk.choices[0].logprobs.text_offset or []
+            assert offsets[-1] == len(text)
+        text += chunk.choices[0].text
+    assert offsets == sorted(set(offsets))
+    assert len(offsets) == 6
+
+
 def test_ignore_eos_generates_to_the_limit(engine: EngineServer) -> None:
     short = [{"role": "user", "content": "Say only: yes"}]
     answer = chat(engine, messages=short, ignore_eos=True, max_tokens=200, temperature=0)
@@ -233,9 +247,33 @@ def test_a_cancelled_stream_ends_in_order_with_its_usage(engine: EngineServer) -
     assert 1 <= usage["completion_tokens"] < 400
 
 
+def test_a_prompt_that_was_cancelled_in_the_queue_counts_for_nothing(engine: EngineServer) -> None:
+    headers = {"Authorization": f"Bearer {ENGINE_KEY}", "x-request-id": "queued"}
+    busy = [chat(engine, max_tokens=400, ignore_eos=True, stream=True) for _ in range(4)]
+    try:
+        wait_for(lambda: engine.load()["running"] == 4, "all slots are taken")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(
+                requests.post,
+                f"{engine.base_url}/v1/chat/completions",
+                json={"model": "smol", "messages": HELLO},
+                headers=headers,
+                timeout=30,
+            )
+            wait_for(lambda: engine.load()["waiting"] == 1, "the request waits")
+            requests.post(f"{engine.base_url}/internal/cancel/queued", headers=headers, timeout=5)
+            answer = waiting.result().json()
+    finally:
+        for stream in busy:
+            stream.close()
+    assert answer["usage"]["prompt_tokens"] == 0
+    assert answer["usage"]["completion_tokens"] == 0
+
+
 def test_the_engine_answers_only_its_gateway(engine: EngineServer) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         assert engine.get("/v1/models", headers=headers).status_code == 401
+        assert engine.get("/health", headers=headers).status_code == 401
 
 
 def test_an_empty_prompt_is_refused(engine: EngineServer) -> None:

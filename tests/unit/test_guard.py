@@ -63,6 +63,15 @@ def test_an_engine_that_ignores_sigterm_is_killed() -> None:
     assert not psutil.wait_procs(children, timeout=5)[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels offer nothing for it")
+def test_an_engine_dies_with_a_guard_that_is_killed() -> None:
+    process = start(SLEEP)
+    children = running(process)
+    process.kill()
+    process.wait(10)
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
 def test_ctrl_c_in_the_terminal_is_the_supervisors_business() -> None:
     process = start(SLEEP)
     running(process)

@@ -33,6 +33,19 @@ def test_fields_are_read() -> None:
     assert request.temperature == 1.0
 
 
+def test_what_an_answer_says_nothing_with_may_be_sent_back() -> None:
+    answer: Any = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": []}
+    assert chat(messages=[answer]).messages[0].text == "a"
+
+
+@pytest.mark.parametrize("prompt", [[-1], [2**31], [[1], [10**30]]])
+def test_a_prompt_of_impossible_tokens_is_refused(prompt: list[Any]) -> None:
+    body = json.dumps({"model": "m", "prompt": prompt}).encode()
+    with pytest.raises(ApiError, match="token ids") as caught:
+        parse_completion(body)
+    assert caught.value.param == "prompt"
+
+
 def test_content_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "ab"
@@ -49,11 +62,14 @@ def test_content_parts_are_joined() -> None:
         ({"n": 10**6}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"seed": 2**70}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -64,6 +80,10 @@ def test_content_parts_are_joined() -> None:
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "hi", "mood": 1}]}, "messages[0].mood"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
+            "messages[0].refusal",
+        ),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": True}, "store"),
