@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,14 +68,19 @@ def _make(source: Path, target: Path, quantization: str) -> None:
     _log.info("preparing %s as %s (once; kept in %s)", source.name, quantization, target.parent)
     started = time.monotonic()
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "serving.models.requantize", source, partial, quantization],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-        if result.returncode != 0:
-            reason = _reason(result, source, target.parent)
+        command: list[str | Path] = [sys.executable, "-m", "serving.models.requantize"]
+        command += [source, partial, quantization]
+        # The open pipe is the child's leash: it ends when this process does.
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stderr is not None
+            last_words = process.stderr.read()
+        if process.returncode != 0:
+            reason = _reason(process.returncode, last_words, source, target.parent)
             raise ModelError(f"cannot requantize {source} to {quantization}: {reason}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -84,18 +90,18 @@ def _make(source: Path, target: Path, quantization: str) -> None:
     _log.info("prepared %s in %.1f s", target.name, time.monotonic() - started)
 
 
-def _reason(result: subprocess.CompletedProcess[bytes], source: Path, folder: Path) -> str:
+def _reason(code: int, last_words: bytes, source: Path, folder: Path) -> str:
     """Why the child failed, from its end, the room on the disk, and its last words."""
     reasons = []
-    if result.returncode < 0:
-        reasons.append(f"the process was killed by {signal.Signals(-result.returncode).name}")
+    if code < 0:
+        reasons.append(f"the process was killed by {signal.Signals(-code).name}")
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < source.stat().st_size:
         reasons.append(
             f"only {free_bytes / 1e6:.0f} MB are free in {folder}; "
             "make room, or set storage.cache_dir to another disk"
         )
-    reasons += result.stderr.decode("utf-8", errors="replace").strip().splitlines()[-3:]
+    reasons += last_words.decode("utf-8", errors="replace").strip().splitlines()[-3:]
     return "; ".join(reasons)
 
 
@@ -124,6 +130,14 @@ def _digest(source: Path, cache_dir: Path) -> str:
 
 def _requantize(source: str, target: str, quantization: str) -> int:
     import llama_cpp
+
+    def end_with_parent() -> None:
+        os.read(
+            sys.stdin.fileno(), 1
+        )  # a buffered read would hold a lock that Python needs at exit
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _FILE_TYPES[quantization]

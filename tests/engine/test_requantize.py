@@ -62,6 +62,17 @@ def test_a_process_killed_half_way_leaves_no_half_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_the_work_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("*.partial")), "the work begins")
+    workers = psutil.Process(process.pid).children()
+    assert workers
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def test_without_a_quantization_the_source_is_served_as_it_is(tmp_path: Path) -> None:
     assert prepare(resolve(SOURCE), None, tmp_path) == resolve(SOURCE)
     assert not list(tmp_path.iterdir())
