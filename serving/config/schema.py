@@ -93,7 +93,9 @@ class LlamaCppModel(Section):
         None, ge=1, le=65535, description="Loopback port of the engine. Unset: a free one."
     )
     start_timeout_seconds: float = Field(
-        120.0, gt=0, description="An engine that is not ready by then is stopped and started again."
+        120.0,
+        gt=0,
+        description="How long an engine may take to be ready. Longer is an error at the first start; later it is tried again.",
     )
 
 

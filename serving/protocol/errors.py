@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-# Statuses the SDKs know by name; anything else is reported as an api_error.
+# OpenAI's names for these; other 4xx are invalid_request_error, 5xx api_error.
 _TYPE_BY_STATUS = {
     401: "authentication_error",
     403: "permission_error",
