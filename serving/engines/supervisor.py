@@ -190,11 +190,6 @@ class Supervisor:
         self.engines = [Engine(model, launchers[model.engine]) for model in models]
         self._session = session
 
-    @property
-    def ready(self) -> bool:
-        """Whether every engine takes requests."""
-        return all(engine.state is EngineState.READY for engine in self.engines)
-
     async def run(self) -> None:
         """Run all engines until cancelled; the first that cannot be started ends them all and raises."""
         async with asyncio.TaskGroup() as group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -33,8 +32,6 @@ from serving.protocol.requests import (
 )
 from serving.protocol.responses import model_json, new_id
 from serving.protocol.sse import CLIENT_CLOSED_REQUEST, ClientDisconnected, respond_to_nobody
-
-_log = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

@@ -90,8 +90,9 @@ class Meter:
         the ledger marks both as estimated.
         """
         ended_at = time.monotonic()
-        usage = _usage(final, chunks)
-        timings = _timings(final) or _observed(request, ended_at)
+        usage = _usage(final)
+        measured = _timings(final)
+        timings = measured or _observed(request, ended_at)
         busy_seconds = timings.prefill_busy_seconds + timings.decode_busy_seconds
         joules = busy_seconds * self._power.mean_watts(request.arrived_at, ended_at)
         parts = self._cost.parts(busy_seconds, joules)
@@ -104,16 +105,16 @@ class Meter:
             endpoint=request.endpoint,
             status=status,
             streamed=request.streamed,
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-            tokens_source="engine" if final else "estimated",
+            prompt_tokens=usage.prompt_tokens if usage else 0,
+            cached_tokens=usage.cached_tokens if usage else 0,
+            completion_tokens=usage.completion_tokens if usage else chunks,
+            tokens_source="engine" if usage else "estimated",
             queue_seconds=timings.queue_seconds,
             prefill_seconds=timings.prefill_seconds,
             decode_seconds=timings.decode_seconds,
             prefill_busy_seconds=timings.prefill_busy_seconds,
             decode_busy_seconds=timings.decode_busy_seconds,
-            timing_source="engine" if _timings(final) else "estimated",
+            timing_source="engine" if measured else "estimated",
             energy_joules=joules,
             energy_source=self._power.source,
             energy_usd=parts.energy_usd,
@@ -151,10 +152,10 @@ class Meter:
             )
 
 
-def _usage(final: Mapping[str, Any] | None, chunks: int) -> Usage:
+def _usage(final: Mapping[str, Any] | None) -> Usage | None:
     usage = (final or {}).get("usage")
     if not isinstance(usage, dict):
-        return Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=chunks)
+        return None
     details = usage.get("prompt_tokens_details") or {}
     return Usage(
         prompt_tokens=usage["prompt_tokens"],
