@@ -14,6 +14,8 @@ from loadtest.records import RequestRecord
 
 _READ_BYTES = 65536
 _TIMEOUT_SECONDS = 600.0
+# Where a delta may hold generated text; servers disagree about the name of reasoning.
+_TEXT_KINDS = ("content", "reasoning_content", "reasoning", "tool_calls")
 
 
 class ServerError(Exception):
@@ -150,7 +152,8 @@ def sse_events(reads: Iterator[bytes]) -> Iterator[bytes]:
 
 def _has_text(event: dict[str, Any]) -> bool:
     choices = event.get("choices")
-    return bool(choices and (choices[0].get("delta") or {}).get("content"))
+    delta = (choices[0].get("delta") or {}) if choices else {}
+    return any(delta.get(kind) for kind in _TEXT_KINDS)
 
 
 def _note(event: dict[str, Any], record: RequestRecord) -> None:

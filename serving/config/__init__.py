@@ -2,6 +2,7 @@
 
 from serving.config.load import ConfigError, Problem, config_json_schema, load_config
 from serving.config.schema import (
+    AdapterConfig,
     Config,
     CostConfig,
     LlamaCppModel,
@@ -12,6 +13,7 @@ from serving.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "Config",
     "ConfigError",
     "CostConfig",

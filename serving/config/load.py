@@ -90,6 +90,9 @@ def _place_files(document: Document) -> None:
             if isinstance(folder, str):
                 storage[key] = str(_absolute(document, ("storage", key), folder))
     for position, model in _models(document):
+        for number, adapter in _entries(model.get("adapters")):
+            if isinstance(adapter.get("path"), str):
+                _place(document, ("models", position, "adapters", number), adapter, "path")
         path: KeyPath = ("models", position, "source")
         source = model.get("source")
         if not isinstance(source, str) or source.startswith(_REMOTE_SCHEMES):
@@ -99,10 +102,15 @@ def _place_files(document: Document) -> None:
                 path, f"expected a path, {' or '.join(_REMOTE_SCHEMES)}; got {source!r}"
             )
             continue
-        file = _absolute(document, path, source)
-        model["source"] = str(file)
-        if not file.is_file():
-            document.report(path, f"there is no file {file}")
+        _place(document, ("models", position), model, "source")
+
+
+def _place(document: Document, parent: KeyPath, values: dict[str, Any], key: str) -> None:
+    """Make one path absolute; its file must be there."""
+    file = _absolute(document, (*parent, key), values[key])
+    values[key] = str(file)
+    if not file.is_file():
+        document.report((*parent, key), f"there is no file {file}")
 
 
 def _absolute(document: Document, path: KeyPath, text: str) -> Path:
@@ -116,9 +124,13 @@ def _absolute(document: Document, path: KeyPath, text: str) -> Path:
 
 def _models(document: Document) -> list[tuple[int, dict[str, Any]]]:
     """The models that are mappings, with their positions, whatever else is wrong with them."""
-    models = document.values.get("models")
-    entries = enumerate(models if isinstance(models, list) else [])
-    return [(position, model) for position, model in entries if isinstance(model, dict)]
+    return _entries(document.values.get("models"))
+
+
+def _entries(values: Any) -> list[tuple[int, dict[str, Any]]]:
+    """The mappings of a list, with their positions in it."""
+    entries = enumerate(values if isinstance(values, list) else [])
+    return [(position, entry) for position, entry in entries if isinstance(entry, dict)]
 
 
 def _check_names(document: Document) -> None:
@@ -130,6 +142,10 @@ def _check_names(document: Document) -> None:
             (alias, ("models", position, "aliases", number))
             for number, alias in enumerate(aliases if isinstance(aliases, list) else [])
         ]
+        names += [
+            (adapter.get("name"), ("models", position, "adapters", number, "name"))
+            for number, adapter in _entries(model.get("adapters"))
+        ]
         for name, path in names:
             if not isinstance(name, str):
                 continue
@@ -138,7 +154,7 @@ def _check_names(document: Document) -> None:
                 document.report(
                     path,
                     f"the name {name!r} is taken by {dotted(other)} on line {document.lines[other]}; "
-                    "names and aliases must differ",
+                    "names, aliases and adapters must differ",
                 )
             first_use.setdefault(name, path)
 

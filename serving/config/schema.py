@@ -54,6 +54,14 @@ class ServerConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """A LoRA adapter: small weights that change a model, served beside it under a name of its own."""
+
+    name: ModelName = Field(description="The name clients ask for.")
+    path: str = Field(description="A GGUF file, as llama.cpp's convert_lora_to_gguf.py makes it.")
+    scale: float = Field(1.0, description="How strongly it counts; 1 is as trained, 0 not at all.")
+
+
 class LlamaCppModel(Section):
     """A GGUF model served by rigserve's own llama.cpp engine."""
 
@@ -68,6 +76,9 @@ class LlamaCppModel(Section):
     )
     aliases: tuple[ModelName, ...] = Field(
         (), strict=False, description="Other names that reach this model."
+    )
+    adapters: tuple[AdapterConfig, ...] = Field(
+        (), strict=False, description="LoRA adapters of this model, each a model of its own to clients."
     )
     context_length: int = Field(
         4096, ge=64, description="Prompt and completion tokens one request may use together."

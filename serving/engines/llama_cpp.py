@@ -36,6 +36,8 @@ class LlamaCppLauncher:
             "--gpu-layers": model.gpu_layers,
         }
         arguments = [str(word) for flag in flags.items() for word in flag]
+        for adapter in model.adapters:
+            arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
             environment={"RIGSERVE_ENGINE_KEY": api_key},

@@ -17,16 +17,22 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
-from serving.engines.supervisor import Engine
+from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
-from serving.gateway.routing import Router, endpoint_of
+from serving.gateway.routing import Router, adapters_of, endpoint_of
 from serving.metrics import UNKNOWN_MODEL, Metrics
+from serving.protocol.embeddings import (
+    DetokenizeRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+)
 from serving.protocol.errors import ApiError, respond_with_error
 from serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
-    GenerationRequest,
+    ModelRequest,
     parse_chat,
     parse_completion,
 )
@@ -83,15 +89,14 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """All models and aliases."""
-        entries = [model_json(name, gateway.started_unix) for name in gateway.router.names]
+        """All models, aliases and LoRA adapters."""
+        entries = [_model_entry(gateway, name) for name in gateway.router.names]
         return _json({"object": "list", "data": entries})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One model."""
-        gateway.router.find(name)
-        return _json(model_json(name, gateway.started_unix))
+        return _json(_model_entry(gateway, name))
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:
@@ -103,12 +108,45 @@ def create_app(gateway: Gateway) -> FastAPI:
         """Continue a text."""
         return await _complete(gateway, http, parse_completion)
 
+    @app.post("/v1/embeddings", openapi_extra=_body_schema(EmbeddingRequest))
+    async def embeddings(http: Request) -> Response:
+        """Turn texts into vectors."""
+        return await _complete(gateway, http, EmbeddingRequest.parse)
+
+    @app.post("/v1/rerank", openapi_extra=_body_schema(RerankRequest))
+    async def rerank(http: Request) -> Response:
+        """Order documents by what they have to do with a query."""
+        return await _complete(gateway, http, RerankRequest.parse)
+
+    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest))
+    async def tokenize(http: Request) -> Response:
+        """Tell the tokens of a text or a conversation."""
+        return await gateway.relay.ask(http, *await _admit(gateway, http, TokenizeRequest.parse))
+
+    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest))
+    async def detokenize(http: Request) -> Response:
+        """Tell the text of tokens."""
+        return await gateway.relay.ask(http, *await _admit(gateway, http, DetokenizeRequest.parse))
+
     return app
 
 
+def _model_entry(gateway: Gateway, name: str) -> dict[str, Any]:
+    engine = gateway.router.find(name)
+    parent = engine.model.name if name in adapters_of(engine) else None
+    return model_json(name, gateway.started_unix, parent)
+
+
 async def _complete(
-    gateway: Gateway, http: Request, parse: Callable[[bytes], GenerationRequest]
+    gateway: Gateway, http: Request, parse: Callable[[bytes], ModelRequest]
 ) -> Response:
+    return await gateway.relay.forward(http, *await _admit(gateway, http, parse))
+
+
+async def _admit(
+    gateway: Gateway, http: Request, parse: Callable[[bytes], ModelRequest]
+) -> tuple[Engine, Endpoint, ModelRequest]:
+    """Where a request goes, and what it says; those turned away are counted. Raises :class:`ApiError`."""
     model = UNKNOWN_MODEL
     try:
         body = parse(await _read_body(http, gateway.max_body_bytes))
@@ -120,12 +158,12 @@ async def _complete(
             )
         endpoint = endpoint_of(engine)
     except ApiError as error:
-        gateway.meter.rejected(model, http.url.path, error.status)
+        gateway.meter.unmetered(model, http.url.path, error.status)
         raise
     except ClientDisconnect:
-        gateway.meter.rejected(model, http.url.path, CLIENT_CLOSED_REQUEST)
+        gateway.meter.unmetered(model, http.url.path, CLIENT_CLOSED_REQUEST)
         raise
-    return await gateway.relay.forward(http, engine, endpoint, body)
+    return engine, endpoint, body
 
 
 async def _read_body(http: Request, limit_bytes: int) -> bytes:
@@ -180,7 +218,7 @@ def _json(payload: object, status: int = 200) -> Response:
     return Response(orjson.dumps(payload), status, media_type="application/json")
 
 
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
+def _body_schema(kind: type[ModelRequest]) -> dict[str, Any]:
     """OpenAPI's description of a body that the route parses by itself."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     for part in schema.pop("$defs", {}).values():

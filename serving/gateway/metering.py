@@ -28,11 +28,15 @@ class PowerSource(Protocol):
 
 @dataclass(slots=True)
 class Request:
-    """A request under way, as the gateway sees it. Moments are ``time.monotonic()``."""
+    """A request under way, as the gateway sees it. Moments are ``time.monotonic()``.
+
+    The ledger knows a request by its LoRA ``adapter`` if it has one; metrics by the base model.
+    """
 
     id: str
     endpoint: str
     model: ModelConfig
+    adapter: str | None
     user: str
     streamed: bool
     arrived_unix: float = field(default_factory=time.time)
@@ -76,8 +80,8 @@ class Meter:
                 self._metrics.itl.labels(request.model.name).observe(gap)
         request.last_chunk_at = now
 
-    def rejected(self, model: str, endpoint: str, status: int) -> None:
-        """A request ended before it reached an engine."""
+    def unmetered(self, model: str, endpoint: str, status: int) -> None:
+        """A request ended that used nothing: it reached no engine, or asked for no tokens."""
         self._metrics.requests.labels(model, endpoint, str(status)).inc()
 
     def finished(
@@ -100,7 +104,7 @@ class Meter:
             started_at=request.arrived_unix,
             request_id=request.id,
             user=request.user,
-            model=request.model.name,
+            model=request.adapter or request.model.name,
             engine=request.model.engine,
             endpoint=request.endpoint,
             status=status,
@@ -125,7 +129,7 @@ class Meter:
         self._count(record, request, ended_at)
 
     def _count(self, record: UsageRecord, request: Request, ended_at: float) -> None:
-        metrics, model = self._metrics, record.model
+        metrics, model = self._metrics, request.model.name
         metrics.in_flight.labels(model).dec()
         metrics.requests.labels(model, record.endpoint, str(record.status)).inc()
         metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
@@ -160,7 +164,7 @@ def _usage(final: Mapping[str, Any] | None) -> Usage | None:
     return Usage(
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
-        completion_tokens=usage["completion_tokens"],
+        completion_tokens=usage.get("completion_tokens") or 0,
     )
 
 

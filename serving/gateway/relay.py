@@ -15,9 +15,10 @@ from starlette.responses import Response
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.metering import Meter, Request
+from serving.gateway.routing import adapters_of
 from serving.gateway.stream import StreamTap
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import GenerationRequest
+from serving.protocol.requests import GenerationRequest, ModelRequest
 from serving.protocol.responses import Timings, Usage, new_id
 from serving.protocol.sse import (
     CLIENT_CLOSED_REQUEST,
@@ -26,6 +27,7 @@ from serving.protocol.sse import (
     event,
     while_connected,
 )
+from serving.protocol.tenancy import Tenancy
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Relay:
         self.open_requests = 0
 
     async def forward(
-        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: GenerationRequest
+        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: ModelRequest
     ) -> Response:
         """Answer a request through its engine.
 
@@ -63,15 +65,35 @@ class Relay:
             id=http.state.request_id,
             endpoint=http.url.path,
             model=engine.model,
+            adapter=body.model if body.model in adapters_of(engine) else None,
             user=body.user or "-",
-            streamed=bool(body.stream),
+            streamed=_is_streamed(body),
         )
         self._meter.started(request)
         self.open_requests += 1
         self._idle.clear()
-        if body.stream:
+        if isinstance(body, GenerationRequest) and body.stream:
             return await self._stream(http, call, request, forward_usage=body.wants_usage_chunk)
         return await self._whole(http, call, request)
+
+    async def ask(
+        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: ModelRequest
+    ) -> Response:
+        """Answer a request that uses no tokens through its engine: it is counted, but not in the ledger.
+
+        Raises as :meth:`forward` does.
+        """
+        call = _Call(self._session, engine, endpoint, http.url.path, body)
+        status = CLIENT_CLOSED_REQUEST
+        try:
+            answer, payload = await while_connected(http.receive, call.answer())
+            status = answer.status
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            self._meter.unmetered(engine.model.name, http.url.path, status)
+        return _relayed(answer, payload)
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
@@ -205,7 +227,7 @@ class _Call:
         engine: Engine,
         endpoint: Endpoint,
         path: str,
-        body: GenerationRequest,
+        body: ModelRequest,
     ) -> None:
         self.engine = engine
         self._session = session
@@ -218,6 +240,7 @@ class _Call:
             "authorization": f"Bearer {self._endpoint.api_key}",
             "content-type": "application/json",
             "x-request-id": self._engine_request_id,
+            **_tenancy_of(body).to_headers(),
         }
 
     async def open(self) -> aiohttp.ClientResponse:
@@ -248,11 +271,22 @@ async def _finished(task: asyncio.Task[Any]) -> None:
     await asyncio.wait((task,))
 
 
-def _for_engine(engine: Engine, body: GenerationRequest) -> bytes:
-    """The request as the engine gets it: its own model name, and usage at the end of a stream."""
+def _is_streamed(body: ModelRequest) -> bool:
+    return isinstance(body, GenerationRequest) and bool(body.stream)
+
+
+def _tenancy_of(body: ModelRequest) -> Tenancy:
+    """Requests of one ``user`` stand in one line."""
+    priority = body.priority if isinstance(body, GenerationRequest) else "interactive"
+    return Tenancy(tenant=body.user or "-", priority=priority)
+
+
+def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
+    """The request as the engine gets it: a name it knows, and usage at the end of a stream."""
     fields = body.model_dump(exclude_none=True)
-    fields["model"] = engine.model.name
-    if body.stream:
+    if body.model not in adapters_of(engine):
+        fields["model"] = engine.model.name
+    if _is_streamed(body):
         fields["stream_options"] = {"include_usage": True}
     return orjson.dumps(fields)
 
@@ -264,7 +298,9 @@ def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | N
     """
     if answer.status != 200:
         return None if answer.status == 500 else _NOTHING_USED
-    body: dict[str, Any] = orjson.loads(payload)
+    # Vectors are long, and no text can look like this: its quotes would be escaped.
+    tail = payload.rfind(b',"usage":{')
+    body: dict[str, Any] = orjson.loads(b"{" + payload[tail + 1 :] if tail >= 0 else payload)
     return body
 
 

@@ -12,19 +12,19 @@ _RETRY_AFTER_SECONDS = 2
 
 
 class Router:
-    """Names and aliases of all models."""
+    """Names and aliases of all models, and names of their adapters."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
         self._by_name = {
             name: engine
             for engine in engines
-            for name in (engine.model.name, *engine.model.aliases)
+            for name in (engine.model.name, *engine.model.aliases, *adapters_of(engine))
         }
 
     @property
     def names(self) -> list[str]:
-        """All names clients may ask for, aliases included."""
+        """All names clients may ask for, aliases and adapters included."""
         return list(self._by_name)
 
     def find(self, name: str) -> Engine:
@@ -40,6 +40,11 @@ class Router:
             param="model",
             code="model_not_found",
         )
+
+
+def adapters_of(engine: Engine) -> list[str]:
+    """The names of an engine's LoRA adapters. The engine knows them, as it does its model's, but no aliases."""
+    return [adapter.name for adapter in engine.model.adapters]
 
 
 def endpoint_of(engine: Engine) -> Endpoint:

@@ -8,12 +8,19 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 import uvicorn
+from starlette.applications import Starlette
 
+from serving.llamacpp.adapters import AdapterFile
+from serving.llamacpp.embedder import Embedder
+from serving.llamacpp.embedding_server import create_embedding_app
 from serving.llamacpp.engine import Engine, EngineOptions
-from serving.llamacpp.runtime import RuntimeFault
+from serving.llamacpp.runtime import Model, RuntimeFault, pooling_of
 from serving.llamacpp.server import create_app
+from serving.llamacpp.speculation import SpeculationKind
+from serving.protocol.errors import ApiError
 
 # Passed through the environment: a command line can be read by every user of the machine.
 API_KEY_VARIABLE = "RIGSERVE_ENGINE_KEY"
@@ -31,6 +38,20 @@ def main() -> int:
     parser.add_argument("--max-batch-tokens", type=int, default=512, help="prompt tokens per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU; -1: all")
+    parser.add_argument("--kv-tokens", type=int, help="KV cells in all; default: slots x context")
+    parser.add_argument("--prefix-cache-mib", type=int, default=1024, help="main memory for prefixes")
+    parser.add_argument("--speculation", choices=get_args(SpeculationKind), default="none")
+    parser.add_argument("--draft-model-path", type=Path, help="GGUF file, for draft_model")
+    parser.add_argument("--step-timeout-seconds", type=float, default=120, help="then it is stuck")
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        type=AdapterFile.parse,
+        action="append",
+        default=[],
+        metavar="NAME=PATH[:SCALE]",
+        help="a LoRA adapter (GGUF) and its model name; may be repeated",
+    )
     args = parser.parse_args()
     port = args.port
     del args.port
@@ -38,13 +59,26 @@ def main() -> int:
     return asyncio.run(_serve(EngineOptions(**vars(args)), port))
 
 
+async def _open(options: EngineOptions, model: Model) -> tuple[Engine | Embedder, Starlette]:
+    """What serves the model, and its HTTP face, by the kind of model that the file says it is."""
+    api_key = os.environ.get(API_KEY_VARIABLE)
+    pooling = pooling_of(model)
+    if pooling is not None:
+        embedder = Embedder(options, model, pooling)
+        return embedder, create_embedding_app(embedder, api_key)
+    engine = Engine(options, model)
+    for adapter in options.adapters:
+        await engine.adapters.add(adapter)
+    return engine, create_app(engine, api_key)
+
+
 async def _serve(options: EngineOptions, port: int) -> int:
     try:
-        engine = Engine(options)
-    except RuntimeFault as fault:
+        model = Model(options.model_path, options.gpu_layers)
+        engine, app = await _open(options, model)
+    except (RuntimeFault, ApiError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
-    app = create_app(engine, os.environ.get(API_KEY_VARIABLE))
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -10,13 +10,20 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.llamacpp.adapters import AdapterFile, Adapters
+from serving.llamacpp.chat import ChatPrompt, ChatRenderer, Reply
 from serving.llamacpp.chat_template import ChatTemplate
+from serving.llamacpp.grammar import Grammar, GrammarCompiler
 from serving.llamacpp.runtime import Context, Model
 from serving.llamacpp.sampling import SamplingParams
-from serving.llamacpp.scheduler import Load, QueueFull, Scheduler
+from serving.llamacpp.scheduler import QueueFull, Scheduler
 from serving.llamacpp.sequence import Event, Job, TextDelta
+from serving.llamacpp.speculation import SpeculationKind, speculation_of
+from serving.llamacpp.stats import Load, Stats
+from serving.llamacpp.tokenization import Tokenization
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from serving.protocol.tenancy import Tenancy
 
 _log = logging.getLogger(__name__)
 
@@ -33,15 +40,21 @@ class EngineOptions:
     max_batch_tokens: int
     threads: int
     gpu_layers: int
+    adapters: list[AdapterFile]
+    kv_tokens: int | None
+    prefix_cache_mib: int
+    speculation: SpeculationKind
+    draft_model_path: Path | None
+    step_timeout_seconds: float
 
 
 class Engine:
     """A loaded model that takes requests. Its methods belong to the event loop that made it."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        """Load the model and allocate its KV memory; raises ``RuntimeFault``."""
+    def __init__(self, options: EngineOptions, model: Model) -> None:
+        """Allocate KV memory; raises ``RuntimeFault``. The engine owns ``model`` from now on."""
         self.options = options
-        self._model = Model(options.model_path, options.gpu_layers)
+        self._model = model
         if options.context_length > self._model.context_length_trained:
             _log.warning(
                 "context_length %d is more than the %d tokens this model was trained on",
@@ -54,15 +67,41 @@ class Engine:
             context_length=options.context_length,
             batch_tokens=options.max_batch_tokens,
             threads=options.threads,
+            kv_tokens=options.kv_tokens,
         )
-        self._template = ChatTemplate(
+        template = ChatTemplate(
             self._model.chat_template,
             bos_text=self._model.bos_text,
             eos_text=self._model.eos_text,
             tokenizer_adds_bos=self._model.adds_bos,
         )
+        self._chats = ChatRenderer(template, self._model.token_of)
+        self._grammars = GrammarCompiler(self._model)
+        self.tokenization = Tokenization(
+            model, lambda chat: self._chats.prepare(chat).text, options.context_length
+        )
         self._scheduler = Scheduler(
-            self._model, self._context, max_queue=options.max_queue, emit=self._emit
+            self._model,
+            self._context,
+            max_queue=options.max_queue,
+            store_bytes=options.prefix_cache_mib * 2**20,
+            speculation=speculation_of(
+                options.speculation,
+                self._model,
+                options.draft_model_path,
+                context_length=options.context_length,
+                threads=options.threads,
+                gpu_layers=options.gpu_layers,
+            ),
+            step_timeout_seconds=options.step_timeout_seconds,
+            emit=self._emit,
+        )
+        self.adapters = Adapters(
+            self._model,
+            self._context,
+            model_path=options.model_path,
+            served_name=options.served_name,
+            between_steps=self._scheduler.between_steps,
         )
         identity = (
             f"{self._model.build} {options.model_path.name} {options.model_path.stat().st_size}"
@@ -87,24 +126,47 @@ class Engine:
         """How busy the engine is."""
         return self._scheduler.load()
 
-    async def chat(self, request: ChatCompletionRequest) -> Job:
-        """Start a chat completion; raises :class:`ApiError`."""
+    def stats(self) -> Stats:
+        """What the scheduler has counted since the start."""
+        return self._scheduler.stats
+
+    async def chat(
+        self, request: ChatCompletionRequest, tenancy: Tenancy
+    ) -> tuple[Job, list[Reply]]:
+        """Start a chat completion; its choices' text goes through the replies. Raises :class:`ApiError`."""
+
+        def prepare() -> tuple[ChatPrompt, list[int], Grammar | None]:
+            prompt = self._chats.prepare(request)
+            tokens = self._model.tokenize(prompt.text, add_special=True, parse_special=True)
+            spec = prompt.constraint
+            return prompt, tokens, self._grammars.compile(spec) if spec else None
+
+        prompt, tokens, grammar = await asyncio.to_thread(prepare)
+        job = self._start(
+            request,
+            tenancy,
+            [tokens],
+            grammar=grammar,
+            show_control_tokens=prompt.format.show_control_tokens,
+        )
+        return job, [prompt.reply() for _ in job.sequences]
+
+    async def complete(
+        self, request: CompletionRequest, tenancy: Tenancy
+    ) -> tuple[Job, list[Reply]]:
+        """Start a text completion, as :meth:`chat` does a chat; raises :class:`ApiError`."""
 
         def tokens() -> list[list[int]]:
-            prompt = self._template.render(request.messages)
-            return [self._model.tokenize(prompt, add_special=True, parse_special=True)]
+            return [self._tokens_of(prompt, request.suffix) for prompt in request.prompts]
 
-        return self._start(request, await asyncio.to_thread(tokens))
+        job = self._start(
+            request, tenancy, await asyncio.to_thread(tokens), echo=bool(request.echo)
+        )
+        return job, [Reply() for _ in job.sequences]
 
-    async def complete(self, request: CompletionRequest) -> Job:
-        """Start a text completion; raises :class:`ApiError`."""
-
-        def tokens() -> list[list[int]]:
-            return [self._tokens_of(prompt) for prompt in request.prompts]
-
-        return self._start(request, await asyncio.to_thread(tokens))
-
-    def _tokens_of(self, prompt: str | list[int]) -> list[int]:
+    def _tokens_of(self, prompt: str | list[int], suffix: str | None) -> list[int]:
+        if suffix:
+            return self._fill_in_the_middle(prompt, suffix)
         if isinstance(prompt, str):
             return self._model.tokenize(prompt, add_special=True, parse_special=False)
         for token in prompt:
@@ -117,17 +179,53 @@ class Engine:
                 )
         return prompt
 
+    def _fill_in_the_middle(self, prompt: str | list[int], suffix: str) -> list[int]:
+        """A prompt that asks for what comes between ``prompt`` and ``suffix``."""
+        fill = self._model.fill_in_the_middle_tokens
+        if fill is None:
+            raise ApiError(
+                400,
+                "This model was not trained to fill in the middle; leave 'suffix' out.",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        before = (
+            self._model.tokenize(prompt, add_special=False, parse_special=False)
+            if isinstance(prompt, str)
+            else self._tokens_of(prompt, None)
+        )
+        after = self._model.tokenize(suffix, add_special=False, parse_special=False)
+        return [*self._model.bos_tokens, fill.prefix, *before, fill.suffix, *after, fill.middle]
+
     def _start(
-        self, request: ChatCompletionRequest | CompletionRequest, prompts: list[list[int]]
+        self,
+        request: ChatCompletionRequest | CompletionRequest,
+        tenancy: Tenancy,
+        prompts: list[list[int]],
+        *,
+        grammar: Grammar | None = None,
+        show_control_tokens: bool = False,
+        echo: bool = False,
     ) -> Job:
         self._check_bias(request)
-        job = Job(ignore_eos=bool(request.ignore_eos), top_logprobs=request.top_logprob_count)
+        job = Job(
+            adapter=self.adapters.find(request.model),
+            ignore_eos=bool(request.ignore_eos),
+            top_logprobs=request.top_logprob_count,
+            echo=echo,
+            grammar=grammar,
+            show_control_tokens=show_control_tokens,
+            tenant=tenancy.tenant,
+            weight=tenancy.weight,
+            priority=tenancy.priority,
+        )
         for prompt in prompts:
             self._check_length(prompt)
             room = self.options.context_length - len(prompt)
+            wanted = room if request.token_limit is None else request.token_limit
             job.add(
                 prompt,
-                limit=min(request.token_limit or room, room),
+                limit=min(wanted, room),
                 params=[SamplingParams.of(request, seed) for seed in _seeds(request)],
                 stop_strings=request.stop_strings,
             )
@@ -151,6 +249,7 @@ class Engine:
                 code="queue_full",
                 retry_after_seconds=1,
             ) from error
+        self.adapters.hold(job.adapter, len(job.sequences))
         return job
 
     def _check_bias(self, request: GenerationRequest) -> None:
@@ -199,6 +298,8 @@ class Engine:
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:
+            if not isinstance(event, TextDelta):
+                self.adapters.release(event.sequence.job.adapter)
             output = self._outputs.get(event.sequence.job)
             if output is not None:
                 output.put_nowait(event)

@@ -1,27 +1,43 @@
 """Continuous batching: requests join and leave the running batch at every step.
 
-A step either decodes (one row for each running sequence) or prefills (chunks of prompts), in turns
-when there is both to do. Steps of one kind make a request's prefill and decode time a measurement
-rather than an estimate, and cost nothing: with split KV streams llama.cpp computes the two apart anyway.
+A step is of one kind: it decodes (the next token of each running sequence, and perhaps drafts) or it
+prefills (chunks of prompts), for sequences of one adapter. Kinds with work take turns. So a request's
+prefill and decode times are measurements rather than shares of a mixture, and it costs nothing: with
+split KV streams llama.cpp computes the two apart anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from serving.llamacpp.runtime import Context, Model, RuntimeFault, Sampler
-from serving.llamacpp.sampling import log_softmax, top_tokens
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.llamacpp.fair_queue import FairQueue
+from serving.llamacpp.grammar import prepare
+from serving.llamacpp.runtime import Context, LoraAdapter, Model, RuntimeFault, Sampler
+from serving.llamacpp.sampling import SamplingThreads, log_softmax, top_tokens
 from serving.llamacpp.sequence import Event, Failed, Finished, Job, Phase, Sequence, TextDelta
+from serving.llamacpp.slots import PrefixStore, Slots
+from serving.llamacpp.speculation import Speculation
+from serving.llamacpp.stats import Load, Stats
 from serving.protocol.responses import FinishReason, TokenLogprob
 
 _log = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 0.5
+_EXIT_CODE = 70
+# Every row of a scored prompt brings its logits to main memory; this many at a time.
+_SCORED_ROWS = 64
 
 
 class QueueFull(Exception):
@@ -29,53 +45,46 @@ class QueueFull(Exception):
 
 
 @dataclass(slots=True)
-class Slot:
-    """A stream of KV cells. ``tokens`` are in its cells, also after the sequence has left."""
+class Span:
+    """One sequence's rows in a batch, and what was sampled there: ``first_row`` is the first of them.
 
-    number: int
-    tokens: list[int] = field(default_factory=list)
-    sequence: Sequence | None = None
+    The last ``outputs`` rows have logits. In a decode step the rows after the first hold drafts.
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    outputs: int
+    first_row: int
+    sampled: list[tuple[int, TokenLogprob | None]] = field(default_factory=list)
+    fault: str | None = None
 
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one step; ``sampled`` pairs an output row with the sequence it belongs to."""
+    """The rows of one step, span by span."""
 
     phase: Phase
+    adapter: LoraAdapter | None
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     outputs: list[bool] = field(default_factory=list)
-    sampled: list[tuple[int, Sequence]] = field(default_factory=list)
-    rows: list[tuple[Sequence, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Add the next ``count`` tokens of a sequence; the last row is sampled once none remain."""
-        start, end = sequence.computed, sequence.computed + count
-        self.tokens += sequence.tokens[start:end]
-        self.positions += range(start, end)
-        self.slots += [sequence.slot] * count
-        self.outputs += [False] * count
-        if end == len(sequence.tokens):
-            self.outputs[-1] = True
-            self.sampled.append((len(self.tokens) - 1, sequence))
-        self.rows.append((sequence, count))
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy the engine is: sequences that wait, sequences in slots, KV cells in use and in all."""
-
-    waiting: int
-    running: int
-    kv_used_tokens: int
-    kv_total_tokens: int
+    def add(self, sequence: Sequence, tokens: list[int], outputs: int) -> None:
+        """Add the tokens that follow the computed ones; the last ``outputs`` rows get logits."""
+        self.spans.append(Span(sequence, tokens, outputs, len(self.tokens)))
+        self.tokens += tokens
+        self.positions += range(sequence.computed, sequence.computed + len(tokens))
+        self.slots += [sequence.slot] * len(tokens)
+        self.outputs += [False] * (len(tokens) - outputs) + [True] * outputs
 
 
 class Scheduler:
     """Owns the context and its slots; runs steps on a thread of its own.
 
-    ``emit`` is called on that thread with each step's events, in order.
+    ``emit`` is called on that thread with each step's events, in order. A step that takes longer than
+    ``step_timeout_seconds`` ends the process: its supervisor starts another.
     """
 
     def __init__(
@@ -84,33 +93,46 @@ class Scheduler:
         context: Context,
         *,
         max_queue: int,
+        store_bytes: int,
+        speculation: Speculation | None,
+        step_timeout_seconds: float,
         emit: Callable[[list[Event]], None],
     ) -> None:
         self._model = model
         self._context = context
         self._emit = emit
+        self._speculation = speculation
+        self._step_timeout_seconds = step_timeout_seconds
         self._capacity = context.slots + max_queue
-        self._slots = [Slot(number) for number in range(context.slots)]
-        self._waiting: deque[Sequence] = deque()
+        self._store = PrefixStore(store_bytes)
+        self._slots = Slots(context, self._store)
+        self._sampling = SamplingThreads(model.vocab_size)
+        self._waiting = FairQueue()
         self._running: list[Sequence] = []
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0
         self._unfinished_lock = threading.Lock()
-        self._decode_next = False
-        self._stopping = False
+        self._last_run: dict[tuple[Phase, LoraAdapter | None], int] = {}
+        self._step_batch: Batch | None = None
+        self._step_started = 0.0
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.stats = Stats()
 
     # Called from other threads.
 
     def start(self) -> None:
         """Begin to run steps."""
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self) -> None:
         """Finish the current step and end the thread; sequences that are not done are dropped."""
-        self._stopping = True
-        self._inbox.put(None)
+        self._stopping.set()
+        self._inbox.put(lambda: None)
         self._thread.join()
+        self._sampling.close()
 
     @property
     def alive(self) -> bool:
@@ -128,153 +150,292 @@ class Scheduler:
             if self._unfinished + len(job.sequences) > self._capacity:
                 raise QueueFull
             self._unfinished += len(job.sequences)
-        self._inbox.put(job)
+        self._inbox.put(partial(self._enqueue, job))
 
     def cancel(self, job: Job) -> None:
         """End a job's sequences before the next step; each still gets its :class:`Finished` event."""
-        job.cancelled = True
-        self._inbox.put(job)
+        self._inbox.put(partial(self._cancel, job))
+
+    def between_steps(self, action: Callable[[], None]) -> None:
+        """Have the scheduler's thread run ``action`` when it is not computing."""
+        self._inbox.put(action)
 
     def load(self) -> Load:
         """A snapshot, for metrics."""
         running = list(self._running)
         return Load(
             waiting=max(self._unfinished - len(running), 0),
+            waiting_by_class=self._waiting.waiting(),
             running=len(running),
             kv_used_tokens=sum(sequence.computed for sequence in running),
-            kv_total_tokens=self._context.slots * self._context.context_length,
+            kv_total_tokens=self._context.kv_tokens,
+            prefix_store_bytes=self._store.used_bytes,
         )
 
     # The scheduler's thread.
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._step()
         except Exception:
             # Requests would wait for ever. The supervisor starts a new process.
             _log.exception("the scheduler failed; the engine ends")
-            os._exit(70)
+            os._exit(_EXIT_CODE)
+
+    def _watch(self) -> None:
+        """End the process when a step does not return."""
+        while not self._stopping.wait(_WATCH_SECONDS):
+            batch, seconds = self._step_batch, time.monotonic() - self._step_started
+            if batch is not None and seconds > self._step_timeout_seconds:
+                message = f"a step did not end within {self._step_timeout_seconds:g} s"
+                _log.critical("%s; the engine ends", message)
+                self._emit([Failed(span.sequence, message) for span in batch.spans])
+                time.sleep(_WATCH_SECONDS)  # for the event loop to send them
+                os._exit(_EXIT_CODE)
 
     def _step(self) -> None:
         self._take_arrivals()
-        self._admit()
-        batch = self._build()
+        with self.stats.time("build"):
+            self._admit()
+            batch = self._build()
         if batch is None:
             return
-        started = time.monotonic()
+        self._step_batch, self._step_started = batch, time.monotonic()
         try:
-            self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
-            events = self._sample(batch)
+            with self.stats.time("decode"):
+                self._decode(batch)
+            with self.stats.time("sample"):
+                events = self._sample(batch)
         except RuntimeFault as fault:
             _log.error("step failed: %s", fault)
-            events = [self._fail(sequence, str(fault)) for sequence, _ in batch.rows]
-        _charge(batch, time.monotonic() - started)
-        self._emit(events)
+            events = [self._fail(span.sequence, str(fault)) for span in batch.spans]
+        self._step_batch = None
+        with self.stats.time("emit"):
+            self._charge(batch, time.monotonic() - self._step_started)
+            self._emit(events)
 
     def _take_arrivals(self) -> None:
-        """Move new jobs to the queue and end cancelled ones; sleeps when there is nothing to do."""
-        idle = not self._running and not self._waiting
-        while True:
-            try:
-                job = self._inbox.get(block=idle)
-            except queue.Empty:
-                return
-            idle = False
-            if job is None:
-                return
-            if job.cancelled:
-                self._emit([self._finish(s, None) for s in job.sequences if s.phase != Phase.DONE])
-            else:
-                self._waiting.extend(job.sequences)
+        """Do what other threads asked for; sleeps when there is nothing to do."""
+        idle = not self._running and not len(self._waiting)
+        with contextlib.suppress(queue.Empty):
+            self._inbox.get(block=idle)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _enqueue(self, job: Job) -> None:
+        for sequence in job.sequences:
+            self._waiting.push(sequence)
+
+    def _cancel(self, job: Job) -> None:
+        self._emit(
+            [self._finish(sequence, None) for sequence in job.sequences if not sequence.done]
+        )
 
     def _admit(self) -> None:
-        """Give free slots to waiting sequences, oldest first."""
-        while self._waiting and len(self._running) < len(self._slots):
-            sequence = self._waiting.popleft()
-            if sequence.phase is Phase.DONE:
-                continue
-            slot = self._choose_slot(sequence)
-            # At least one prompt token is computed: its logits choose the first token.
-            shared = min(_common_prefix(slot.tokens, sequence.tokens), sequence.prompt_tokens - 1)
-            if not self._context.truncate(slot.number, shared):
-                shared = 0
-            del slot.tokens[shared:]
-            slot.sequence = sequence
-            sequence.slot, sequence.computed, sequence.cached = slot.number, shared, shared
-            sequence.sampler = Sampler(self._model, sequence.params, self._context.context_length)
-            sequence.admitted_at = time.monotonic()
+        """Give slots to waiting sequences, in fair order; batch sequences make way for interactive ones."""
+        while len(self._waiting):
+            sequence = self._waiting.pop()
+            if not self._slots.fits(sequence) and not self._preempt_for(sequence):
+                self._waiting.push_front(sequence)
+                return
+            self._slots.admit(sequence)
+            if sequence.admitted_at is None:
+                sequence.admitted_at = time.monotonic()
+                sequence.sampler = Sampler(
+                    self._model, sequence.params, self._context.context_length
+                )
+                if sequence.job.grammar is not None:
+                    sequence.matcher = sequence.job.grammar.matcher()
+                    prepare([sequence.matcher])
+                elif self._speculation is not None:
+                    sequence.speculator = self._speculation.of(sequence.tokens)
+            self._note_prefix(sequence)
             sequence.phase = Phase.PREFILL
             self._running.append(sequence)
 
-    def _choose_slot(self, sequence: Sequence) -> Slot:
-        """The free slot that knows most of the prompt; among equals the lowest.
+    def _note_prefix(self, sequence: Sequence) -> None:
+        """Count the prompt tokens that were found in cells, once."""
+        found = min(sequence.computed, sequence.prompt_tokens)
+        if found > sequence.prefilled:
+            self.stats.prefix_hit_tokens += found - sequence.prefilled
+            sequence.cached += found - sequence.prefilled
+            sequence.prefilled = found
 
-        Low numbers keep the running slots adjacent: llama.cpp computes only neighbours together.
-        """
-        free = (slot for slot in self._slots if slot.sequence is None)
-        return max(free, key=lambda slot: (_useful_prefix(slot, sequence), -slot.number))
+    def _preempt_for(self, sequence: Sequence) -> bool:
+        """Suspend batch sequences, the youngest first, until an interactive one fits."""
+        if sequence.job.priority == "batch":
+            return False
+        for victim in reversed(self._running[:]):
+            if victim.job.priority == "batch" and self._slots.may_suspend(victim):
+                self._suspend(victim)
+                if self._slots.fits(sequence):
+                    return True
+        return False
+
+    def _suspend(self, victim: Sequence) -> None:
+        self._slots.suspend(victim)
+        self._running.remove(victim)
+        victim.phase = Phase.WAITING
+        self._waiting.push_front(victim)
+        self.stats.preemptions += 1
 
     def _build(self) -> Batch | None:
-        prefilling = [s for s in self._running if s.phase is Phase.PREFILL]
-        decoding = [s for s in self._running if s.phase is Phase.DECODE]
-        if prefilling and not (decoding and self._decode_next):
-            batch = self._prefill_batch(prefilling)
-        elif decoding:
-            batch = Batch(Phase.DECODE)
-            for sequence in sorted(decoding, key=lambda s: s.slot):
-                batch.add(sequence, 1)
-        else:
+        """The batch of the kind of work that has waited longest."""
+        kinds: dict[tuple[Phase, LoraAdapter | None], list[Sequence]] = {}
+        for sequence in self._running:
+            if sequence.leader is not None:
+                if not self._slots.follow(sequence):
+                    continue
+                self._note_prefix(sequence)
+            kinds.setdefault((sequence.phase, sequence.job.adapter), []).append(sequence)
+        if not kinds:
             return None
-        self._decode_next = batch.phase is Phase.PREFILL
-        return batch
+        kind = min(kinds, key=lambda kind: (self._last_run.get(kind, 0), kind[0] is Phase.DECODE))
+        self.stats.steps += 1
+        self._last_run = {each: self._last_run.get(each, 0) for each in kinds}
+        self._last_run[kind] = self.stats.steps
+        batch = Batch(*kind)
+        if batch.phase is Phase.PREFILL:
+            self._add_chunks(batch, kinds[kind])
+        else:
+            self._add_next_tokens(batch, kinds[kind])
+        return batch if batch.spans else None
 
-    def _prefill_batch(self, prefilling: list[Sequence]) -> Batch:
-        """Chunks of the oldest prompts, as many tokens as a batch may hold."""
+    def _add_chunks(self, batch: Batch, prefilling: list[Sequence]) -> None:
+        """Chunks of prompts, as many tokens as a batch may hold, in fair order between tenants."""
         budget = self._context.batch_tokens
         chunks: list[tuple[Sequence, int]] = []
-        for sequence in prefilling:
-            count = min(sequence.remaining_prompt, budget)
+        for sequence in self._waiting.order(prefilling):
+            at_most = min(budget, _SCORED_ROWS) if sequence.job.scores_prompt else budget
+            count = min(sequence.remaining, at_most)
             if count:
                 chunks.append((sequence, count))
                 budget -= count
-        batch = Batch(Phase.PREFILL)
+        self._make_room(self._context.batch_tokens - budget)
+        # llama.cpp computes neighbouring slots together, in this order.
         for sequence, count in sorted(chunks, key=lambda chunk: chunk[0].slot):
-            batch.add(sequence, count)
-        return batch
+            if sequence.phase is Phase.PREFILL:
+                tokens = sequence.tokens[sequence.computed : sequence.computed + count]
+                scored = count if sequence.job.scores_prompt else 0
+                batch.add(sequence, tokens, scored or int(count == sequence.remaining))
+
+    def _add_next_tokens(self, batch: Batch, decoding: list[Sequence]) -> None:
+        """The last token of each sequence, and drafts of what may follow."""
+        self._make_room(len(decoding))
+        rows = len(decoding)
+        for sequence in sorted(decoding, key=lambda s: s.slot):
+            if sequence.phase is not Phase.DECODE:
+                continue
+            drafts: list[int] = []
+            if sequence.speculator is not None:
+                room = min(sequence.limit - sequence.generated, self._context.batch_tokens - rows)
+                drafts = sequence.speculator.draft(sequence.tokens, len(decoding), room - 1)
+                if not self._slots.make_room(rows + len(drafts)):
+                    drafts = []
+            rows += len(drafts)
+            batch.add(sequence, [sequence.tokens[-1], *drafts], 1 + len(drafts))
+
+    def _make_room(self, rows: int) -> None:
+        """Suspend sequences until the pool has cells for a step: batch before interactive, then the youngest."""
+        while not self._slots.make_room(rows):
+            youngest_first = reversed(self._running)
+            victims = [s for s in youngest_first if self._slots.may_suspend(s)]
+            self._suspend(min(victims, key=lambda s: s.job.priority == "interactive"))
+
+    def _decode(self, batch: Batch) -> None:
+        self._context.use_adapter(batch.adapter)
+        self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
+        self._slots.decoded()
+        for span in batch.spans:
+            sequence = span.sequence
+            self._slots[sequence.slot].tokens += span.tokens
+            sequence.computed += len(span.tokens)
+            if sequence.first_token_at is None:
+                sequence.prefilled = max(sequence.prefilled, sequence.computed)
 
     def _sample(self, batch: Batch) -> list[Event]:
-        for sequence, count in batch.rows:
-            slot = self._slots[sequence.slot]
-            slot.tokens += sequence.tokens[sequence.computed : sequence.computed + count]
-            sequence.computed += count
-        events: list[Event] = []
-        for row, sequence in batch.sampled:
-            assert sequence.sampler is not None
-            token = sequence.sampler.sample(self._context, row)
-            events += self._accept(sequence, token, row)
+        spans = [span for span in batch.spans if span.outputs]
+        self._sampling.run([partial(self._choose, span, batch.phase) for span in spans])
+        events = [event for span in spans for event in self._accept(span, batch.phase)]
+        prepare([s.matcher for s in self._running if s.matcher is not None])
         return events
 
-    def _accept(self, sequence: Sequence, token: int, row: int) -> list[Event]:
+    def _choose(self, span: Span, phase: Phase) -> None:
+        """Sample the span's rows, as far as its drafts prove right. Runs on any thread, one a sequence."""
+        sequence, job = span.sequence, span.sequence.job
+        assert sequence.sampler is not None
+        first = span.first_row + len(span.tokens) - span.outputs
+        if phase is Phase.PREFILL and job.scores_prompt:
+            self._score(span)
+            first += span.outputs - 1
+            if sequence.remaining:
+                return
+        drafts = span.tokens[1:] if phase is Phase.DECODE else []
+        for row, draft in enumerate([*drafts, None], first):
+            logits = self._context.logits(row)
+            if not math.isfinite(logits.max()):
+                span.fault = "the model computed no valid numbers for this request (NaN)"
+                return
+            logprobs = None if job.top_logprobs is None else log_softmax(logits)
+            if sequence.matcher is not None:
+                sequence.matcher.apply(logits)
+            token = sequence.sampler.sample(self._context, row)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token)
+                span.fault = sequence.matcher.fault
+            scored = None
+            if logprobs is not None and job.top_logprobs is not None:
+                scored = self._logprob(token, logprobs, job.top_logprobs)
+            span.sampled.append((token, scored))
+            if token != draft or self._model.ends_generation(token):
+                return
+
+    def _accept(self, span: Span, phase: Phase) -> list[Event]:
+        """Append a span's tokens to its sequence; returns the text and the end they bring."""
+        sequence = span.sequence
+        if span.fault is not None:
+            return [self._fail(sequence, span.fault)]
+        events: list[Event] = []
+        if phase is Phase.DECODE and sequence.speculator is not None:
+            rejected = span.outputs - len(span.sampled)
+            if rejected:
+                self._slots.rewind(sequence, sequence.computed - rejected)
+            self.stats.drafted_tokens += span.outputs - 1
+            self.stats.accepted_tokens += len(span.sampled) - 1
+            sequence.speculator.record(span.outputs - 1, len(span.sampled) - 1)
+        if sequence.first_token_at is None and not sequence.remaining:
+            sequence.first_token_at = time.monotonic()
+            if sequence.job.echo:
+                events.append(self._echo(sequence))
+            if not sequence.limit:
+                return [*events, self._finish(sequence, "length")]
+        for token, logprob in span.sampled:
+            sequence.phase = Phase.DECODE
+            events += self._append(sequence, token, logprob)
+            if sequence.done:
+                break
+        return events
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[Event]:
         """Append a sampled token; returns the text it completes and, if it is the last, the end."""
         sequence.tokens.append(token)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.monotonic()
-            sequence.phase = Phase.DECODE
         ended = self._model.ends_generation(token) and not sequence.job.ignore_eos
         if ended:
             text = sequence.text.finish()
         else:
-            if sequence.job.top_logprobs is not None:
-                sequence.pending_logprobs.append(
-                    self._logprob(token, row, sequence.job.top_logprobs)
-                )
-            text = sequence.text.push(self._model.piece(token))
+            if logprob is not None:
+                sequence.pending_logprobs.append(logprob)
+            control = sequence.job.show_control_tokens
+            text = sequence.text.push(self._model.piece(token, control=control))
         reason: FinishReason | None = None
         if ended or sequence.text.stopped:
             reason = "stop"
         elif sequence.generated == sequence.limit:
             reason = "length"
+            text += sequence.text.finish()
+        elif sequence.matcher is not None and sequence.matcher.stopped:
+            reason = "stop"
             text += sequence.text.finish()
         events: list[Event] = []
         if text or (reason and sequence.pending_logprobs):
@@ -284,29 +445,50 @@ class Scheduler:
             events.append(self._finish(sequence, reason))
         return events
 
-    def _logprob(self, token: int, row: int, top: int) -> TokenLogprob:
-        logprobs = log_softmax(self._context.logits(row))
+    def _score(self, span: Span) -> None:
+        """Log-probabilities of the prompt tokens that follow the span's rows."""
+        sequence, top = span.sequence, span.sequence.job.top_logprobs or 0
+        start = sequence.computed - span.outputs
+        if start == 0:
+            piece = self._model.piece(sequence.tokens[0])
+            sequence.pending_logprobs.append(TokenLogprob(piece, None, ()))
+        for row, token in enumerate(
+            sequence.tokens[start + 1 : sequence.computed + 1], span.first_row
+        ):
+            logprobs = log_softmax(self._context.logits(row))
+            sequence.pending_logprobs.append(self._logprob(token, logprobs, top))
+
+    def _logprob(self, token: int, logprobs: NDArray[np.float64], top: int) -> TokenLogprob:
         alternatives = tuple(
             (self._model.piece(other), float(logprobs[other]))
             for other in top_tokens(logprobs, top)
         )
         return TokenLogprob(self._model.piece(token), float(logprobs[token]), alternatives)
 
+    def _echo(self, sequence: Sequence) -> TextDelta:
+        """The prompt as text."""
+        prompt = sequence.tokens[: sequence.prompt_tokens]
+        text = b"".join(map(self._model.piece, prompt)).decode("utf-8", errors="replace")
+        delta = TextDelta(sequence, text, sequence.pending_logprobs)
+        sequence.pending_logprobs = []
+        return delta
+
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> Finished:
-        self._release(sequence)
+        if sequence.slot >= 0:
+            self._slots.release(sequence)
+        self._forget(sequence)
         return Finished(sequence, reason)
 
     def _fail(self, sequence: Sequence, message: str) -> Failed:
-        slot = self._slots[sequence.slot]
-        self._context.truncate(slot.number, 0)
-        slot.tokens.clear()
-        self._release(sequence)
+        self._slots.discard(sequence)
+        self._forget(sequence)
         return Failed(sequence, message)
 
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.phase in (Phase.PREFILL, Phase.DECODE):
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        else:
             self._running.remove(sequence)
-            self._slots[sequence.slot].sequence = None
         if sequence.sampler is not None:
             sequence.sampler.close()
             sequence.sampler = None
@@ -315,28 +497,22 @@ class Scheduler:
         with self._unfinished_lock:
             self._unfinished -= 1
 
-
-def _charge(batch: Batch, seconds: float) -> None:
-    """Share a step's duration among its sequences, by their rows."""
-    for sequence, count in batch.rows:
-        share = seconds * count / len(batch.tokens)
+    def _charge(self, batch: Batch, seconds: float) -> None:
+        """Share a step's duration among its sequences, by their rows, and count its tokens."""
+        rows = len(batch.tokens)
+        for span in batch.spans:
+            sequence, share = span.sequence, seconds * len(span.tokens) / rows
+            job = sequence.job
+            self._waiting.charge(job.tenant, job.weight, len(span.tokens), job.priority)
+            if batch.phase is Phase.PREFILL:
+                sequence.prefill_busy_seconds += share
+            else:
+                sequence.decode_busy_seconds += share
         if batch.phase is Phase.PREFILL:
-            sequence.prefill_busy_seconds += share
+            self.stats.prefill_steps += 1
+            self.stats.prefill_tokens += rows
         else:
-            sequence.decode_busy_seconds += share
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    for position, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return position
-    return min(len(left), len(right))
-
-
-# Shorter matches are chance (the template's first words), not a conversation that goes on.
-_SMALLEST_USEFUL_PREFIX = 32
-
-
-def _useful_prefix(slot: Slot, sequence: Sequence) -> int:
-    length = _common_prefix(slot.tokens, sequence.tokens)
-    return length if length >= _SMALLEST_USEFUL_PREFIX else 0
+            self.stats.decode_steps += 1
+            self.stats.decode_tokens += rows
+            if self._speculation is not None:
+                self._speculation.observe(rows, seconds)

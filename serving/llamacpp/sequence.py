@@ -6,15 +6,26 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Literal
 
-from serving.llamacpp.runtime import Sampler
+from serving.llamacpp.runtime import LoraAdapter, Sampler
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.text import TextStream
 from serving.protocol.responses import FinishReason, Timings, TokenLogprob, Usage
 
+if TYPE_CHECKING:
+    from serving.llamacpp.grammar import Grammar, Matcher
+    from serving.llamacpp.speculation import Speculator
+
+
+Priority = Literal["interactive", "batch"]
+
 
 class Phase(Enum):
-    """A sequence's life: WAITING → PREFILL → DECODE → DONE. Any phase may end in DONE (cancelled, failed)."""
+    """A sequence's life: WAITING → PREFILL → DECODE → DONE.
+
+    Any phase may end in DONE (cancelled, failed); a preempted sequence goes back to WAITING.
+    """
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -27,7 +38,9 @@ class Sequence:
     """One completion in the making.
 
     ``tokens`` is the prompt followed by everything generated; the first ``computed`` of them are in
-    the KV cells of ``slot``. ``limit`` is the most tokens it may generate.
+    the KV cells of ``slot``. ``limit`` is the most tokens it may generate. While it has a ``leader`` it
+    waits for that sequence to compute the prefix they share. ``prefilled`` and ``cached`` count prompt
+    tokens: ever in cells, and found there rather than computed.
     """
 
     job: Job
@@ -40,8 +53,12 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     computed: int = 0
+    prefilled: int = 0
     cached: int = 0
+    leader: Sequence | None = None
     sampler: Sampler | None = None
+    matcher: Matcher | None = None
+    speculator: Speculator | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
     finished_at: float | None = None
@@ -55,28 +72,36 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def computed_prompt(self) -> int:
-        """Prompt tokens in the KV cells, whether computed or found there."""
-        return min(self.computed, self.prompt_tokens)
+    def done(self) -> bool:
+        """Whether nothing more will be generated."""
+        return self.phase is Phase.DONE
 
     @property
-    def remaining_prompt(self) -> int:
-        """Prompt tokens still to be computed."""
-        return self.prompt_tokens - self.computed
+    def remaining(self) -> int:
+        """Tokens still to be computed before the next can be sampled."""
+        return len(self.tokens) - self.computed
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """One request: its prompts' sequences, and what they have in common.
 
-    ``top_logprobs`` None means that no log-probabilities are wanted.
+    ``top_logprobs`` None means that no log-probabilities are wanted. ``echo`` repeats the prompt before
+    the completion. ``show_control_tokens`` renders control tokens as text, for who parses the text.
+    Tenants of a class share the engine by ``weight``; ``batch`` gives way to ``interactive``.
     """
 
-    ignore_eos: bool
-    top_logprobs: int | None
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    echo: bool = False
+    grammar: Grammar | None = None
+    show_control_tokens: bool = False
+    adapter: LoraAdapter | None = None
+    tenant: str = "-"
+    weight: float = 1.0
+    priority: Priority = "interactive"
     arrived_at: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
-    cancelled: bool = False
 
     def add(
         self,
@@ -101,9 +126,14 @@ class Job:
             )
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are wanted."""
+        return self.echo and self.top_logprobs is not None
+
+    @property
     def done(self) -> bool:
         """Whether nothing remains to be generated."""
-        return all(sequence.phase is Phase.DONE for sequence in self.sequences)
+        return all(sequence.done for sequence in self.sequences)
 
     def usage(self, choices: int) -> Usage:
         """Tokens so far; each prompt counts once, however many ``choices`` were made of it.
@@ -111,11 +141,11 @@ class Job:
         Of a job that was cancelled early, prompts count as far as they were computed.
         """
         furthest = [
-            max(self.sequences[first : first + choices], key=lambda s: s.computed_prompt)
+            max(self.sequences[first : first + choices], key=lambda s: s.prefilled)
             for first in range(0, len(self.sequences), choices)
         ]
         return Usage(
-            prompt_tokens=sum(sequence.computed_prompt for sequence in furthest),
+            prompt_tokens=sum(sequence.prefilled for sequence in furthest),
             cached_tokens=sum(sequence.cached for sequence in furthest),
             completion_tokens=sum(sequence.generated for sequence in self.sequences),
         )

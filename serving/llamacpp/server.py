@@ -2,80 +2,59 @@
 
 from __future__ import annotations
 
-import hmac
-from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import orjson
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.llamacpp.adapters import AdapterFile
+from serving.llamacpp.app import application, json_response
+from serving.llamacpp.chat import Reply
 from serving.llamacpp.engine import Engine
-from serving.llamacpp.sequence import Failed, Job, TextDelta
-from serving.protocol.errors import ApiError, respond_with_error
-from serving.protocol.requests import GenerationRequest, parse_chat, parse_completion
+from serving.llamacpp.sequence import Failed, Finished, Job, TextDelta
+from serving.protocol.errors import ApiError
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    GenerationRequest,
+    parse_chat,
+    parse_completion,
+    parse_load_adapter,
+    parse_unload_adapter,
+)
 from serving.protocol.responses import Choice, Envelope, model_json
 from serving.protocol.sse import (
     DONE,
-    ClientDisconnected,
     EventStream,
     event,
-    respond_to_nobody,
     while_connected,
 )
+from serving.protocol.tenancy import Tenancy
 
 
 def create_app(engine: Engine, api_key: str | None) -> Starlette:
     """The ASGI application; with an ``api_key`` every path asks for it."""
     server = _Server(engine)
-    return Starlette(
-        routes=[
+    return application(
+        [
             Route("/health", server.health, methods=["GET"]),
             Route("/v1/models", server.models, methods=["GET"]),
+            Route("/v1/load_lora_adapter", server.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", server.unload_adapter, methods=["POST"]),
             Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/internal/load", server.load, methods=["GET"]),
             Route("/internal/cancel/{request_id}", server.cancel, methods=["POST"]),
         ],
-        middleware=[Middleware(_RequireKey, api_key=api_key)] if api_key else [],
-        exception_handlers={
-            ApiError: respond_with_error,
-            ClientDisconnected: respond_to_nobody,
-            ClientDisconnect: respond_to_nobody,
-            Exception: _respond_with_bug,
-        },
+        model=engine.options.served_name,
+        kind="a generating model",
+        tokenization=engine.tokenization,
+        api_key=api_key,
     )
-
-
-def _respond_with_bug(_request: Request, _error: Exception) -> Response:
-    # Starlette logs the traceback.
-    return ApiError(500, "Something failed inside the engine; its log has more.").response
-
-
-class _RequireKey:
-    """Turns away requests without the launch's key: other local users are not the gateway."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
-                error = ApiError(401, "This engine takes requests from its gateway only.")
-                app = error.response
-        await app(scope, receive, send)
-
-
-def _json(payload: object) -> Response:
-    return Response(orjson.dumps(payload), media_type="application/json")
 
 
 class _Server:
@@ -87,10 +66,26 @@ class _Server:
         return Response(status_code=200 if self._engine.alive else 500)
 
     async def models(self, _request: Request) -> Response:
-        return _json({"object": "list", "data": [model_json(self._engine.options.served_name, 0)]})
+        base = self._engine.options.served_name
+        adapters = [model_json(name, 0, base) for name in self._engine.adapters.names]
+        return json_response({"object": "list", "data": [model_json(base, 0), *adapters]})
+
+    async def load_adapter(self, http: Request) -> Response:
+        """Serve a LoRA adapter, too; the answer is its entry in the list of models."""
+        wanted = parse_load_adapter(await http.body())
+        await self._engine.adapters.add(
+            AdapterFile(wanted.lora_name, Path(wanted.lora_path), wanted.scale)
+        )
+        return json_response(model_json(wanted.lora_name, 0, self._engine.options.served_name))
+
+    async def unload_adapter(self, http: Request) -> Response:
+        """Take no more requests for an adapter; those under way finish."""
+        name = parse_unload_adapter(await http.body()).lora_name
+        self._engine.adapters.remove(name)
+        return json_response({"id": name, "object": "model", "deleted": True})
 
     async def load(self, _request: Request) -> Response:
-        return _json(asdict(self._engine.load()))
+        return json_response(asdict(self._engine.load()) | self._engine.stats().to_json())
 
     async def cancel(self, request: Request) -> Response:
         """End a request early; its stream then ends in the ordinary way, with its usage so far."""
@@ -101,20 +96,29 @@ class _Server:
 
     async def chat_completions(self, http: Request) -> Response:
         request = parse_chat(await http.body())
-        return await self._answer(http, request, await self._engine.chat(request), chat=True)
+        job, replies = await self._engine.chat(request, Tenancy.from_headers(http.headers))
+        return await self._answer(http, request, job, replies, chat=True)
 
     async def completions(self, http: Request) -> Response:
         request = parse_completion(await http.body())
-        return await self._answer(http, request, await self._engine.complete(request), chat=False)
+        job, replies = await self._engine.complete(request, Tenancy.from_headers(http.headers))
+        return await self._answer(http, request, job, replies, chat=False)
 
     async def _answer(
-        self, http: Request, request: GenerationRequest, job: Job, *, chat: bool
+        self,
+        http: Request,
+        request: GenerationRequest,
+        job: Job,
+        replies: list[Reply],
+        *,
+        chat: bool,
     ) -> Response:
-        envelope = Envelope.create(
+        envelope = Envelope(
             chat=chat,
-            model=self._engine.options.served_name,
+            model=request.model,
             system_fingerprint=self._engine.system_fingerprint,
             usage_in_chunks=request.wants_usage_chunk,
+            service_tier=_service_tier(request, job),
         )
         request_id = http.headers.get("x-request-id", envelope.id)
         self._jobs[request_id] = job
@@ -124,48 +128,65 @@ class _Server:
             self._jobs.pop(request_id, None)
 
         if request.stream:
-            return EventStream(self._stream(request, job, envelope), on_close=release)
+            return EventStream(self._stream(request, job, replies, envelope), on_close=release)
         try:
-            return await while_connected(http.receive, self._whole(request, job, envelope))
+            return await while_connected(http.receive, self._whole(request, job, replies, envelope))
         finally:
             release()
 
     async def _stream(
-        self, request: GenerationRequest, job: Job, envelope: Envelope
+        self, request: GenerationRequest, job: Job, replies: list[Reply], envelope: Envelope
     ) -> AsyncGenerator[bytes, None]:
         introduced: set[int] = set()
-        sent_characters: Counter[int] = Counter()
         async for output in self._engine.events(job):
             index = output.sequence.index
             if isinstance(output, Failed):
                 yield event(ApiError(500, output.message, code="engine_error").body)
                 return
-            opening = b""
+            reply = replies[index]
+            ended = not isinstance(output, TextDelta)
+            content = _read(reply, output)
+            data = b""
             if envelope.chat and index not in introduced:
                 introduced.add(index)
-                opening = event(envelope.role_chunk(index))
-            if isinstance(output, TextDelta):
-                offset = sent_characters[index]
-                sent_characters[index] += len(output.text)
-                chunk = envelope.text_chunk(index, output.text, output.logprobs, offset)
-                yield opening + event(chunk)
-            elif output.reason is not None:
-                yield opening + event(envelope.finish_chunk(index, output.reason))
+                data = envelope.role_event(index)
+            if content or (ended and reply.logprobs):
+                data += envelope.event(index, content, reply.logprobs, reply.offset)
+                reply.logprobs = []
+            if isinstance(output, Finished) and output.reason is not None:
+                data += envelope.finish_event(index, reply.reason(output.reason))
+            if data:
+                yield data
         closing = DONE
         if request.wants_usage_chunk:
-            usage = envelope.usage_chunk(job.usage(request.choices), job.timings())
-            closing = event(usage) + closing
+            closing = envelope.usage_event(job.usage(request.choices), job.timings()) + closing
         yield closing
 
-    async def _whole(self, request: GenerationRequest, job: Job, envelope: Envelope) -> Response:
+    async def _whole(
+        self, request: GenerationRequest, job: Job, replies: list[Reply], envelope: Envelope
+    ) -> Response:
         choices = [Choice(sequence.index) for sequence in job.sequences]
         async for output in self._engine.events(job):
-            choice = choices[output.sequence.index]
+            index = output.sequence.index
             if isinstance(output, Failed):
                 raise ApiError(500, output.message, code="engine_error")
-            if isinstance(output, TextDelta):
-                choice.text += output.text
-                choice.logprobs += output.logprobs
-            else:
-                choice.finish_reason = output.reason or "stop"
-        return _json(envelope.body(choices, job.usage(request.choices), job.timings()))
+            choices[index].add(_read(replies[index], output))
+            if isinstance(output, Finished):
+                choices[index].logprobs = replies[index].logprobs
+                choices[index].finish_reason = replies[index].reason(output.reason or "stop")
+        return json_response(envelope.body(choices, job.usage(request.choices), job.timings()))
+
+
+def _service_tier(request: GenerationRequest, job: Job) -> str | None:
+    """What OpenAI calls the class that the job was really in, for who asked for one."""
+    if not isinstance(request, ChatCompletionRequest) or request.service_tier is None:
+        return None
+    return "flex" if job.priority == "batch" else "default"
+
+
+def _read(reply: Reply, output: TextDelta | Finished) -> str | dict[str, Any]:
+    """What an event adds to its choice; its log-probabilities wait in the reply."""
+    if isinstance(output, TextDelta):
+        reply.logprobs += output.logprobs
+        return reply.push(output.text)
+    return reply.finish() if output.reason is not None else ""

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -83,12 +84,18 @@ def dotted(location: tuple[int | str, ...]) -> str:
     return path
 
 
+def conflict(param: str, message: str) -> PydanticCustomError:
+    """What a model validator raises about ``param``, one of several fields that do not go together."""
+    return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem pydantic found in a request body, as a 400 that names the field."""
     first = error.errors(include_url=False, include_context=True, include_input=False)[0]
     kind, message = first["type"], first["msg"]
     # Names of union members and tags (as in `str`, `list[...]`) are pydantic's, not the client's.
-    where = dotted(tuple(part for part in first["loc"] if _is_field(part)))
+    location = tuple(part for part in first["loc"] if _is_field(part))
+    where = dotted(location)
     if kind == "missing":
         return ApiError(
             400, f"'{where}' is required.", param=where, code="missing_required_parameter"
@@ -98,7 +105,9 @@ def from_validation(error: ValidationError) -> ApiError:
             400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter"
         )
     if kind == "conflict":
-        return ApiError(400, f"{message}.", param=first["ctx"]["param"], code="invalid_value")
+        param = dotted((*location, first["ctx"]["param"]))
+        subject = f"'{param}': " if location else ""
+        return ApiError(400, f"{subject}{message}.", param=param, code="invalid_value")
     reason = message.removeprefix("Value error, ")
     subject = f"'{where}': " if where else ""
     return ApiError(400, f"{subject}{reason}.", param=where or None, code="invalid_value")

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
 
 from serving.protocol.errors import ApiError, from_validation
+from serving.protocol.errors import conflict as _conflict
+from serving.protocol.structured import Body as _Body
+from serving.protocol.structured import ConstraintSpec, ResponseFormat, StructuredRequest
+from serving.protocol.tenancy import Priority
 
 # OpenAI's own limits.
 MAX_CHOICES = 128
@@ -17,7 +29,7 @@ MAX_TOP_LOGPROBS = 20
 
 _MAX_INT32 = 2**31 - 1
 # What an answer's message holds beside its text: clients send it back as it came, mostly null.
-_ANSWER_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+_ANSWER_FIELDS = ("annotations", "audio", "function_call", "parsed", "refusal", "tool_calls")
 
 # Fields of OpenAI's API that no engine of ours implements yet, and the values that ask for nothing.
 _CHAT_REFUSED: Mapping[str, tuple[Any, ...]] = {
@@ -27,34 +39,18 @@ _CHAT_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (),
     "prediction": (),
     "prompt_cache_key": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (),
-    "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
 _COMPLETION_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
 }
-
-
-def _conflict(param: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StreamOptions(_Body):
@@ -64,10 +60,21 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(_Body):
-    """What chat and text completions have in common."""
+class ModelRequest(_Body):
+    """What every request to a model has."""
 
     model: str = Field(min_length=1, max_length=256)
+    user: str | None = Field(None, max_length=256)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Parse a request's body; raises :class:`ApiError` (400) that names the field at fault."""
+        return _parse(cls, body, {})
+
+
+class GenerationRequest(StructuredRequest, ModelRequest):
+    """What chat and text completions have in common."""
+
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=_MAX_INT32, description="0 and -1: all tokens.")
@@ -81,7 +88,6 @@ class GenerationRequest(_Body):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=256)
     ignore_eos: bool | None = Field(None, description="Generate up to the limit; for load tests.")
 
     @field_validator("stop")
@@ -118,6 +124,11 @@ class GenerationRequest(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def priority(self) -> Priority:
+        """How urgent the client says it is."""
+        return "interactive"
+
+    @property
     def choices(self) -> int:
         """How many completions of each prompt are asked for."""
         return self.n or 1
@@ -135,12 +146,138 @@ class TextPart(_Body):
     text: str
 
 
+class ImageUrl(_Body):
+    """An image; ``detail`` cannot be chosen: how closely a model looks is its projector's matter."""
+
+    url: str = Field(description="A data URL.")
+    detail: Literal["auto"] | None = None
+
+
+class ImagePart(_Body):
+    """An image in a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Function(_Body):
+    """A function the model may call. ``strict``: its arguments must follow ``parameters`` exactly."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("type", "object") != "object":
+            raise ValueError("the schema's type must be 'object': arguments have names")
+        return value
+
+
+class Tool(_Body):
+    """A tool of the only kind there is: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Body):
+    """Names one of the request's functions."""
+
+    name: str
+
+
+class NamedTool(_Body):
+    """One of the request's tools."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(_Body):
+    """The tools that may be called this time, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolChoice(_Body):
+    """A choice among some of the request's tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: Any) -> str:
+    if isinstance(value, str):
+        return "<word>"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>"
+
+
+# Tags in angle brackets are not taken for fields when an error is located.
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+    | Annotated[NamedTool, Tag("<function>")]
+    | Annotated[AllowedToolChoice, Tag("<allowed_tools>")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="tool_choice",
+        custom_error_message="must be 'none', 'auto', 'required', a function or allowed_tools",
+    ),
+]
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="content_part",
+        custom_error_message="a part's type must be 'text' or 'image_url'",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("<str>")]
+    | Annotated[list[ContentPart], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What a request's answer may or must call."""
+
+    functions: tuple[Function, ...]
+    required: bool
+    parallel: bool
+
+
+class FunctionCall(_Body):
+    """A function's name and its arguments as JSON text, as the model wrote them."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    """A call the assistant has made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = Field(None, description="Streams number calls; the order says the same.")
+
+
 class Message(_Body):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: str | None = Field(None, max_length=64)
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -153,12 +290,33 @@ class Message(_Body):
             if name not in _ANSWER_FIELDS or field not in (None, [])
         }
 
+    @model_validator(mode="after")
+    def _fields_suit_the_role(self) -> Self:
+        if self.role != "assistant":
+            for name in ("tool_calls", "reasoning_content"):
+                if getattr(self, name) is not None:
+                    raise _conflict(name, "only messages of the assistant have this")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise _conflict("tool_call_id", "messages of role 'tool', and only they, need this")
+        if self.content is None and not (self.tool_calls or self.reasoning_content):
+            raise _conflict("content", "a message needs content, unless it calls tools")
+        if self.role != "user" and self.has_images:
+            raise _conflict("content", "only messages of the user can hold images")
+        return self
+
     @property
     def text(self) -> str:
-        """The content as one string."""
+        """The content's text as one string."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or () if isinstance(part, TextPart))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is more than text."""
+        return not isinstance(self.content, str) and any(
+            isinstance(part, ImagePart) for part in self.content or ()
+        )
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -168,6 +326,61 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = Field(
+        None, description="flex gives way to requests that are not."
+    )
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the model's chat template, such as enable_thinking."
+    )
+
+    @model_validator(mode="after")
+    def _tools_are_known(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise _conflict("tools", "two functions in 'tools' have the same name")
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise _conflict("tool_choice", "'tool_choice' asks for a call, but 'tools' has none")
+        for name in self._chosen or ():
+            if name not in names:
+                raise _conflict(
+                    "tool_choice", f"'tool_choice' names {name!r}, which is not in 'tools'"
+                )
+        return self
+
+    @property
+    def _chosen(self) -> list[str] | None:
+        """Names of the functions that ``tool_choice`` narrows the tools to; None: it does not."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What may be called; None if nothing may. A function that is named is called once."""
+        choice, chosen = self.tool_choice, self._chosen
+        if not self.tools or choice == "none":
+            return None
+        named = isinstance(choice, NamedTool)
+        if isinstance(choice, AllowedToolChoice):
+            choice = choice.allowed_tools.mode
+        return ToolUse(
+            functions=tuple(
+                tool.function
+                for tool in self.tools
+                if chosen is None or tool.function.name in chosen
+            ),
+            required=named or choice == "required",
+            parallel=self.parallel_tool_calls is not False and not named,
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -184,6 +397,15 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     @property
+    def priority(self) -> Priority:
+        """``flex`` is for work that nobody waits for."""
+        return "batch" if self.service_tier == "flex" else "interactive"
+
+    def _constraints(self) -> list[ConstraintSpec]:
+        asked = self.response_format and self.response_format.constraint
+        return [*([asked] if asked else []), *super()._constraints()]
+
+    @property
     def token_limit(self) -> int | None:
         """Most tokens to generate; None means up to the end of the context."""
         return self.max_completion_tokens or self.max_tokens
@@ -198,6 +420,9 @@ class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32)
+    echo: bool | None = None
+    suffix: str | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @field_validator("prompt")
@@ -211,6 +436,14 @@ class CompletionRequest(GenerationRequest):
                     raise ValueError("token ids are numbers from 0 to the size of the vocabulary")
         return value
 
+    @model_validator(mode="after")
+    def _generates_or_echoes(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise _conflict("max_tokens", "'max_tokens' 0 is only allowed when 'echo' is true")
+        if self.echo and self.suffix:
+            raise _conflict("suffix", "'suffix' and 'echo' exclude each other; send one of them")
+        return self
+
     @property
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as token ids."""
@@ -223,7 +456,7 @@ class CompletionRequest(GenerationRequest):
     @property
     def token_limit(self) -> int:
         """Most tokens to generate; 16 is OpenAI's default for this endpoint."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def top_logprob_count(self) -> int | None:
@@ -231,7 +464,21 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-_Request = TypeVar("_Request", bound=GenerationRequest)
+class LoadAdapterRequest(_Body):
+    """Body of ``POST /v1/load_lora_adapter``, as vLLM names it; ``scale`` multiplies what it changes."""
+
+    lora_name: str = Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
+    lora_path: str = Field(min_length=1)
+    scale: float = 1.0
+
+
+class UnloadAdapterRequest(_Body):
+    """Body of ``POST /v1/unload_lora_adapter``, as vLLM names it."""
+
+    lora_name: str
+
+
+_Request = TypeVar("_Request", bound=_Body)
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:
@@ -242,6 +489,16 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
 def parse_completion(body: bytes) -> CompletionRequest:
     """Parse a text completion request; raises :class:`ApiError` (400) that names the field at fault."""
     return _parse(CompletionRequest, body, _COMPLETION_REFUSED)
+
+
+def parse_load_adapter(body: bytes) -> LoadAdapterRequest:
+    """Parse a request for an adapter; raises :class:`ApiError` (400) that names the field at fault."""
+    return _parse(LoadAdapterRequest, body, {})
+
+
+def parse_unload_adapter(body: bytes) -> UnloadAdapterRequest:
+    """Parse a request to drop an adapter; raises :class:`ApiError` (400) that names the field at fault."""
+    return _parse(UnloadAdapterRequest, body, {})
 
 
 def _parse(kind: type[_Request], body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> _Request:

@@ -1,4 +1,4 @@
-"""Response bodies and stream chunks, as plain dictionaries ready for JSON."""
+"""Response bodies, as plain dictionaries ready for JSON, and the events of a stream, as bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+import orjson
+
+from serving.protocol.sse import event
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +55,52 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token and what the model thought of it. ``top`` holds (piece, logprob) pairs."""
+    """A token and what the model thought of it. ``top`` holds (piece, logprob) pairs.
+
+    ``logprob`` None: the first token of an echoed prompt, which nothing precedes.
+    """
 
     piece: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(slots=True)
 class Choice:
-    """One completion, gathered from its deltas."""
+    """One completion, gathered from its deltas. Of a chat, ``text`` is the message's content."""
 
     index: int
     text: str = ""
+    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, delta: str | Mapping[str, Any]) -> None:
+        """Take in what a stream would have sent: text, or a chat's delta."""
+        if isinstance(delta, str):
+            self.text += delta
+            return
+        self.text += delta.get("content", "")
+        self.reasoning += delta.get("reasoning_content", "")
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                function = dict(call["function"])
+                self.tool_calls.append({"id": call["id"], "type": "function", "function": function})
+            else:
+                function = self.tool_calls[call["index"]]["function"]
+                function["arguments"] += call["function"]["arguments"]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """OpenAI's ``message``; content is null where there is something else instead."""
+        instead: dict[str, Any] = {}
+        if self.reasoning:
+            instead["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            instead["tool_calls"] = self.tool_calls
+        content = self.text or (None if instead else "")
+        return {"role": "assistant", "content": content, "refusal": None, **instead}
 
 
 def new_id(prefix: str) -> str:
@@ -73,107 +108,109 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-@dataclass(frozen=True, slots=True)
 class Envelope:
     """What every body and chunk of one response repeats.
 
     ``chat`` tells chat completions from text completions; ``usage_in_chunks`` is set when the client
-    asked for usage, as OpenAI then puts ``"usage": null`` into every other chunk.
+    asked for usage, as OpenAI then puts ``"usage": null`` into every other chunk; ``service_tier`` is
+    the one that served a request which named one.
     """
 
-    chat: bool
-    model: str
-    system_fingerprint: str
-    usage_in_chunks: bool = False
-    id: str = ""
-    created: int = 0
-
-    @staticmethod
-    def create(
-        *, chat: bool, model: str, system_fingerprint: str, usage_in_chunks: bool = False
-    ) -> Envelope:
+    def __init__(
+        self,
+        *,
+        chat: bool,
+        model: str,
+        system_fingerprint: str,
+        usage_in_chunks: bool = False,
+        service_tier: str | None = None,
+    ) -> None:
         """A new response's envelope, with a fresh id and the current time."""
-        response_id = new_id("chatcmpl" if chat else "cmpl")
-        return Envelope(
-            chat, model, system_fingerprint, usage_in_chunks, response_id, int(time.time())
-        )
-
-    def _with(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
+        self.chat = chat
+        self.id = new_id("chatcmpl" if chat else "cmpl")
+        self._fields = {
             "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-            "choices": choices,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": system_fingerprint,
+            **({"service_tier": service_tier} if service_tier else {}),
         }
+        # Chunks are made for every token: all but their middle is made here, once.
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        self._chunk_fields = {**self._fields, "object": kind}
+        opened = orjson.dumps(self._chunk_fields).removesuffix(b"}")
+        self._head = b"data: " + opened + b',"choices":[{"index":'
+        self._key = b',"delta":' if chat else b',"text":'
+        self._tail = b'}],"usage":null}\n\n' if usage_in_chunks else b"}]}\n\n"
 
     def body(self, choices: Iterable[Choice], usage: Usage, timings: Timings) -> dict[str, Any]:
         """The whole response, for a request that does not stream."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        body = self._with(kind, [self._whole_choice(choice) for choice in choices])
-        return body | {"usage": usage.to_json(), "timings": timings.to_json()}
+        return {
+            **self._fields,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": [self._whole_choice(choice) for choice in choices],
+            "usage": usage.to_json(),
+            "timings": timings.to_json(),
+        }
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.logprobs, 0) if choice.logprobs else None
-        content: Mapping[str, Any]
-        if self.chat:
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
-            content = {"message": message}
-        else:
-            content = {"text": choice.text}
         return {
             "index": choice.index,
-            **content,
-            "logprobs": logprobs,
+            **({"message": choice.message} if self.chat else {"text": choice.text}),
+            "logprobs": self._logprobs(choice.logprobs, 0) if choice.logprobs else None,
             "finish_reason": choice.finish_reason,
         }
 
-    def role_chunk(self, index: int) -> dict[str, Any]:
-        """The first chunk of a chat choice: who is speaking."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk(
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    def role_event(self, index: int) -> bytes:
+        """The first event of a chat choice: who is speaking."""
+        return self.event(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def event(
+        self,
+        index: int,
+        content: str | Mapping[str, Any],
+        logprobs: list[TokenLogprob] | None = None,
+        offset: int = 0,
+    ) -> bytes:
+        """What is new of a choice: a chat's delta, or text that follows ``offset`` characters."""
+        details = b"null"
+        if logprobs:
+            details = orjson.dumps(self._logprobs(logprobs, offset))
+        return self._chunk(index, content, details, b"null")
+
+    def finish_event(self, index: int, reason: FinishReason) -> bytes:
+        """The last event of a choice: why it ended."""
+        return self._chunk(index, {} if self.chat else "", b"null", orjson.dumps(reason))
+
+    def _chunk(
+        self, index: int, content: str | Mapping[str, Any], logprobs: bytes, reason: bytes
+    ) -> bytes:
+        return b'%b%d%b%b,"logprobs":%b,"finish_reason":%b%b' % (
+            self._head,
+            index,
+            self._key,
+            orjson.dumps(content),
+            logprobs,
+            reason,
+            self._tail,
         )
 
-    def text_chunk(
-        self, index: int, text: str, logprobs: list[TokenLogprob], offset: int
-    ) -> dict[str, Any]:
-        """Text that follows ``offset`` characters, with its tokens' log-probabilities if there are any."""
-        return self._chunk(
+    def usage_event(self, usage: Usage, timings: Timings) -> bytes:
+        """The event without choices that carries the request's usage."""
+        return event(
             {
-                "index": index,
-                **({"delta": {"content": text}} if self.chat else {"text": text}),
-                "logprobs": self._logprobs(logprobs, offset) if logprobs else None,
-                "finish_reason": None,
+                **self._chunk_fields,
+                "choices": [],
+                "usage": usage.to_json(),
+                "timings": timings.to_json(),
             }
         )
-
-    def finish_chunk(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        """The last chunk of a choice: why it ended."""
-        content: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        return self._chunk({"index": index, **content, "logprobs": None, "finish_reason": reason})
-
-    def usage_chunk(self, usage: Usage, timings: Timings) -> dict[str, Any]:
-        """The chunk without choices that carries the request's usage."""
-        chunk = self._with(self._chunk_kind, [])
-        return chunk | {"usage": usage.to_json(), "timings": timings.to_json()}
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = self._with(self._chunk_kind, [choice])
-        if self.usage_in_chunks:
-            chunk["usage"] = None
-        return chunk
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _logprobs(self, tokens: list[TokenLogprob], offset: int) -> dict[str, Any]:
         return _chat_logprobs(tokens) if self.chat else _completion_logprobs(tokens, offset)
 
 
-def _piece_json(piece: bytes, logprob: float) -> dict[str, Any]:
+def _piece_json(piece: bytes, logprob: float | None) -> dict[str, Any]:
     text = piece.decode("utf-8", errors="replace")
     return {"token": text, "logprob": logprob, "bytes": list(piece)}
 
@@ -194,13 +231,16 @@ def _completion_logprobs(tokens: list[TokenLogprob], offset: int) -> dict[str, A
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
-            {piece.decode("utf-8", errors="replace"): logprob for piece, logprob in token.top}
+            None
+            if token.logprob is None
+            else {piece.decode("utf-8", errors="replace"): logprob for piece, logprob in token.top}
             for token in tokens
         ],
         "text_offset": offsets,
     }
 
 
-def model_json(name: str, created: int) -> dict[str, Any]:
-    """An entry of ``GET /v1/models``."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "rigserve"}
+def model_json(name: str, created: int, parent: str | None = None) -> dict[str, Any]:
+    """An entry of ``GET /v1/models``; the ``parent`` of a LoRA adapter is its base model."""
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "rigserve"}
+    return entry | ({"parent": parent} if parent else {})

@@ -76,6 +76,32 @@ def test_the_async_client_runs_streams_side_by_side(rig: RigServer) -> None:
     assert all(asyncio.run(main()))
 
 
+def test_a_conversation_with_a_tool(rig: RigServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "London"]}, "unit": {"enum": ["C", None]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    create: Any = rig.client.chat.completions.create
+    fields = {"model": "smollm2-135m", "tools": [tool], "max_tokens": 64}
+    question = {"role": "user", "content": "What is the weather in Paris?"}
+    chunks = list(create(messages=[question], tool_choice="required", stream=True, **fields))
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    answer = create(
+        messages=[question],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        **fields,
+    )
+    message = answer.choices[0].message
+    arguments = json.loads(message.tool_calls[0].function.arguments)
+    assert arguments["city"] in ("Paris", "London")
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "17 degrees"}
+    answer = create(messages=[question, message, result], tool_choice="none", **fields)
+    assert answer.choices[0].message.content
+
+
 def test_text_completions(rig: RigServer) -> None:
     create = rig.client.completions.create
     answer = create(model="smollm2-135m", prompt="The sea is", max_tokens=4)

@@ -236,7 +236,11 @@ class OpenAIServer(BaseHTTPRequestHandler):
         for letter in "abcd"[: body["max_tokens"]]:
             if behaviour == "slow":
                 time.sleep(0.4)
-            self.send({"choices": [{"delta": {"content": letter}}], "error": None})
+            delta: dict[str, Any] = {"content": letter}
+            if behaviour == "thinks and calls":
+                call = {"index": 0, "function": {"arguments": letter}}
+                delta = {"reasoning_content": letter} if letter < "c" else {"tool_calls": [call]}
+            self.send({"choices": [{"delta": delta}], "error": None})
         if behaviour in MISSHAPEN:
             self.wfile.write(b"data: " + MISSHAPEN[behaviour][0] + b"\n\n")
             return
@@ -303,6 +307,13 @@ def one_request(url: str) -> RequestRecord:
     client.stream_chat(words, result, time.monotonic)
     client.close()
     return result
+
+
+def test_reasoning_and_calls_are_timed_as_text_is() -> None:
+    with serving("thinks and calls") as (url, _):
+        result = one_request(url)
+    assert result.first_token_at is not None
+    assert len(result.chunk_gaps_seconds) == 3
 
 
 class Page(HTMLParser):

@@ -84,7 +84,6 @@ def test_content_parts_are_joined() -> None:
             {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
             "messages[0].refusal",
         ),
-        ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"store": True}, "store"),
         ({"temprature": 1}, "temprature"),

@@ -41,3 +41,10 @@ def test_an_error_event_marks_the_stream_as_failed() -> None:
 def test_half_an_event_is_not_sent() -> None:
     tap = StreamTap(forward_usage=False)
     assert tap.feed(EVENTS[0] + b'data: {"cho') == EVENTS[0]
+
+
+def test_calls_and_reasoning_count_as_text() -> None:
+    tap = StreamTap(forward_usage=False)
+    for delta in (b'{"reasoning_content":"hm"}', b'{"tool_calls":[{"index":0}]}'):
+        tap.feed(b'data: {"choices":[{"delta":' + delta + b',"finish_reason":null}]}\n\n')
+    assert tap.text_events == 2

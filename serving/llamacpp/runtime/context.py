@@ -9,40 +9,54 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
 from serving.llamacpp.runtime.faults import fault
 from serving.llamacpp.runtime.model import Model
 
 
 class Context:
-    """KV memory and compute for ``slots`` sequences, each with its own stream of KV cells."""
+    """KV memory and compute for ``slots`` sequences.
+
+    Unless ``kv_tokens`` is given every slot has a stream of ``context_length`` cells of its own, which
+    decodes fastest. With it all slots share a pool of that many cells: less memory for the same slots.
+    """
 
     def __init__(
-        self, model: Model, *, slots: int, context_length: int, batch_tokens: int, threads: int
+        self,
+        model: Model,
+        *,
+        slots: int,
+        context_length: int,
+        batch_tokens: int,
+        threads: int,
+        kv_tokens: int | None = None,
     ) -> None:
-        """Allocate ``slots`` x ``context_length`` KV cells; a batch holds at most ``batch_tokens`` rows.
+        """Allocate the cells; a batch holds at most ``batch_tokens`` rows (or one for each slot).
 
         Raises :class:`RuntimeFault` when the memory is not there.
         """
         rows = max(batch_tokens, slots)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context_length * slots
+        params.n_ctx = kv_tokens or context_length * slots
         params.n_seq_max = slots
         params.n_batch = rows
         params.n_ubatch = rows
         params.n_threads = threads
         params.n_threads_batch = threads
-        params.kv_unified = False
+        params.kv_unified = kv_tokens is not None
         params.no_perf = True
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
-            raise fault(f"no memory for {slots} sequences of {context_length} tokens")
+            raise fault(f"no memory for {params.n_ctx} tokens of KV cache ({slots} slots)")
         self.handle = handle
         self.slots = slots
         self.context_length = context_length
-        self.batch_tokens = batch_tokens
+        self.kv_tokens = kv_tokens or context_length * slots
+        self.is_pool = kv_tokens is not None
+        self.batch_tokens = rows
         self._vocab_size = model.vocab_size
         self._memory = llama_cpp.llama_get_memory(handle)
-        self._batch = _Batch(rows)
+        self._batch = Batch(rows)
 
     def close(self) -> None:
         """Free the KV memory."""
@@ -65,11 +79,21 @@ class Context:
         )
         if status != 0:
             raise fault(f"llama_decode failed with status {status}")
+        # Waits for the GPU, and sorts the output rows: afterwards threads may read them side by side.
+        llama_cpp.llama_synchronize(self.handle)
+        llama_cpp.llama_get_logits(self.handle)
+
+    def use_adapter(self, adapter: LoraAdapter | None) -> None:
+        """Apply an adapter, or none, to every row of the batches that follow."""
+        use_adapter(self.handle, adapter)
 
     def logits(self, row: int) -> NDArray[np.float32]:
-        """A copy of the raw logits of a row of the last batch: ``[vocab_size]``."""
+        """The raw logits of a row of the last batch, ``[vocab_size]``: llama.cpp's own memory.
+
+        What is written there is what samplers see. It is overwritten by the next :meth:`decode`.
+        """
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
 
     def truncate(self, slot: int, length: int) -> bool:
         """Forget the slot's cells from position ``length`` on.
@@ -82,8 +106,36 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
         return False
 
+    def copy(self, source: int, target: int) -> None:
+        """Give ``target`` the cells of ``source``, in place of its own.
 
-class _Batch:
+        Streams are copied by the next :meth:`decode`: until then ``source`` may grow shorter, but
+        neither slot may be restored. In a pool the cells are shared and nothing is copied.
+        """
+        llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def save(self, slot: int) -> NDArray[np.uint8] | None:
+        """The slot's cells as bytes for :meth:`restore`; None if llama.cpp cannot tell them."""
+        size = llama_cpp.llama_state_seq_get_size(self.handle, slot)
+        data = np.empty(size, np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self.handle, _bytes_of(data), size, slot)
+        return data if written == size else None
+
+    def restore(self, slot: int, data: NDArray[np.uint8]) -> bool:
+        """Fill an empty slot with saved cells; False (and still empty) if there is no room for them."""
+        read = llama_cpp.llama_state_seq_set_data(self.handle, _bytes_of(data), len(data), slot)
+        if read != len(data):
+            llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+            return False
+        return True
+
+
+def _bytes_of(data: NDArray[np.uint8]) -> object:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class Batch:
     """A ``llama_batch`` over NumPy arrays that live as long as it does."""
 
     def __init__(self, rows: int) -> None:

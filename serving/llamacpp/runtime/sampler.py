@@ -13,6 +13,7 @@ class Sampler:
     """One sequence's chain of samplers, in C. It remembers the tokens it chose (for penalties)."""
 
     def __init__(self, model: Model, params: SamplingParams, context_length: int) -> None:
+        self._is_greedy = params.is_greedy
         self._chain = llama_cpp.llama_sampler_chain_init(
             llama_cpp.llama_sampler_chain_default_params()
         )
@@ -54,6 +55,8 @@ class Sampler:
 
     def sample(self, context: Context, row: int) -> int:
         """Choose and remember the token that follows a row of the context's last batch."""
+        if self._is_greedy:
+            return int(context.logits(row).argmax())
         return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
 
     def close(self) -> None:

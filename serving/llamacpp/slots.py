@@ -1,0 +1,315 @@
+"""Which sequence holds which slot, what every slot's cells know, and prefixes that lost their slot.
+
+A prompt is computed once: a newcomer takes over the longest prefix that any slot or the store knows,
+and waits for one that another sequence is just computing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.llamacpp.runtime import Context, LoraAdapter
+from serving.llamacpp.sequence import Phase, Sequence
+
+# Shorter matches are chance (the template's first words), not worth moving cells for.
+SMALLEST_USEFUL_PREFIX = 32
+# A newcomer that keeps this share of a warm slot goes on with its conversation, and may take it.
+_CONTINUES = 0.75
+_COMPARED_AT_ONCE = 64
+# Cells of a pool left to running sequences when a newcomer is admitted, for each.
+_GROWTH_TOKENS = 32
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    end = min(len(left), len(right))
+    for start in range(0, end, _COMPARED_AT_ONCE):
+        stop = min(start + _COMPARED_AT_ONCE, end)
+        if left[start:stop] != right[start:stop]:
+            return next(at for at in range(start, stop) if left[at] != right[at])
+    return end
+
+
+@dataclass(slots=True)
+class Slot:
+    """``tokens`` are in its cells, also after its sequence has left; ``used_at`` counts admissions."""
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    adapter: LoraAdapter | None = None
+    sequence: Sequence | None = None
+    used_at: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """A prefix in main memory."""
+
+    adapter: LoraAdapter | None
+    tokens: list[int]
+    cells: NDArray[np.uint8]
+
+
+class PrefixStore:
+    """Prefixes whose slot was given away, in main memory; the least recently used is dropped first."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._entries: OrderedDict[int, Saved] = OrderedDict()
+        self.used_bytes = 0
+
+    def put(self, saved: Saved) -> None:
+        """Keep a prefix, in place of those it begins with."""
+        if len(saved.cells) > self.capacity_bytes:
+            return
+        for old in list(self._entries.values()):
+            if (
+                old.adapter == saved.adapter
+                and saved.tokens[: len(old.tokens)] == old.tokens
+            ):  # fmt: skip
+                self.remove(old)
+        self._entries[id(saved)] = saved
+        self.used_bytes += len(saved.cells)
+        while self.used_bytes > self.capacity_bytes:
+            self.remove(next(iter(self._entries.values())))
+
+    def remove(self, saved: Saved) -> None:
+        """Forget a prefix, if it is still there."""
+        if self._entries.pop(id(saved), None) is not None:
+            self.used_bytes -= len(saved.cells)
+
+    def longest(self, sequence: Sequence) -> Saved | None:
+        """The entry that begins most like the sequence."""
+        best, length = None, 0
+        for saved in self._entries.values():
+            if saved.adapter == sequence.job.adapter:
+                shared = common_prefix(saved.tokens, sequence.tokens)
+                if shared > length:
+                    best, length = saved, shared
+        if best is not None:
+            self._entries.move_to_end(id(best))
+        return best
+
+
+class Slots:
+    """All slots of a context. The scheduler's thread alone uses them."""
+
+    def __init__(self, context: Context, store: PrefixStore) -> None:
+        self._context = context
+        self._slots = [Slot(number) for number in range(context.slots)]
+        self._store = store
+        self._admissions = 0
+        # Slots with a part in stream copies, which the next decode makes: until then they are left alone.
+        self._pinned: set[int] = set()
+
+    def __getitem__(self, number: int) -> Slot:
+        return self._slots[number]
+
+    @property
+    def free(self) -> list[Slot]:
+        """Slots that may be given away, warm or empty."""
+        return [
+            slot
+            for slot in self._slots
+            if slot.sequence is None and slot.number not in self._pinned
+        ]
+
+    @property
+    def busy(self) -> list[Slot]:
+        """Slots with a sequence."""
+        return [slot for slot in self._slots if slot.sequence is not None]
+
+    @property
+    def held_tokens(self) -> int:
+        """Cells that running sequences hold; what several share is counted for each."""
+        return sum(len(slot.tokens) for slot in self.busy)
+
+    def decoded(self) -> None:
+        """Tell that a decode has carried out the copies."""
+        self._pinned.clear()
+
+    def may_suspend(self, sequence: Sequence) -> bool:
+        """Whether :meth:`suspend` can be called before the next decode."""
+        return sequence.slot not in self._pinned
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether there is a free slot, and cells in the pool for all that the sequence is now."""
+        if not self.free:
+            return False
+        if not self._context.is_pool:
+            return True
+        growth = _GROWTH_TOKENS * (len(self.busy) + 1)
+        promised = sum(len(slot.sequence.tokens) for slot in self.busy if slot.sequence)
+        needed = promised + len(sequence.tokens) + growth
+        return needed <= self._context.kv_tokens or not self.busy
+
+    def make_room(self, rows: int) -> bool:
+        """See that the pool has cells for ``rows`` more tokens; drops warm slots. False: still too few."""
+        if not self._context.is_pool:
+            return True
+        warm = sorted(self.free, key=lambda slot: slot.used_at)
+        held = sum(len(slot.tokens) for slot in self._slots)
+        for slot in warm:
+            if held + rows <= self._context.kv_tokens:
+                return True
+            held -= len(slot.tokens)
+            self._empty(slot, keep=True)
+        return held + rows <= self._context.kv_tokens
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give the sequence a free slot with the longest prefix known; one must be free.
+
+        ``sequence.leader`` is set when another sequence is computing a longer one: :meth:`follow`.
+        """
+        source, shared = self._longest_known(sequence)
+        if shared < SMALLEST_USEFUL_PREFIX:
+            source = None
+        saved = self._store.longest(sequence)
+        stored = self._limit(sequence, saved.tokens) if saved else 0
+        leader, coming = self._longest_coming(sequence)
+        best = max(shared, stored)
+        target = self._target(source, shared)
+        if leader is not None and coming >= best + SMALLEST_USEFUL_PREFIX:
+            self._empty(target, keep=True)
+            sequence.leader, best = leader, 0
+        elif best < SMALLEST_USEFUL_PREFIX and source is not target:
+            self._empty(target, keep=True)
+            best = 0
+        elif stored > shared and saved is not None:
+            self._empty(target, keep=True)
+            if self._restore(target, saved):
+                if stored >= _CONTINUES * len(saved.tokens):
+                    self._store.remove(saved)
+            else:
+                best = 0
+        elif source is not None and source is not target:
+            self._empty(target, keep=True)
+            self._copy(source, target)
+        elif shared < _CONTINUES * len(target.tokens):
+            self._save(target)
+        self._admissions += 1
+        target.used_at, target.adapter = self._admissions, sequence.job.adapter
+        target.sequence = sequence
+        sequence.slot = target.number
+        self._cut(target, best)
+        sequence.computed = len(target.tokens)
+
+    def follow(self, sequence: Sequence) -> bool:
+        """Take over what the leader has computed for the sequence; False while that is still going on."""
+        leader, slot = sequence.leader, self._slots[sequence.slot]
+        if leader is None:
+            return True
+        if leader.phase is Phase.PREFILL and leader.computed < self._limit(sequence, leader.tokens):
+            return False
+        sequence.leader = None
+        source, shared = self._longest_known(sequence, but=slot)
+        if source is not None and shared >= SMALLEST_USEFUL_PREFIX:
+            self._copy(source, slot)
+            self._cut(slot, shared)
+            sequence.computed = len(slot.tokens)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence leaves; its slot stays warm."""
+        self._slots[sequence.slot].sequence = None
+        sequence.slot = -1
+
+    def suspend(self, sequence: Sequence) -> None:
+        """The sequence gives up its slot and cells for others; what it has computed goes to the store."""
+        slot = self._slots[sequence.slot]
+        self._empty(slot, keep=True)
+        self.release(sequence)
+        sequence.computed, sequence.leader = 0, None
+
+    def discard(self, sequence: Sequence) -> None:
+        """The sequence leaves, and its cells are not to be trusted."""
+        self._empty(self._slots[sequence.slot], keep=False)
+        self.release(sequence)
+
+    def rewind(self, sequence: Sequence, length: int) -> None:
+        """Forget the sequence's cells from ``length`` on (drafts that were not accepted)."""
+        self._cut(self._slots[sequence.slot], length)
+        sequence.computed = len(self._slots[sequence.slot].tokens)
+
+    def _longest_known(
+        self, sequence: Sequence, but: Slot | None = None
+    ) -> tuple[Slot | None, int]:
+        """The slot whose cells begin most like the sequence; among equals a free one, then the lowest."""
+        best, length = None, 0
+        for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
+            if slot is not but and slot.adapter == sequence.job.adapter:
+                shared = self._limit(sequence, slot.tokens)
+                if shared > length:
+                    best, length = slot, shared
+        return best, length
+
+    def _longest_coming(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """The sequence in prefill whose prompt begins most like this one's.
+
+        One that waits for another itself is none: sequences would wait in a circle.
+        """
+        best, length = None, 0
+        for slot in self.busy:
+            other = slot.sequence
+            if (
+                other is not None
+                and other.phase is Phase.PREFILL
+                and other.leader is None
+                and other.job.adapter == sequence.job.adapter
+            ):
+                shared = self._limit(sequence, other.tokens)
+                if shared > length:
+                    best, length = other, shared
+        return best, length
+
+    def _limit(self, sequence: Sequence, known: list[int]) -> int:
+        # At least one token is computed: its logits choose the next. Scored prompts are computed whole.
+        if sequence.job.scores_prompt:
+            return 0
+        return min(common_prefix(known, sequence.tokens), len(sequence.tokens) - 1)
+
+    def _target(self, source: Slot | None, shared: int) -> Slot:
+        """The free slot to give away: one whose conversation goes on, an empty one, or the least loss."""
+        free = self.free
+        if source in free and (shared >= _CONTINUES * len(source.tokens) or len(free) == 1):
+            return source
+        others = [slot for slot in free if slot is not source]
+        if self._context.is_pool or not self._store.capacity_bytes:
+            return min(others, key=lambda slot: (bool(slot.tokens), slot.used_at))
+        # llama.cpp computes only neighbouring streams together, so busy slots are kept adjacent; what
+        # the slot knew goes to the store, where the least recently used is dropped first.
+        return others[0]
+
+    def _empty(self, slot: Slot, *, keep: bool) -> None:
+        if keep:
+            self._save(slot)
+        self._context.truncate(slot.number, 0)
+        slot.tokens = []
+
+    def _save(self, slot: Slot) -> None:
+        if len(slot.tokens) < SMALLEST_USEFUL_PREFIX:
+            return
+        cells = self._context.save(slot.number)
+        if cells is not None:
+            self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
+
+    def _restore(self, slot: Slot, saved: Saved) -> bool:
+        self.make_room(len(saved.tokens))
+        restored = self._context.restore(slot.number, saved.cells)
+        slot.tokens = list(saved.tokens) if restored else []
+        return restored
+
+    def _copy(self, source: Slot, target: Slot) -> None:
+        self._context.copy(source.number, target.number)
+        target.tokens = list(source.tokens)
+        if not self._context.is_pool:
+            self._pinned |= {source.number, target.number}
+
+    def _cut(self, slot: Slot, length: int) -> None:
+        if length < len(slot.tokens):
+            kept = length if self._context.truncate(slot.number, length) else 0
+            del slot.tokens[kept:]

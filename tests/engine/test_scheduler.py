@@ -1,0 +1,301 @@
+"""The scheduler on the real model: prefix reuse, fair shares, preemption, KV accounting."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.llamacpp.runtime import Context, Model
+from serving.llamacpp.sampling import SamplingParams, log_softmax
+from serving.llamacpp.sequence import Failed, Finished, Job
+from serving.llamacpp.speculation import PromptLookup, Speculation
+from tests.engine.scheduling import GREEDY, Bench
+
+STORY = (
+    "Describe a voyage across the ocean, the ship, its captain and crew, the weather they met on "
+    "their way, the islands they saw and the people who lived there. "
+)
+RIVER = "Name the rivers of Europe, their sources, their lengths, and the cities on their banks. "
+# The soak's length; `make soak` sets more.
+SOAK_REQUESTS = int(os.environ.get("RIGSERVE_SOAK_REQUESTS", "60"))
+
+
+def computed(bench: Bench) -> int:
+    return bench.scheduler.stats.prefill_tokens
+
+
+def test_requests_that_come_together_compute_a_shared_prompt_once(model_path: Path) -> None:
+    with Bench(model_path, slots=8) as bench:
+        shared = bench.tokens(STORY * 6)
+        prompts = [shared + bench.tokens(f"Question {n}: {n * 17}?") for n in range(8)]
+        jobs = [bench.submit(prompt, limit=4) for prompt in prompts]
+        bench.ends(8)
+        distinct = len(shared) + sum(len(prompt) - len(shared) for prompt in prompts)
+        assert computed(bench) <= 1.15 * distinct
+        usages = [job.usage(1) for job in jobs]
+        assert sum(u.prompt_tokens - u.cached_tokens for u in usages) == computed(bench)
+        assert [u.prompt_tokens for u in usages] == [len(prompt) for prompt in prompts]
+
+
+def test_choices_share_their_prompt(model_path: Path) -> None:
+    with Bench(model_path) as bench:
+        job = bench.run(STORY * 3, choices=4, limit=8, top_logprobs=0)
+        prompt = len(bench.tokens(STORY * 3))
+        assert computed(bench) == prompt + 3  # each computes the last prompt token, for its logits
+        assert job.usage(4).prompt_tokens == prompt
+        first = [bench.logprobs[sequence][0].logprob for sequence in job.sequences]
+        assert first == pytest.approx([first[0]] * 4, abs=0.1)
+
+
+@pytest.mark.parametrize("store_bytes", [1 << 28, 0])
+def test_a_chat_computes_only_what_is_new_also_with_more_chats_than_slots(
+    model_path: Path, store_bytes: int
+) -> None:
+    chats = 4
+    with Bench(model_path, slots=2, store_bytes=store_bytes) as bench:
+        histories = [bench.tokens(f"Chat {n * 31}. {STORY * 2}") for n in range(chats)]
+        for turn in range(3):
+            for chat in range(chats):
+                question = bench.tokens(f" And then, number {turn * 13 + chat}?") if turn else []
+                prompt, before = histories[chat] + question, computed(bench)
+                job = bench.run(prompt, limit=6)
+                new = computed(bench) - before
+                assert job.usage(1).cached_tokens == len(prompt) - new
+                if turn and store_bytes:
+                    # The question, and the last token of the answer, which was never computed.
+                    assert new == len(question) + 1
+                elif turn:
+                    assert new == len(prompt)  # nowhere to keep it: two slots, four chats
+                histories[chat] = job.sequences[0].tokens
+
+
+def test_the_least_recently_used_prefix_is_dropped_first(model_path: Path) -> None:
+    with Bench(model_path, slots=1) as probe:
+        probe.run(STORY * 2, limit=1)
+        cells = probe.context.save(0)
+        assert cells is not None
+    with Bench(model_path, slots=1, store_bytes=int(2.5 * len(cells))) as bench:
+        first, second, third, fourth = (f"{n * 37}: {STORY * 2}" for n in range(4))
+        for prompt in (first, second, first, third, fourth):  # the store ends with first and third
+            bench.run(prompt, limit=1)
+        assert bench.run(first, limit=1).usage(1).cached_tokens > 32
+        assert bench.run(second, limit=1).usage(1).cached_tokens < 32
+
+
+def test_batch_gives_way_to_interactive_and_loses_nothing(model_path: Path) -> None:
+    prompts = [f"{n}: {STORY}" for n in range(4)]
+    with Bench(model_path, slots=2) as bench:
+        alone = [bench.generated(bench.run(prompt, limit=60)) for prompt in prompts[:2]]
+    with Bench(model_path, slots=2) as bench:
+        batch = [bench.submit(prompt, limit=60, priority="batch") for prompt in prompts[:2]]
+        while not all(job.sequences[0].generated > 5 for job in batch):
+            pass
+        quick = [bench.submit(prompt, limit=5) for prompt in prompts[2:]]
+        ends = bench.ends(4)
+        assert [end.sequence.job for end in ends[:2]] in (quick, quick[::-1])
+        assert bench.scheduler.stats.preemptions == 2
+        for job, tokens in zip(batch, alone, strict=True):
+            assert bench.generated(job) == tokens
+            text = b"".join(map(bench.model.piece, tokens)).decode(errors="replace")
+            assert bench.text[job.sequences[0]] == text
+            assert job.usage(1).completion_tokens == 60
+        # What they had computed was kept: only each one's last token, and no prompt, was computed again.
+        assert computed(bench) == sum(len(bench.tokens(p)) for p in prompts) + 2
+
+
+def test_a_pool_too_small_for_all_queues_and_preempts_but_fails_nobody(model_path: Path) -> None:
+    with Bench(model_path, slots=6, context_length=256, kv_tokens=256) as bench:
+        jobs = [bench.submit(f"{n * 41}: {RIVER}", limit=90) for n in range(6)]
+        ends = bench.ends(6)
+        assert all(isinstance(end, Finished) and end.reason == "length" for end in ends)
+        assert all(job.sequences[0].generated == 90 for job in jobs)
+        assert bench.scheduler.stats.preemptions > 0
+        assert bench.scheduler.load().running == 0
+
+
+def test_a_tenant_with_one_request_does_not_wait_for_anothers_hundred(model_path: Path) -> None:
+    """It starts as early behind a hundred requests of another tenant as behind one."""
+
+    def place(others: int) -> int:
+        with Bench(model_path, slots=1, context_length=256) as bench:
+            first = bench.submit(RIVER, limit=12, tenant="many")
+            while not first.sequences[0].generated:
+                pass
+            for n in range(others):
+                bench.submit(f"{n} {RIVER}", limit=2, tenant="many")
+            mine = bench.submit(f"mine {RIVER}", limit=2, tenant="one")
+            bench.ends(others + 2)
+            return bench.order.index(mine.sequences[0])
+
+    assert place(40) == place(1) == 1
+
+
+def test_a_heavier_tenant_gets_more(model_path: Path) -> None:
+    with Bench(model_path, slots=1, context_length=256) as bench:
+        blocker = bench.submit(RIVER, limit=20, tenant="blocker")
+        while not blocker.sequences[0].generated:
+            pass
+        jobs = [
+            bench.submit(f"{n * 7} {tenant} {RIVER}", limit=4, tenant=tenant, weight=weight)
+            for n in range(9)
+            for tenant, weight in (("light", 1.0), ("heavy", 2.0))
+        ]
+        bench.ends(1 + len(jobs))
+        first_half = [sequence.job.tenant for sequence in bench.order[1:10]]
+        assert first_half.count("heavy") == pytest.approx(6, abs=1)
+
+
+def test_cancelled_in_the_queue_before_and_after_it_was_taken_in(model_path: Path) -> None:
+    with Bench(model_path, slots=1) as bench:
+        running = bench.submit(STORY, limit=30)
+        waiting = [bench.submit(f"{n} {STORY}") for n in range(3)]
+        for job in waiting:
+            bench.scheduler.cancel(job)
+            bench.scheduler.cancel(job)
+        ends = bench.ends(4)
+        assert {end.sequence.job for end in ends} == {running, *waiting}
+        assert all(job.usage(1).completion_tokens == 0 for job in waiting)
+        assert bench.run(STORY).done
+
+
+def test_logprobs_are_a_log_softmax_of_the_raw_logits(model_path: Path) -> None:
+    """Whatever sampling does with them: here a bias, a penalty and a temperature."""
+    params = SamplingParams(
+        temperature=0.7, frequency_penalty=1.0, logit_bias=((28, 5.0),), seed=3
+    )
+    with Bench(model_path) as bench:
+        job = bench.run(STORY, limit=8, params=params, top_logprobs=5)
+        tokens = job.sequences[0].tokens
+        reported = bench.logprobs[job.sequences[0]]
+    model = Model(model_path, gpu_layers=0)
+    context = Context(model, slots=1, context_length=512, batch_tokens=512, threads=1)
+    rows = len(tokens) - 1
+    context.decode(tokens[:-1], range(rows), [0] * rows, [True] * rows)
+    for row, entry in zip(range(rows - 8, rows), reported, strict=True):
+        logits = context.logits(row).astype(np.float64)
+        expected = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
+        assert entry.logprob == pytest.approx(expected[tokens[row + 1]], abs=0.05)
+        assert [p for _, p in entry.top] == pytest.approx(np.sort(expected)[:-6:-1], abs=0.05)
+        assert np.allclose(log_softmax(context.logits(row)), expected)
+    context.close()
+    model.close()
+
+
+def test_an_echoed_prompt_is_scored_token_by_token(model_path: Path) -> None:
+    with Bench(model_path) as bench:
+        made = bench.run(STORY, limit=6, top_logprobs=0)
+        tokens = made.sequences[0].tokens
+        scored = bench.run(tokens, limit=0, echo=True, top_logprobs=2)
+        assert scored.usage(1).completion_tokens == 0
+        assert scored.usage(1).cached_tokens == 0
+        entries = bench.logprobs[scored.sequences[0]]
+        assert len(entries) == len(tokens)
+        assert entries[0].logprob is None
+        assert bench.text[scored.sequences[0]] == bench.model.detokenize(tokens)
+        for entry, again in zip(bench.logprobs[made.sequences[0]], entries[-6:], strict=True):
+            assert entry.logprob == pytest.approx(again.logprob, abs=0.05)
+
+
+def test_speculation_changes_no_token(model_path: Path) -> None:
+    text = STORY * 3 + "Again: " + STORY
+    prompts = [text, f"{RIVER * 4}{RIVER[:30]}"]
+    with Bench(model_path, slots=1) as bench:
+        plain = [bench.generated(bench.run(prompt, limit=60)) for prompt in prompts]
+    with Bench(model_path, slots=1, speculation=Speculation(PromptLookup)) as bench:
+        drafted = [bench.generated(bench.run(prompt, limit=60)) for prompt in prompts]
+        assert bench.scheduler.stats.accepted_tokens > 0
+        # The cells were rewound rightly too: the same conversation goes on from them.
+        again = bench.run(bench.tokens(prompts[1]) + drafted[1] + bench.tokens(" So"), limit=10)
+        assert again.usage(1).cached_tokens > 60
+        reference = bench.generated(again)
+    assert drafted == plain
+    with Bench(model_path, slots=1) as bench:
+        prompt = bench.tokens(prompts[1]) + plain[1] + bench.tokens(" So")
+        assert bench.generated(bench.run(prompt, limit=10)) == reference
+
+
+def test_a_stuck_step_ends_in_an_error_for_its_requests(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with Bench(model_path, batch_tokens=512, step_timeout_seconds=0.01) as bench:
+        job = bench.submit(STORY * 10, limit=2)
+        end = bench.ends(1)[0]
+        assert isinstance(end, Failed)
+        assert "did not end within" in end.message
+        assert end.sequence.job is job
+        while not exits:
+            pass
+    assert set(exits) == {70}
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kv_tokens", [None, 400])
+def test_soak(half_precision_path: Path, kv_tokens: int | None) -> None:
+    """Whatever comes in whatever order: all slots free, all usage exact, every sequence as if alone."""
+    chance = random.Random(SOAK_REQUESTS)
+    jobs: list[tuple[Job, int, int]] = []
+    cancelled: set[Job] = set()
+    timers: list[threading.Timer] = []
+    speculation = Speculation(PromptLookup)
+    with Bench(
+        half_precision_path,
+        context_length=256,
+        batch_tokens=64,
+        kv_tokens=kv_tokens,
+        store_bytes=1 << 24,
+        speculation=speculation,
+    ) as bench:
+        base = bench.tokens(STORY * 8)
+        for number in range(SOAK_REQUESTS):
+            tail = [chance.randrange(1000, 40000) for _ in range(chance.choice([1, 3, 30]))]
+            prompt = base[: chance.choice([0, 5, 40, 100, 150])] + tail
+            choices, limit = chance.choice([1, 1, 1, 2, 3]), chance.choice([1, 5, 20, 60])
+            job = bench.submit(
+                prompt,
+                limit=limit,
+                choices=choices,
+                params=chance.choice([GREEDY, SamplingParams(temperature=1.0, seed=number)]),
+                priority=chance.choice(["batch", "interactive"]),
+                tenant=chance.choice("abc"),
+                top_logprobs=0,
+            )
+            jobs.append((job, len(prompt), limit))
+            if chance.random() < 0.15:
+                cancelled.add(job)
+                timers.append(threading.Timer(chance.random(), bench.scheduler.cancel, [job]))
+                timers[-1].start()
+            threading.Event().wait(chance.choice([0, 0, 0.02, 0.05]))
+        ends = bench.ends(sum(len(job.sequences) for job, _, _ in jobs))
+        for timer in timers:
+            timer.join()
+        assert not [end for end in ends if isinstance(end, Failed)]
+        load = bench.scheduler.load()
+        assert (load.running, load.waiting, load.kv_used_tokens) == (0, 0, 0)
+        for job, prompt_tokens, limit in jobs:
+            usage = job.usage(len(job.sequences))
+            if job not in cancelled:
+                assert usage.prompt_tokens == prompt_tokens
+                assert usage.completion_tokens == limit * len(job.sequences)
+            for sequence in job.sequences:
+                assert len(bench.logprobs.get(sequence, [])) <= sequence.generated
+        sample = chance.sample([s for job, _, _ in jobs for s in job.sequences], 40)
+        with Bench(half_precision_path, slots=1, context_length=256, store_bytes=0) as alone:
+            differences: list[float] = []
+            for sequence in sample:
+                reported = bench.logprobs.get(sequence, [])
+                scored = alone.run(sequence.tokens, limit=0, echo=True, top_logprobs=0)
+                expected = alone.logprobs[scored.sequences[0]][sequence.prompt_tokens :]
+                for entry, other in zip(reported, expected, strict=False):
+                    assert entry.logprob is not None
+                    assert other.logprob is not None
+                    differences.append(abs(entry.logprob - other.logprob))
+    # Kernels for one row and for many round differently; a neighbour's cells would differ by whole nats.
+    assert max(differences) < 0.05
