@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ def running(
 ) -> Iterator[int]:
     """Run a server until the block ends; yields its process group once ``ready_url`` answers 200.
 
-    Raises ``RuntimeError`` with the server's last words when it does not start.
+    Raises ``RuntimeError`` when it does not start; such errors carry the server's last words as a note.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -36,10 +37,13 @@ def running(
         )
         try:
             if not asyncio.run(_becomes_ready(process, ready_url)):
-                log.seek(0, os.SEEK_END)
-                log.seek(max(log.tell() - _LOG_TAIL_BYTES, 0))
-                raise RuntimeError(f"{command} did not start:\n{log.read().decode()}")
+                raise RuntimeError("the server did not start")
             yield process.pid
+        except RuntimeError as error:
+            log.seek(max(log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES, 0))
+            last_words = log.read().decode(errors="replace")
+            error.add_note(f"{shlex.join(command)} said last:\n{last_words}")
+            raise
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)

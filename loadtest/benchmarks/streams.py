@@ -64,15 +64,23 @@ class Stream:
         self._sent_at = 0.0
         self._reads: list[tuple[float, bytes]] = []
 
+    @property
+    def answering(self) -> bool:
+        """Whether anything has come."""
+        return bool(self._reads)
+
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Send the request and read it to its end; raises ``RuntimeError`` when it is refused."""
+        """Send the request and read it to its end; raises ``RuntimeError`` when that fails."""
         self._sent_at = time.perf_counter()
-        async with session.post(self._url, json=self._body) as answer:
-            if answer.status != 200:
-                text = await answer.text()
-                raise RuntimeError(f"{self._url} answered {answer.status}: {text[:500]}")
-            async for data in answer.content.iter_any():
-                self._reads.append((time.perf_counter(), data))
+        try:
+            async with session.post(self._url, json=self._body) as answer:
+                if answer.status != 200:
+                    text = await answer.text()
+                    raise RuntimeError(f"{self._url} answered {answer.status}: {text[:500]}")
+                async for data in answer.content.iter_any():
+                    self._reads.append((time.perf_counter(), data))
+        except aiohttp.ClientError as error:
+            raise RuntimeError(f"{self._url}: the stream broke off: {error}") from error
 
     def reply(self) -> Reply:
         """What has come so far; raises ``RuntimeError`` when the server reported an error."""

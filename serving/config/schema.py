@@ -78,7 +78,13 @@ class LlamaCppModel(Section):
         (), strict=False, description="Other names that reach this model."
     )
     adapters: tuple[AdapterConfig, ...] = Field(
-        (), strict=False, description="LoRA adapters of this model, each a model of its own to clients."
+        (),
+        strict=False,
+        description="LoRA adapters of this model, each a model of its own to clients.",
+    )
+    projector: str | None = Field(
+        None,
+        description="The model's projector file (mmproj), with which it sees images; the forms of 'source'.",
     )
     context_length: int = Field(
         4096, ge=64, description="Prompt and completion tokens one request may use together."
@@ -94,6 +100,27 @@ class LlamaCppModel(Section):
         ge=32,
         description="Prompt tokens prefilled per step; more is faster, less is smoother.",
     )
+    kv_tokens: int | None = Field(
+        None,
+        ge=256,
+        description="KV cells that all slots share. Unset: context_length for each slot, which is faster but takes more memory.",
+    )
+    prefix_cache_mib: int = Field(
+        1024,
+        ge=0,
+        description="Main memory for prompts whose slot was given to others, so that a chat that comes back is not computed again.",
+    )
+    speculation: Literal["none", "prompt_lookup", "draft_model"] = Field(
+        "none",
+        description="Guess tokens ahead and check them in one step, without changing the output: from what the text repeats (prompt_lookup), or with a smaller model.",
+    )
+    draft_model: str | None = Field(
+        None,
+        description="The smaller model for speculation: draft_model, with the same vocabulary; the forms of 'source'.",
+    )
+    step_timeout_seconds: float = Field(
+        120.0, gt=0, description="A step of the engine that takes longer is stuck: it is restarted."
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
     )
@@ -108,6 +135,18 @@ class LlamaCppModel(Section):
         gt=0,
         description="How long an engine may take to be ready. Longer is an error at the first start; later it is tried again.",
     )
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> LlamaCppModel:
+        if self.kv_tokens is not None and self.kv_tokens < self.context_length:
+            raise ValueError(
+                f"kv_tokens ({self.kv_tokens}) must hold one context at least: context_length is {self.context_length}"
+            )
+        if (self.draft_model is None) == (self.speculation == "draft_model"):
+            raise ValueError(
+                "speculation: draft_model and a draft_model to use go together; set both"
+            )
+        return self
 
 
 ModelConfig = LlamaCppModel

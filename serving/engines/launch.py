@@ -11,6 +11,15 @@ from serving.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
+class Files:
+    """What a model is served from."""
+
+    model: Path
+    projector: Path | None = None
+    draft_model: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One engine process to be: its command line, and environment variables beside the inherited ones."""
 
@@ -21,11 +30,11 @@ class Launch:
 class Launcher(Protocol):
     """How engines of one kind are started."""
 
-    def prepare(self, model: ModelConfig) -> Path:
-        """Fetch and convert the model's weights; may take long. Raises ``ModelError``."""
+    def prepare(self, model: ModelConfig) -> Files:
+        """Fetch and convert the model's files; may take long. Raises ``ModelError``."""
 
-    def launch(self, model: ModelConfig, weights: Path, port: int, api_key: str) -> Launch:
-        """The process that serves ``weights`` on a loopback port to holders of ``api_key``."""
+    def launch(self, model: ModelConfig, files: Files, port: int, api_key: str) -> Launch:
+        """The process that serves ``files`` on a loopback port to holders of ``api_key``."""
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from serving.config import ModelConfig
-from serving.engines.launch import Launch
+from serving.engines.launch import Files, Launch
 from serving.hardware.cpu import physical_cores
 from serving.models.requantize import prepare
 from serving.models.sources import resolve
@@ -18,14 +18,18 @@ class LlamaCppLauncher:
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
 
-    def prepare(self, model: ModelConfig) -> Path:
-        """The GGUF file to serve: found or downloaded, and requantized if the config asks for it."""
-        return prepare(resolve(model.source), model.quantization, self._cache_dir)
+    def prepare(self, model: ModelConfig) -> Files:
+        """The GGUF files to serve: found or downloaded, and requantized if the config asks for it."""
+        return Files(
+            prepare(resolve(model.source), model.quantization, self._cache_dir),
+            projector=None if model.projector is None else resolve(model.projector),
+            draft_model=None if model.draft_model is None else resolve(model.draft_model),
+        )
 
-    def launch(self, model: ModelConfig, weights: Path, port: int, api_key: str) -> Launch:
+    def launch(self, model: ModelConfig, files: Files, port: int, api_key: str) -> Launch:
         """The engine's command line."""
-        flags = {
-            "--model-path": weights,
+        flags: dict[str, object] = {
+            "--model-path": files.model,
             "--served-name": model.name,
             "--port": port,
             "--context-length": model.context_length,
@@ -34,7 +38,16 @@ class LlamaCppLauncher:
             "--max-batch-tokens": model.max_batch_tokens,
             "--threads": model.threads or physical_cores(),
             "--gpu-layers": model.gpu_layers,
+            "--prefix-cache-mib": model.prefix_cache_mib,
+            "--speculation": model.speculation,
+            "--step-timeout-seconds": model.step_timeout_seconds,
         }
+        optional = {
+            "--kv-tokens": model.kv_tokens,
+            "--projector-path": files.projector,
+            "--draft-model-path": files.draft_model,
+        }
+        flags |= {flag: value for flag, value in optional.items() if value is not None}
         arguments = [str(word) for flag in flags.items() for word in flag]
         for adapter in model.adapters:
             arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]

@@ -15,13 +15,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import aiohttp
 
 from serving.config import ModelConfig
 from serving.engines import guard
-from serving.engines.launch import Launcher, free_port
+from serving.engines.launch import Files, Launcher, free_port
 
 _log = logging.getLogger(__name__)
 # What engines print, line by line.
@@ -86,10 +85,10 @@ class Engine:
         cannot be prepared.
         """
         try:
-            weights = await _in_background(lambda: self._launcher.prepare(self.model))
+            files = await _in_background(lambda: self._launcher.prepare(self.model))
             backoff_seconds = _FIRST_BACKOFF_SECONDS
             while True:
-                attempt = await self._attempt(weights, session)
+                attempt = await self._attempt(files, session)
                 if attempt.ready_seconds is None and self.restarts == 0:
                     raise EngineStartError(f"{self.model.name}: {attempt.reason}{self._tail()}")
                 if (attempt.ready_seconds or 0.0) > _HEALTHY_SECONDS:
@@ -105,13 +104,13 @@ class Engine:
         finally:
             self.state = EngineState.STOPPED
 
-    async def _attempt(self, weights: Path, session: aiohttp.ClientSession) -> _Attempt:
+    async def _attempt(self, files: Files, session: aiohttp.ClientSession) -> _Attempt:
         """One process, from its launch to its end."""
         self.state = EngineState.STARTING
         self._last_lines.clear()
         port = self.model.port or free_port()
         api_key = secrets.token_urlsafe(32)
-        launch = self._launcher.launch(self.model, weights, port, api_key)
+        launch = self._launcher.launch(self.model, files, port, api_key)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", guard.__file__, *launch.command),
             stdin=asyncio.subprocess.PIPE,
@@ -197,12 +196,12 @@ class Supervisor:
                 group.create_task(engine.run(self._session))
 
 
-async def _in_background(work: Callable[[], Path]) -> Path:
+async def _in_background(work: Callable[[], Files]) -> Files:
     """Like ``asyncio.to_thread``, on a thread that nobody waits for at exit: downloads take hours."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Path] = loop.create_future()
+    done: asyncio.Future[Files] = loop.create_future()
 
-    def settle(result: Path | None, error: BaseException | None) -> None:
+    def settle(result: Files | None, error: BaseException | None) -> None:
         if done.cancelled():
             return
         if result is not None:

@@ -283,7 +283,7 @@ def _tenancy_of(body: ModelRequest) -> Tenancy:
 
 def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
     """The request as the engine gets it: a name it knows, and usage at the end of a stream."""
-    fields = body.model_dump(exclude_none=True)
+    fields = body.model_dump(exclude_none=True, by_alias=True)
     if body.model not in adapters_of(engine):
         fields["model"] = engine.model.name
     if _is_streamed(body):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from serving.llamacpp.adapters import AdapterFile
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--kv-tokens", type=int, help="KV cells in all; default: slots x context")
     parser.add_argument("--prefix-cache-mib", type=int, default=1024, help="main memory for prefixes")
     parser.add_argument("--speculation", choices=get_args(SpeculationKind), default="none")
+    parser.add_argument("--projector-path", type=Path, help="GGUF file (mmproj), to see images")
     parser.add_argument("--draft-model-path", type=Path, help="GGUF file, for draft_model")
     parser.add_argument("--step-timeout-seconds", type=float, default=120, help="then it is stuck")
     parser.add_argument(
@@ -56,7 +58,8 @@ def main() -> int:
     port = args.port
     del args.port
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return asyncio.run(_serve(EngineOptions(**vars(args)), port))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(EngineOptions(**vars(args)), port))
 
 
 async def _open(options: EngineOptions, model: Model) -> tuple[Engine | Embedder, Starlette]:
@@ -84,7 +87,6 @@ async def _serve(options: EngineOptions, port: int) -> int:
             app,
             host="127.0.0.1",
             port=port,
-            loop="uvloop",
             http="httptools",
             lifespan="off",
             log_level="warning",

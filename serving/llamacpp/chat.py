@@ -16,7 +16,14 @@ from serving.llamacpp.reply import (
     recognise,
 )
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import ChatCompletionRequest, Function, Message, ToolCall, ToolUse
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    Function,
+    Message,
+    TextPart,
+    ToolCall,
+    ToolUse,
+)
 from serving.protocol.responses import FinishReason, TokenLogprob
 from serving.protocol.structured import ConstraintSpec
 
@@ -128,8 +135,11 @@ class ChatRenderer:
         """The conversation with ``text`` in its system message; in its first, if there can be none."""
         first, rest = messages[0], messages[1:]
         if first.role in ("system", "developer") or not self._template.takes_system:
-            joined = f"{first.text}\n\n{text}"
-            return [first.model_copy(update={"content": joined}), *rest]
+            parts = first.content
+            if not isinstance(parts, list):
+                parts = [TextPart(type="text", text=first.text)]
+            parts = [*parts, TextPart(type="text", text=f"\n\n{text}")]
+            return [first.model_copy(update={"content": parts}), *rest]
         return [Message(role="system", content=text), *messages]
 
     def _constraint(
@@ -169,16 +179,16 @@ def _in_plain_words(messages: Sequence[Message]) -> list[Message]:
     turns: list[Message] = []
     after_result = False
     for message in messages:
-        role, text = message.role, message.text
+        role, content = message.role, message.content
         if message.tool_calls:
-            text = "\n".join(filter(None, (text, *map(_call_text, message.tool_calls))))
+            content = "\n".join(filter(None, (message.text, *map(_call_text, message.tool_calls))))
         elif role == "tool":
-            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+            role, content = "user", f"<tool_response>\n{message.text}\n</tool_response>"
         # Many templates want roles to alternate: results and what the user adds are one turn.
-        if role == "user" and after_result:
-            text = f"{turns.pop().text}\n{text}"
+        if role == "user" and after_result and isinstance(content, str):
+            content = f"{turns.pop().text}\n{content}"
         after_result = message.role == "tool"
-        plain = {"role": role, "content": text, "tool_calls": None, "tool_call_id": None}
+        plain = {"role": role, "content": content, "tool_calls": None, "tool_call_id": None}
         turns.append(message.model_copy(update=plain))
     return turns
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ class DraftModel:
     def __init__(
         self, path: Path, target: Model, *, context_length: int, threads: int, gpu_layers: int
     ) -> None:
-        """Load the model; raises :class:`RuntimeFault`, also if its vocabulary is not the target's."""
+        """Load the model; raises :class:`RuntimeFault`, also if its vocabulary is another."""
         self._model = Model(path, gpu_layers)
         try:
             _check_vocabulary(self._model, target, path)
@@ -56,45 +57,34 @@ class DraftModel:
         room = self._context.context_length - len(tokens)
         known = min(common_prefix(self._tokens, list(tokens)), len(tokens) - 1)
         try:
-            self._keep(known)
-            behind = len(tokens) - len(self._tokens)
+            del self._tokens[known if self._context.truncate(0, known) else 0 :]
+            drafts: list[int] = []
             for start in range(len(self._tokens), len(tokens), _BATCH_TOKENS):
-                self._read(tokens[start : start + _BATCH_TOKENS])
-            if behind > _CATCH_UP_TOKENS:
+                drafts = [self._read(tokens[start : start + _BATCH_TOKENS])]
+            if len(tokens) - known > _CATCH_UP_TOKENS:
                 return []
-            drafts = [self._sampler.sample(self._context, -1)]
             while len(drafts) < min(at_most, room):
-                self._read(drafts[-1:])
-                drafts.append(self._sampler.sample(self._context, -1))
+                drafts.append(self._read(drafts[-1:]))
             return drafts
         except RuntimeFault as fault:
             _log.error("the draft model is used no more: %s", fault)
             self._is_broken = True
             return []
 
-    def _keep(self, length: int) -> None:
-        if length < len(self._tokens):
-            kept = length if self._context.truncate(0, length) else 0
-            del self._tokens[kept:]
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        """Compute tokens that follow the known ones; the last one's logits can be sampled."""
+    def _read(self, tokens: Sequence[int]) -> int:
+        """Compute tokens that follow the known ones; returns what is likeliest to come next."""
         count, start = len(tokens), len(self._tokens)
         outputs = [False] * (count - 1) + [True]
         self._context.decode(tokens, range(start, start + count), [0] * count, outputs)
         self._tokens += tokens
+        return self._sampler.sample(self._context, count - 1)
 
 
 def _check_vocabulary(draft: Model, target: Model, path: Path) -> None:
-    sizes = draft.vocab_size, target.vocab_size
-    if sizes[0] != sizes[1]:
-        raise RuntimeFault(
-            f"the draft model {path} has {sizes[0]} tokens, the model {sizes[1]}: "
-            "a draft model needs the same vocabulary"
-        )
-    for token in range(sizes[0]):
-        if draft.token_text(token) != target.token_text(token):
+    theirs, ours = ([m.token_text(t) for t in range(m.vocab_size)] for m in (draft, target))
+    for token, (their, our) in enumerate(itertools.zip_longest(theirs, ours)):
+        if their != our:
             raise RuntimeFault(
-                f"token {token} is {draft.token_text(token)!r} in the draft model {path} and "
-                f"{target.token_text(token)!r} in the model: a draft model needs the same vocabulary"
+                f"the draft model {path} needs the vocabulary of the model it drafts for; "
+                f"token {token} is {their!r} in one and {our!r} in the other"
             )

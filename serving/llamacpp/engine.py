@@ -14,7 +14,8 @@ from serving.llamacpp.adapters import AdapterFile, Adapters
 from serving.llamacpp.chat import ChatPrompt, ChatRenderer, Reply
 from serving.llamacpp.chat_template import ChatTemplate
 from serving.llamacpp.grammar import Grammar, GrammarCompiler
-from serving.llamacpp.runtime import Context, Model
+from serving.llamacpp.images import ImageReader
+from serving.llamacpp.runtime import Context, Image, Model
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.scheduler import QueueFull, Scheduler
 from serving.llamacpp.sequence import Event, Job, TextDelta
@@ -41,6 +42,7 @@ class EngineOptions:
     threads: int
     gpu_layers: int
     adapters: list[AdapterFile]
+    projector_path: Path | None
     kv_tokens: int | None
     prefix_cache_mib: int
     speculation: SpeculationKind
@@ -77,22 +79,29 @@ class Engine:
         )
         self._chats = ChatRenderer(template, self._model.token_of)
         self._grammars = GrammarCompiler(self._model)
-        self.tokenization = Tokenization(
-            model, lambda chat: self._chats.prepare(chat).text, options.context_length
+        self._images = ImageReader(
+            self._model,
+            options.projector_path,
+            threads=options.threads,
+            use_gpu=options.gpu_layers != 0,
+            batch_tokens=self._context.batch_tokens,
+            check_length=self._check_length,
+        )
+        self.tokenization = Tokenization(model, self._text_of, options.context_length)
+        self._speculation = speculation_of(
+            options.speculation,
+            self._model,
+            options.draft_model_path,
+            context_length=options.context_length,
+            threads=options.threads,
+            gpu_layers=options.gpu_layers,
         )
         self._scheduler = Scheduler(
             self._model,
             self._context,
             max_queue=options.max_queue,
             store_bytes=options.prefix_cache_mib * 2**20,
-            speculation=speculation_of(
-                options.speculation,
-                self._model,
-                options.draft_model_path,
-                context_length=options.context_length,
-                threads=options.threads,
-                gpu_layers=options.gpu_layers,
-            ),
+            speculation=self._speculation,
             step_timeout_seconds=options.step_timeout_seconds,
             emit=self._emit,
         )
@@ -114,6 +123,9 @@ class Engine:
     def close(self) -> None:
         """Stop the scheduler and free all memory."""
         self._scheduler.stop()
+        self._images.close()
+        if self._speculation is not None:
+            self._speculation.close()
         self._context.close()
         self._model.close()
 
@@ -135,33 +147,42 @@ class Engine:
     ) -> tuple[Job, list[Reply]]:
         """Start a chat completion; its choices' text goes through the replies. Raises :class:`ApiError`."""
 
-        def prepare() -> tuple[ChatPrompt, list[int], Grammar | None]:
-            prompt = self._chats.prepare(request)
-            tokens = self._model.tokenize(prompt.text, add_special=True, parse_special=True)
+        def prepare() -> tuple[ChatPrompt, list[int], list[Image], Grammar | None]:
+            placed = self._images.place(request)
+            prompt = self._chats.prepare(placed.request)
+            tokens, images = self._images.read(prompt.text, placed)
             spec = prompt.constraint
-            return prompt, tokens, self._grammars.compile(spec) if spec else None
+            return prompt, tokens, images, self._grammars.compile(spec) if spec else None
 
-        prompt, tokens, grammar = await asyncio.to_thread(prepare)
+        thread = self._images.thread if request.has_images else None
+        prompt, tokens, images, grammar = await self._loop.run_in_executor(thread, prepare)
         job = self._start(
             request,
             tenancy,
             [tokens],
+            images=images,
             grammar=grammar,
             show_control_tokens=prompt.format.show_control_tokens,
         )
         return job, [prompt.reply() for _ in job.sequences]
+
+    def _text_of(self, chat: ChatCompletionRequest) -> str:
+        if chat.has_images:
+            raise ApiError(400, "Only text can be tokenized; leave images out.", param="messages")
+        return self._chats.prepare(chat).text
 
     async def complete(
         self, request: CompletionRequest, tenancy: Tenancy
     ) -> tuple[Job, list[Reply]]:
         """Start a text completion, as :meth:`chat` does a chat; raises :class:`ApiError`."""
 
-        def tokens() -> list[list[int]]:
-            return [self._tokens_of(prompt, request.suffix) for prompt in request.prompts]
+        def prepare() -> tuple[list[list[int]], Grammar | None]:
+            prompts = [self._tokens_of(prompt, request.suffix) for prompt in request.prompts]
+            spec = request.constraint
+            return prompts, self._grammars.compile(spec) if spec else None
 
-        job = self._start(
-            request, tenancy, await asyncio.to_thread(tokens), echo=bool(request.echo)
-        )
+        prompts, grammar = await asyncio.to_thread(prepare)
+        job = self._start(request, tenancy, prompts, grammar=grammar, echo=bool(request.echo))
         return job, [Reply() for _ in job.sequences]
 
     def _tokens_of(self, prompt: str | list[int], suffix: str | None) -> list[int]:
@@ -203,6 +224,7 @@ class Engine:
         tenancy: Tenancy,
         prompts: list[list[int]],
         *,
+        images: list[Image] | None = None,
         grammar: Grammar | None = None,
         show_control_tokens: bool = False,
         echo: bool = False,
@@ -220,7 +242,7 @@ class Engine:
             priority=tenancy.priority,
         )
         for prompt in prompts:
-            self._check_length(prompt)
+            self._check_length(len(prompt))
             room = self.options.context_length - len(prompt)
             wanted = room if request.token_limit is None else request.token_limit
             job.add(
@@ -228,6 +250,7 @@ class Engine:
                 limit=min(wanted, room),
                 params=[SamplingParams.of(request, seed) for seed in _seeds(request)],
                 stop_strings=request.stop_strings,
+                images=images or (),
             )
         if len(job.sequences) > self._scheduler.capacity:
             raise ApiError(
@@ -263,13 +286,13 @@ class Engine:
                     code="invalid_value",
                 )
 
-    def _check_length(self, prompt: list[int]) -> None:
-        if not prompt:
+    def _check_length(self, tokens: int) -> None:
+        if not tokens:
             raise ApiError(400, "The prompt is empty.", param="prompt", code="invalid_value")
-        if len(prompt) >= self.options.context_length:
+        if tokens >= self.options.context_length:
             raise ApiError(
                 400,
-                f"The prompt has {len(prompt)} tokens; this model's context takes "
+                f"The prompt has {tokens} tokens; this model's context takes "
                 f"{self.options.context_length}, with room for at least one new token.",
                 code="context_length_exceeded",
             )

@@ -103,9 +103,7 @@ class FairQueue:
         self._classes[sequence.job.priority][sequence.job.tenant].waiting.remove(sequence)
         self._waiting[sequence.job.priority] -= 1
 
-    def charge(
-        self, tenant: str, weight: float, tokens: int, priority: Priority = "interactive"
-    ) -> None:
+    def charge(self, tenant: str, weight: float, tokens: int, priority: Priority) -> None:
         """Count tokens that were computed for a tenant."""
         line = self._classes[priority].get(tenant)
         if line is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -23,6 +24,7 @@ from serving.protocol.structured import ConstraintSpec
 
 _CACHED_GRAMMARS = 64
 _LONGEST_REASON = 300
+_INTERNALS = re.compile(r"<(?:state|non-verbose|backtrace)")
 
 # One space, as people write JSON, or none: given more room, small models fill it for ever. Without
 # \u escapes a text has one spelling, so that no key can come twice in disguise.
@@ -154,10 +156,9 @@ class GrammarCompiler:
                 )
                 raise Unsupported(path, keyword, f"cannot be enforced: {_message(start)}")
         except Unsupported as error:
-            place = f"at {dotted(error.path)}" if error.path else "at its root"
-            raise _refusal(
-                param, f"the schema's {error.keyword!r} {place} {error.reason}"
-            ) from error
+            place = f"at {dotted(error.path)[-_LONGEST_REASON:]}" if error.path else "at its root"
+            reason = f"the schema's {error.keyword!r} {place} {error.reason}"
+            raise _refusal(param, reason) from error
         return start
 
     def _start(self, text: str) -> LLMatcher:
@@ -185,6 +186,8 @@ def _grammar_text(spec: ConstraintSpec) -> str:
             raise _refusal(spec.param, reason)
         # All of the text must match anyway; \d and \w are ASCII, as in JSON Schema.
         return LLMatcher.grammar_from_regex(regex_to_lark(_without_anchors(source), "dw"))
+    if source.lstrip().startswith("{"):
+        raise _refusal(spec.param, "is not a grammar in Lark or GBNF")
     if "::=" not in source or is_lark_syntax(source):
         return source
     try:
@@ -210,4 +213,6 @@ def _refusal(param: str, reason: str) -> ApiError:
 
 
 def _message(matcher: LLMatcher) -> str:
-    return " ".join(matcher.get_error().split())[:_LONGEST_REASON]
+    """Why a matcher is in error, without the parser's state and the backtraces that may follow."""
+    reason = _INTERNALS.split(matcher.get_error())[0]
+    return " ".join(reason.split())[:_LONGEST_REASON].rstrip(".")

@@ -59,6 +59,12 @@ _FORMATS = frozenset(("duration", "email", "hostname", "ipv4", "ipv6", "uri", "u
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _LARGEST_INTEGER = 2**53
 
+# llguidance parses JSON of 128 levels, a few of which are its own.
+_DEEPEST = 100
+# It follows references by recursion, each once: much more than this, times the safety of two, would
+# overflow a thread's stack of 8 MiB and end the process.
+_LONGEST_WAY = 1000
+
 _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?((?:\\.|[^\]\\])*)\]", re.DOTALL)
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
 _CLASS_SYNTAX = re.compile(r"\[|&&|--|~~")
@@ -80,7 +86,21 @@ def make_enforceable(schema: dict[str, Any]) -> None:
     Raises :class:`Unsupported`.
     """
     is_old_draft = bool(_OLD_DRAFT.search(str(schema.get("$schema", ""))))
-    _check(schema, (), is_old_draft)
+    steps = 0
+    references = set()
+    for path, part in _walk(schema):
+        if isinstance(part, dict):
+            _check(part, path, is_old_draft)
+            references.add(part.get("$ref"))
+        elif not isinstance(part, bool):
+            raise Unsupported(
+                path[:-1], str(path[-1]), "must be a schema: an object, true or false"
+            )
+        steps = max(steps, len(path))
+        if steps > _DEEPEST:
+            raise Unsupported(path[:_DEEPEST], str(path[_DEEPEST]), "is nested too deeply")
+    if steps * len(references) > _LONGEST_WAY:
+        raise Unsupported((), "$ref", "has too many schemas to follow; use fewer, or flatter ones")
 
 
 def blame(schema: dict[str, Any], fails: Callable[[dict[str, Any]], bool]) -> tuple[Path, str]:
@@ -95,7 +115,7 @@ def blame(schema: dict[str, Any], fails: Callable[[dict[str, Any]], bool]) -> tu
                 break
         else:
             break
-    for keyword in sorted(schema, key=lambda keyword: keyword == "type"):
+    for keyword in sorted(schema, key=lambda keyword: keyword in ("properties", "type")):
         if keyword not in shared:
             without = {name: value for name, value in schema.items() if name != keyword}
             if not fails({**shared, **without}):
@@ -123,12 +143,16 @@ def _children(schema: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
             yield (keyword,), value
 
 
-def _check(schema: Any, path: Path, is_old_draft: bool) -> None:
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise Unsupported(path[:-1], str(path[-1]), "must be a schema: an object, true or false")
-    for keyword, value in list(schema.items()):
+def _walk(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """A schema and all within it, each before its own children."""
+    yield path, schema
+    if isinstance(schema, dict):
+        for step, child in _children(schema):
+            yield from _walk(child, path + step)
+
+
+def _check(schema: dict[str, Any], path: Path, is_old_draft: bool) -> None:
+    for keyword, value in schema.items():
         reason = _reason_to_refuse(schema, keyword, value, is_old_draft)
         if reason is None and keyword in _OF_DOCUMENTS and path:
             reason = "is only supported at the root of the schema"
@@ -139,8 +163,6 @@ def _check(schema: Any, path: Path, is_old_draft: bool) -> None:
         del schema["format"]
         schema["allOf"] = [*schema.get("allOf", ()), {"pattern": pattern}]
     schema.pop("uniqueItems", None)
-    for step, child in _children(schema):
-        _check(child, path + step, is_old_draft)
 
 
 def _reason_to_refuse(

@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from serving.llamacpp.fair_queue import FairQueue
 from serving.llamacpp.grammar import prepare
-from serving.llamacpp.runtime import Context, LoraAdapter, Model, RuntimeFault, Sampler
+from serving.llamacpp.runtime import (
+    Context,
+    ImageRows,
+    LoraAdapter,
+    Model,
+    RuntimeFault,
+    Sampler,
+)
 from serving.llamacpp.sampling import SamplingThreads, log_softmax, top_tokens
 from serving.llamacpp.sequence import Event, Failed, Finished, Job, Phase, Sequence, TextDelta
 from serving.llamacpp.slots import PrefixStore, Slots
@@ -61,7 +68,7 @@ class Span:
 
 @dataclass(slots=True)
 class Batch:
-    """The rows of one step, span by span."""
+    """The rows of one step, span by span: of text, or all of ``images``."""
 
     phase: Phase
     adapter: LoraAdapter | None
@@ -70,12 +77,16 @@ class Batch:
     slots: list[int] = field(default_factory=list)
     outputs: list[bool] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    images: list[ImageRows] = field(default_factory=list)
 
     def add(self, sequence: Sequence, tokens: list[int], outputs: int) -> None:
         """Add the tokens that follow the computed ones; the last ``outputs`` rows get logits."""
         self.spans.append(Span(sequence, tokens, outputs, len(self.tokens)))
         self.tokens += tokens
-        self.positions += range(sequence.computed, sequence.computed + len(tokens))
+        start = sequence.position(sequence.computed)
+        self.positions += range(start, start + len(tokens))
+        if sequence.image is not None:
+            self.images.append(sequence.image_rows(len(tokens)))
         self.slots += [sequence.slot] * len(tokens)
         self.outputs += [False] * (len(tokens) - outputs) + [True] * outputs
 
@@ -248,7 +259,7 @@ class Scheduler:
                 if sequence.job.grammar is not None:
                     sequence.matcher = sequence.job.grammar.matcher()
                     prepare([sequence.matcher])
-                elif self._speculation is not None:
+                elif self._speculation is not None and not sequence.images:
                     sequence.speculator = self._speculation.of(sequence.tokens)
             self._note_prefix(sequence)
             sequence.phase = Phase.PREFILL
@@ -307,8 +318,10 @@ class Scheduler:
         budget = self._context.batch_tokens
         chunks: list[tuple[Sequence, int]] = []
         for sequence in self._waiting.order(prefilling):
+            if chunks and not sequence.goes_with(chunks[0][0]):
+                continue
             at_most = min(budget, _SCORED_ROWS) if sequence.job.scores_prompt else budget
-            count = min(sequence.remaining, at_most)
+            count = min(sequence.stretch, at_most)
             if count:
                 chunks.append((sequence, count))
                 budget -= count
@@ -345,7 +358,10 @@ class Scheduler:
 
     def _decode(self, batch: Batch) -> None:
         self._context.use_adapter(batch.adapter)
-        self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
+        if batch.images:
+            self._context.decode_images(batch.images, batch.slots, batch.outputs)
+        else:
+            self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
         self._slots.decoded()
         for span in batch.spans:
             sequence = span.sequence
@@ -374,16 +390,20 @@ class Scheduler:
         drafts = span.tokens[1:] if phase is Phase.DECODE else []
         for row, draft in enumerate([*drafts, None], first):
             logits = self._context.logits(row)
-            if not math.isfinite(logits.max()):
+            likeliest = int(logits.argmax())  # of a NaN, if there is one
+            if not math.isfinite(logits[likeliest]):
                 span.fault = "the model computed no valid numbers for this request (NaN)"
                 return
             logprobs = None if job.top_logprobs is None else log_softmax(logits)
             if sequence.matcher is not None:
                 sequence.matcher.apply(logits)
-            token = sequence.sampler.sample(self._context, row)
-            if sequence.matcher is not None:
+                token = sequence.sampler.sample(self._context, row)
                 sequence.matcher.accept(token)
                 span.fault = sequence.matcher.fault
+            elif sequence.params.is_greedy:
+                token = likeliest
+            else:
+                token = sequence.sampler.sample(self._context, row)
             scored = None
             if logprobs is not None and job.top_logprobs is not None:
                 scored = self._logprob(token, logprobs, job.top_logprobs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
 
-from serving.llamacpp.runtime import LoraAdapter, Sampler
+from serving.llamacpp.runtime import Image, ImageRows, LoraAdapter, Sampler
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.text import TextStream
 from serving.protocol.responses import FinishReason, Timings, TokenLogprob, Usage
@@ -40,7 +40,8 @@ class Sequence:
     ``tokens`` is the prompt followed by everything generated; the first ``computed`` of them are in
     the KV cells of ``slot``. ``limit`` is the most tokens it may generate. While it has a ``leader`` it
     waits for that sequence to compute the prefix they share. ``prefilled`` and ``cached`` count prompt
-    tokens: ever in cells, and found there rather than computed.
+    tokens: ever in cells, and found there rather than computed. Where one of the ``images`` lies,
+    ``tokens`` holds numbers below zero.
     """
 
     job: Job
@@ -50,6 +51,7 @@ class Sequence:
     limit: int
     params: SamplingParams
     text: TextStream
+    images: list[Image]
     phase: Phase = Phase.WAITING
     slot: int = -1
     computed: int = 0
@@ -81,6 +83,34 @@ class Sequence:
         """Tokens still to be computed before the next can be sampled."""
         return len(self.tokens) - self.computed
 
+    @property
+    def image(self) -> Image | None:
+        """The image that is to be computed next; None if text is."""
+        return next((i for i in self.images if i.start <= self.computed < i.end), None)
+
+    @property
+    def stretch(self) -> int:
+        """Tokens still to be computed of the image, or of the text up to the next."""
+        borders = (border for image in self.images for border in (image.start, image.end))
+        ahead = (border - self.computed for border in borders if border > self.computed)
+        return min(ahead, default=self.remaining)
+
+    def goes_with(self, other: Sequence) -> bool:
+        """Whether both can be computed in one batch: text with text, and causal images with such."""
+        if self.image is None or other.image is None:
+            return self.image is other.image
+        return self.image.is_causal and other.image.is_causal
+
+    def image_rows(self, count: int) -> ImageRows:
+        """The next rows of the image that is to be computed."""
+        assert self.image is not None
+        first = self.computed - self.image.start
+        return self.image.rows(first, count, self.position(self.image.start))
+
+    def position(self, length: int) -> int:
+        """Where in its context the token after the first ``length`` stands."""
+        return length - sum(i.saved_positions for i in self.images if i.end <= length)
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -110,8 +140,9 @@ class Job:
         limit: int,
         params: list[SamplingParams],
         stop_strings: tuple[str, ...],
+        images: Iterable[Image] = (),
     ) -> None:
-        """Add a completion of ``prompt`` with each of ``params``."""
+        """Add a completion of ``prompt``, in which ``images`` lie, with each of ``params``."""
         for choice_params in params:
             self.sequences.append(
                 Sequence(
@@ -122,6 +153,7 @@ class Job:
                     limit=limit,
                     params=choice_params,
                     text=TextStream(stop_strings),
+                    images=list(images),
                 )
             )
 

@@ -195,7 +195,7 @@ class Slots:
         target.used_at, target.adapter = self._admissions, sequence.job.adapter
         target.sequence = sequence
         sequence.slot = target.number
-        self._cut(target, best)
+        self._cut(target, sequence, best)
         sequence.computed = len(target.tokens)
 
     def follow(self, sequence: Sequence) -> bool:
@@ -209,7 +209,7 @@ class Slots:
         source, shared = self._longest_known(sequence, but=slot)
         if source is not None and shared >= SMALLEST_USEFUL_PREFIX:
             self._copy(source, slot)
-            self._cut(slot, shared)
+            self._cut(slot, sequence, shared)
             sequence.computed = len(slot.tokens)
         return True
 
@@ -232,7 +232,7 @@ class Slots:
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         """Forget the sequence's cells from ``length`` on (drafts that were not accepted)."""
-        self._cut(self._slots[sequence.slot], length)
+        self._cut(self._slots[sequence.slot], sequence, length)
         sequence.computed = len(self._slots[sequence.slot].tokens)
 
     def _longest_known(
@@ -309,7 +309,8 @@ class Slots:
         if not self._context.is_pool:
             self._pinned |= {source.number, target.number}
 
-    def _cut(self, slot: Slot, length: int) -> None:
+    def _cut(self, slot: Slot, sequence: Sequence, length: int) -> None:
+        """Forget all but the first ``length`` tokens, which the sequence begins with, too."""
         if length < len(slot.tokens):
-            kept = length if self._context.truncate(slot.number, length) else 0
+            kept = length if self._context.truncate(slot.number, sequence.position(length)) else 0
             del slot.tokens[kept:]

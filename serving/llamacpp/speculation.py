@@ -21,8 +21,9 @@ from serving.llamacpp.runtime import Model, RuntimeFault
 
 SpeculationKind = Literal["none", "prompt_lookup", "draft_model"]
 
-# A draft starts short, doubles while all of it is right, and is never longer than this.
-_FIRST_DRAFT, _LONGEST_DRAFT = 4, 32
+# A draft starts short, doubles while all of it is right, and is never longer than this. With the last
+# token it makes a power of two: CPU kernels compute rows in tiles.
+_FIRST_DRAFT, _LONGEST_DRAFT = 7, 31
 # Shorter repetitions are chance. Of the latest occurrences the one that matches furthest back is taken.
 _SHORTEST_MATCH, _LONGEST_MATCH, _OCCURRENCES = 3, 32, 8
 # A draft is made when it is expected to gain this many times what it costs.
@@ -31,7 +32,7 @@ _MARGIN = 1.1
 # many tokens: then it is tried again.
 _HOPE, _HALF_LIFE_TOKENS = 0.9, 256
 # Tokens that drafts may cost at first, for each token since, and at most.
-_CREDIT_AT_START, _CREDIT_PER_TOKEN, _MOST_CREDIT = 3.0, 1 / 64, 32.0
+_CREDIT_AT_START, _CREDIT_PER_TOKEN, _MOST_CREDIT = 4.0, 1 / 64, 32.0
 # Measurements are running means; steps whose rows differ by no more than a tenth are of one kind.
 _WEIGHT_OF_NEWEST, _ALIKE = 0.02, 0.1
 _VALID_STEPS, _MOST_VALID_STEPS = 128, 1024
@@ -131,7 +132,7 @@ class StepCost:
             self._measured = sorted([*self._measured, new], key=lambda m: m.rows)
 
     def seconds(self, rows: float) -> float:
-        """The expected duration; linear between and beyond what was measured, 0 if nothing was."""
+        """The expected duration: linear between what was measured, hopeful beyond; 0 if nothing was."""
         if len(self._measured) < 2:
             # A row more costs something between nothing and what each costs now.
             return sum(m.seconds * (1 + rows / m.rows) / 2 for m in self._measured)
@@ -139,7 +140,8 @@ class StepCost:
         above = min(max(above, 1), len(self._measured) - 1)
         low, high = self._measured[above - 1 : above + 1]
         slope = max(high.seconds - low.seconds, 0.0) / (high.rows - low.rows)
-        return max(low.seconds + slope * (rows - low.rows), 0.0)
+        beyond = max(rows - high.rows, 0.0)
+        return max(low.seconds + slope * (rows - low.rows - beyond / 2), 0.0)
 
 
 @dataclass(slots=True)
@@ -150,10 +152,10 @@ class _Experience:
     tried: float = 0.0
     at_token: int = 0
 
-    def likelihood(self, now: int) -> float:
+    def likelihood(self, now: int, hope: float) -> float:
         """How likely a drafted token is right if those before it are."""
         weight = math.exp2((self.at_token - now) / _HALF_LIFE_TOKENS)
-        return (self.right * weight + _HOPE) / (self.tried * weight + 1)
+        return (self.right * weight + hope) / (self.tried * weight + 1)
 
     def add(self, proposed: int, accepted: int, now: int) -> None:
         weight = math.exp2((self.at_token - now) / _HALF_LIFE_TOKENS)
@@ -194,7 +196,9 @@ class Speculation:
 
     def length(self, kind: int, running: int, at_most: int) -> int:
         """How many tokens of a kind to draft for one of ``running`` sequences; 0: it does not pay."""
-        likelihood = self._experience[kind].likelihood(self._tokens)
+        # More evidence is hardly a worse sign than less was.
+        hope = max(_HOPE, self._experience[kind - 1].likelihood(self._tokens, _HOPE))
+        likelihood = self._experience[kind].likelihood(self._tokens, hope)
         plain = self._cost.seconds(running)
         best, best_gain, best_price = 0, 0.0, 0.0
         length = at_most
@@ -264,7 +268,7 @@ class Speculator:
             return
         self._speculation.record(self._kind, proposed, accepted)
         if accepted == proposed:
-            self._reach = min(max(self._reach, 2 * proposed), _LONGEST_DRAFT)
+            self._reach = min(max(self._reach, 2 * proposed + 1), _LONGEST_DRAFT)
 
 
 def speculation_of(

@@ -238,8 +238,7 @@ ContentPart = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<str>")]
-    | Annotated[list[ContentPart], Field(min_length=1), Tag("<list>")],
+    Annotated[str, Tag("<str>")] | Annotated[list[ContentPart], Field(min_length=1), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
 ]
 
@@ -362,6 +361,11 @@ class ChatCompletionRequest(GenerationRequest):
         if isinstance(self.tool_choice, AllowedToolChoice):
             return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
         return None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is an image in the conversation."""
+        return any(message.has_images for message in self.messages)
 
     @property
     def tool_use(self) -> ToolUse | None:

@@ -128,8 +128,8 @@ def test_errors_are_the_sdks_exceptions(rig: RigServer) -> None:
         create(model="smollm2-135m", messages=HELLO, temperature=9)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        create(model="smollm2-135m", messages=HELLO, response_format={"type": "json_object"})
-    assert unsupported.value.param == "response_format"
+        create(model="smollm2-135m", messages=HELLO, store=True)
+    assert unsupported.value.param == "store"
     with pytest.raises(openai.BadRequestError) as long:
         create(model="smollm2-135m", messages=[{"role": "user", "content": "sea " * 600}])
     assert long.value.code == "context_length_exceeded"
@@ -250,6 +250,25 @@ def test_a_refused_request_costs_nothing(rig: RigServer) -> None:
                 stream=stream,
             )
     assert rig.total("rigserve_energy_joules_total") == joules
+
+
+def test_a_service_tier_is_honoured_and_headers_of_clients_are_not(rig: RigServer) -> None:
+    def tier(asked: Any, headers: dict[str, str]) -> str | None:
+        answer = rig.client.chat.completions.create(
+            model="smollm2-135m",
+            messages=HELLO,
+            max_tokens=1,
+            service_tier=asked,
+            extra_headers=headers,
+        )
+        return answer.service_tier
+
+    assert tier("flex", {}) == "flex"
+    assert tier("auto", {}) == "default"
+    assert tier("auto", {"x-rigserve-priority": "batch"}) == "default"
+    assert tier("flex", {"x-rigserve-priority": "interactive"}) == "flex"
+    with pytest.raises(openai.BadRequestError, match="service_tier"):
+        tier("priority", {})
 
 
 def test_unknown_models_make_no_series(rig: RigServer) -> None:

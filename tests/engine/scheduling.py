@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from serving.llamacpp.runtime import Context, Model
+from serving.llamacpp.runtime import Context, Image, Model
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.scheduler import Scheduler
 from serving.llamacpp.sequence import Event, Failed, Finished, Job, Sequence, TextDelta
@@ -84,12 +85,15 @@ class Bench:
         limit: int = 16,
         choices: int = 1,
         params: SamplingParams = GREEDY,
+        images: Iterable[Image] = (),
         **job: Any,
     ) -> Job:
         """Start a job; it generates exactly ``limit`` tokens for each choice."""
         submitted = Job(ignore_eos=True, **job)
         tokens = self.tokens(prompt) if isinstance(prompt, str) else prompt
-        submitted.add(tokens, limit=limit, params=[params] * choices, stop_strings=())
+        submitted.add(
+            tokens, limit=limit, params=[params] * choices, stop_strings=(), images=images
+        )
         self.scheduler.submit(submitted)
         return submitted
 

@@ -84,7 +84,7 @@ def test_content_parts_are_joined() -> None:
             {"messages": [{"role": "assistant", "content": "a", "refusal": "no"}]},
             "messages[0].refusal",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"store": True}, "store"),
         ({"temprature": 1}, "temprature"),
     ],
@@ -161,8 +161,8 @@ def test_a_bad_prompt_is_refused(prompt: Any) -> None:
     assert caught.value.param.startswith("prompt")
 
 
-@pytest.mark.parametrize("field", ["echo", "suffix", "best_of"])
-def test_unsupported_completion_fields_are_refused_by_name(field: str) -> None:
+@pytest.mark.parametrize("field", ["echo", "best_of"])
+def test_wrong_and_unsupported_completion_fields_are_refused_by_name(field: str) -> None:
     with pytest.raises(ApiError) as caught:
         parse_completion(json.dumps({"model": "m", "prompt": "a", field: "yes"}).encode())
     assert caught.value.param == field

@@ -150,7 +150,7 @@ def test_a_conversation_with_calls_passes_the_gateway_unchanged() -> None:
         reasoning_effort="low",
         chat_template_kwargs={"enable_thinking": None},
     )
-    sent = request.model_dump(exclude_none=True)
+    sent = request.model_dump(exclude_none=True, by_alias=True)
     assert sent["tools"][0]["function"]["parameters"] == schema
     assert sent["chat_template_kwargs"] == {"enable_thinking": None}
     assert parse_chat(json.dumps(sent).encode()) == request

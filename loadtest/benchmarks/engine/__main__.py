@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtest.benchmarks.engine import speed
+from loadtest.benchmarks.engine import constrained, mixed, prefix, speculation, speed
 from loadtest.benchmarks.engine.peers import CACHE, PeersError, peers_in
 from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, RIGSERVE, Rig
 from loadtest.benchmarks.engine.table import heading
 
+_SECTIONS = ("speed", "mixed", "prefix", "speculation", "constrained")
 # A process of its own, as everything of serving's that is measured here.
 _PREPARE = """
 import sys
@@ -39,6 +40,10 @@ def main() -> int:
         "speed": lambda rig: speed.measure(
             rig, [RIGSERVE, *args.beside], args.clients, args.output_tokens, args.rounds
         ),
+        "mixed": lambda rig: mixed.measure(rig, args.long_prompts, args.rounds),
+        "prefix": lambda rig: prefix.measure(rig, args.rounds),
+        "speculation": lambda rig: speculation.measure(rig, args.rounds),
+        "constrained": lambda rig: constrained.measure(rig, args.rounds),
     }
     try:
         peers = peers_in(args.peers).require()
@@ -46,10 +51,11 @@ def main() -> int:
         for quantization in args.quantizations:
             path = _quantized(args.model_path, quantization)
             rig = Rig(path, peers, args.threads, eos_tokens=tuple(args.eos_tokens))
-            for name in args.sections or sections:
+            _show(f"\n## {quantization} of {args.model_path.name}\n", args.out)
+            for name in args.sections:
                 _show(sections[name](rig), args.out)
     except (PeersError, RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -60,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sections", nargs="+", choices=["speed"], help="default: all")
+    parser.add_argument("--sections", nargs="+", choices=_SECTIONS, default=_SECTIONS)
     parser.add_argument("--quantizations", nargs="+", default=["Q8_0", "Q4_0"])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each server")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -73,6 +79,7 @@ def _arguments() -> argparse.Namespace:
                         default=[LLAMA_SERVER, EXAMPLE], help="servers, for the speed")  # fmt: skip
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="for the speed")
     parser.add_argument("--output-tokens", type=int, default=128, help="for the speed")
+    parser.add_argument("--long-prompts", type=int, default=8, help="for the mixed load")
     parser.add_argument("--peers", type=Path, help="folder of the built peers")
     parser.add_argument("--out", type=Path, help="also append the tables to this file")
     return parser.parse_args()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -24,6 +24,7 @@ RIGSERVE, LLAMA_SERVER, EXAMPLE = "rigserve", "llama-server", "example server"
 # rigserve's default for the prompt tokens of a step, and llama-server's for both kinds of batch.
 STEP_TOKENS = 512
 LOGICAL_BATCH_TOKENS = 2048
+_Item = TypeVar("_Item")
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -96,6 +97,12 @@ def require_full(reply: Reply, tokens: int) -> Reply:
             "see --eos-tokens"
         )
     return reply
+
+
+def rotated(items: Sequence[_Item], number: int) -> list[_Item]:
+    """The items in the order of a round: who comes first may find a cooler processor, so all do in turn."""
+    first = number % len(items)
+    return [*items[first:], *items[:first]]
 
 
 @contextmanager

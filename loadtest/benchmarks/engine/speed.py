@@ -24,6 +24,7 @@ from loadtest.benchmarks.engine.servers import (
     Rig,
     Server,
     require_full,
+    rotated,
     servers,
 )
 from loadtest.benchmarks.engine.table import milliseconds, percentile, ratio, section
@@ -57,8 +58,7 @@ def measure(
         for number in range(rounds):
             for count in clients:
                 batch = [prompts.new(PROMPT_TOKENS) for _ in range(count)]
-                # Whoever comes first may find a cooler processor.
-                for server in running[number % len(running) :] + running[: number % len(running)]:
+                for server in rotated(running, number):
                     wave, seconds = asyncio.run(_wave(server, batch, output_tokens))
                     waves[count, server.name].append(wave)
                     if count == max(clients):
@@ -73,7 +73,7 @@ def measure(
         for row in [_row(count, name, waves[count, name], waves[count, RIGSERVE])]
     ]
     return section(
-        f"Speed ({rig.model_path.stem})",
+        "Speed",
         ["clients", "server", "output tok/s", "rigserve ÷ it", "wanted", "TTFT p50", "ITL p50", "ITL p99"],
         rows,
         f"{PROMPT_TOKENS} prompt tokens, {output_tokens} generated a stream, all streams started at once; tokens "

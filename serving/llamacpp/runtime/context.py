@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import compress, count
 
 import llama_cpp
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
 from serving.llamacpp.runtime.faults import fault
 from serving.llamacpp.runtime.model import Model
+from serving.llamacpp.runtime.multimodal import ImageRows
 
 
 class Context:
@@ -57,6 +59,8 @@ class Context:
         self._vocab_size = model.vocab_size
         self._memory = llama_cpp.llama_get_memory(handle)
         self._batch = Batch(rows)
+        self._output_of: dict[int, int] = {}
+        self._logits: NDArray[np.float32]
 
     def close(self) -> None:
         """Free the KV memory."""
@@ -74,26 +78,55 @@ class Context:
         Afterwards the logits of every row with ``outputs[i]`` can be sampled or read, until the next
         call. Raises :class:`RuntimeFault`; the KV cells of the batch's sequences are then undefined.
         """
-        status = llama_cpp.llama_decode(
-            self.handle, self._batch.filled(tokens, positions, slots, outputs)
-        )
-        if status != 0:
-            raise fault(f"llama_decode failed with status {status}")
-        # Waits for the GPU, and sorts the output rows: afterwards threads may read them side by side.
-        llama_cpp.llama_synchronize(self.handle)
-        llama_cpp.llama_get_logits(self.handle)
+        self._decode(self._batch.filled(tokens, positions, slots, outputs), outputs)
 
     def use_adapter(self, adapter: LoraAdapter | None) -> None:
         """Apply an adapter, or none, to every row of the batches that follow."""
         use_adapter(self.handle, adapter)
+
+    def decode_images(
+        self, images: Sequence[ImageRows], slots: Sequence[int], outputs: Sequence[bool]
+    ) -> None:
+        """As :meth:`decode`, of images' rows in place of tokens.
+
+        One that is not causal goes alone: its rows see those after them, too.
+        """
+        embeddings = np.concatenate([image.embeddings for image in images])
+        positions = np.concatenate([image.positions for image in images], axis=1)
+        batch = self._batch.filled([0] * len(slots), positions[0], slots, outputs)
+        images_batch = llama_cpp.llama_batch(
+            n_tokens=len(slots),
+            token=None,
+            embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=batch.n_seq_id,
+            seq_id=batch.seq_id,
+            logits=batch.logits,
+        )
+        llama_cpp.llama_set_causal_attn(self.handle, images[0].is_causal)
+        try:
+            self._decode(images_batch, outputs)
+        finally:
+            llama_cpp.llama_set_causal_attn(self.handle, True)
+
+    def _decode(self, batch: llama_cpp.llama_batch, outputs: Sequence[bool]) -> None:
+        status = llama_cpp.llama_decode(self.handle, batch)
+        if status != 0:
+            raise fault(f"llama_decode failed with status {status}")
+        # Waits for the GPU, and sorts the output rows: afterwards threads may read them side by side.
+        llama_cpp.llama_synchronize(self.handle)
+        self._output_of = {row: at for at, row in enumerate(compress(count(), outputs))}
+        if self._output_of:
+            pointer = llama_cpp.llama_get_logits(self.handle)
+            self._logits = np.ctypeslib.as_array(pointer, (len(self._output_of), self._vocab_size))
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a row of the last batch, ``[vocab_size]``: llama.cpp's own memory.
 
         What is written there is what samplers see. It is overwritten by the next :meth:`decode`.
         """
-        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
+        row_logits: NDArray[np.float32] = self._logits[self._output_of[row]]
+        return row_logits
 
     def truncate(self, slot: int, length: int) -> bool:
         """Forget the slot's cells from position ``length`` on.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from numpy.typing import NDArray
 
 from serving.llamacpp.runtime.faults import RuntimeFault, fault, on_log
 from serving.llamacpp.runtime.model import Model
+from serving.models.gguf import read_header
 
 # Encoding an image takes longer than reading its tokens; a chat sends all its images again each turn.
 _REMEMBERED_BYTES = 256 * 2**20
+
+
+class UnfitPicture(RuntimeFault):
+    """A picture that the projector cannot take."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +67,22 @@ class Image:
         """Each row's position when the first has this one, ``[dimensions, rows]``."""
         return self._at_0 + self._slope * np.int32(position)
 
+    def rows(self, first: int, count: int, position: int) -> ImageRows:
+        """Some of its rows, when the very first is at ``position``."""
+        part = slice(first, first + count)
+        return ImageRows(
+            self.embeddings[part], self.positions_at(position)[:, part], self.is_causal
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageRows:
+    """Rows of a batch that stand for an image: ``[rows, width]``, at ``positions[dimension, row]``."""
+
+    embeddings: NDArray[np.float32]
+    positions: NDArray[np.int32]
+    is_causal: bool
+
 
 class Projector:
     """A projector file (mmproj) beside the model it was trained with. One thread at a time uses it."""
@@ -75,6 +97,9 @@ class Projector:
         handle = mtmd_cpp.mtmd_init_from_file(os.fsencode(path), model.handle, params)
         if not handle:
             raise fault(f"cannot load the projector {path}")
+        if _data_end(path) > path.stat().st_size:  # libmtmd does not look
+            mtmd_cpp.mtmd_free(handle)
+            raise RuntimeFault(f"the projector {path} ends early; fetch it again")
         self._handle = handle
         self._model = model
         self._width: int = llama_cpp.llama_model_n_embd_inp(model.handle)
@@ -85,7 +110,7 @@ class Projector:
             self.close()
             raise RuntimeFault(f"the projector {path} reads no images")
         try:
-            self.read([Picture(64, 64, bytes(64 * 64 * 3))])
+            self.read([Picture(64, 64, bytes(64 * 64 * 3))], lambda _: None)
         except RuntimeFault:
             self.close()
             raise
@@ -94,16 +119,19 @@ class Projector:
         """Free the weights, before the model's."""
         mtmd_cpp.mtmd_free(self._handle)
 
-    def read(self, parts: Sequence[str | Picture]) -> tuple[list[int], list[Image]]:
+    def read(
+        self, parts: Sequence[str | Picture], check_length: Callable[[int], None]
+    ) -> tuple[list[int], list[Image]]:
         """A prompt of texts (with control tokens) and pictures, as tokens, and where the images lie.
 
-        An image's rows hold one negative number each, the same for the same image and no other. Raises
-        :class:`RuntimeFault`.
+        ``check_length`` may raise for a number of tokens, before pictures are encoded. An image's rows hold one negative number each, the same for the same image and no other. Raises
+        :class:`UnfitPicture` for pictures that cannot be cut into tiles, and :class:`RuntimeFault`.
         """
         tokens: list[int] = []
         images: list[Image] = []
         seen: Counter[bytes] = Counter()
         with self._chunks(parts) as chunks:
+            check_length(mtmd_cpp.mtmd_helper_get_n_tokens(chunks))
             for number in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
                 chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, number)
                 if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == (
@@ -139,7 +167,7 @@ class Projector:
                 self._handle, chunks, pointers, len(parts), True
             )
             if status != 0:
-                raise fault(f"mtmd_tokenize_from_parts failed with status {status}")
+                raise UnfitPicture(str(fault(f"cannot prepare the image (status {status})")))
             yield chunks
         finally:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
@@ -178,7 +206,8 @@ class Projector:
         tokens = mtmd_cpp.mtmd_input_chunk_get_tokens_image(chunk)
         mtmd_cpp.mtmd_helper_image_get_decoder_pos(tokens, position, table)
         # llama.cpp wants time, y, x and a fourth.
-        columns = np.frombuffer(table, np.int32).reshape(rows, 4)[:, [0, 2, 1, 3]]
+        columns = np.frombuffer(memoryview(table).cast("B"), np.int32).reshape(rows, 4)
+        columns = columns[:, [0, 2, 1, 3]]
         return np.ascontiguousarray(columns.T[: self._dimensions])
 
     def _embeddings(
@@ -200,9 +229,23 @@ class Projector:
         return encoded
 
 
+def _data_end(path: Path) -> int:
+    """Where the last tensor of a GGUF file that llama.cpp could read ends."""
+    header = read_header(path)
+    row_size = llama_cpp.llama_cpp._lib.ggml_row_size
+    row_size.argtypes, row_size.restype = [ctypes.c_int, ctypes.c_int64], ctypes.c_size_t
+    last: int = max(
+        tensor.offset_bytes + row_size(tensor.type, math.prod(tensor.shape))
+        for tensor in header.tensors.values()
+    )
+    return header.data_offset_bytes + last
+
+
 def _bitmap(picture: Picture) -> mtmd_cpp.mtmd_bitmap_p:
     pixels = (ctypes.c_uint8 * len(picture.pixels)).from_buffer_copy(picture.pixels)
-    bitmap = mtmd_cpp.mtmd_bitmap_init(picture.width, picture.height, pixels)
+    bitmap: mtmd_cpp.mtmd_bitmap_p = mtmd_cpp.mtmd_bitmap_init(
+        picture.width, picture.height, pixels
+    )
     size = f"{picture.width}x{picture.height} ".encode()
     digest = hashlib.sha256(size + picture.pixels).hexdigest()
     mtmd_cpp.mtmd_bitmap_set_id(bitmap, digest.encode())

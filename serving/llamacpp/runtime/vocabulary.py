@@ -24,7 +24,7 @@ def grammar_tokenizer(model: Model) -> LLTokenizer:
     ends = []
     for token in range(model.vocab_size):
         piece = model.piece(token)
-        attributes = llama_cpp.llama_token_get_attr(vocab, token)
+        attributes = llama_cpp.llama_vocab_get_attr(vocab, token)
         is_added = attributes & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
         if not piece or (is_added and piece.startswith(b"<") and piece.endswith(b">")):
             piece = _SPECIAL + model.token_text(token).encode()
