@@ -11,11 +11,12 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test lint setup setup-dev python clean
+.PHONY: help serve test lint bench-engine bench-peers setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make lint    set up, then check style, types and import rules'
+	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
 	@echo 'make clean   remove .venv'
 	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
 
@@ -30,6 +31,14 @@ lint: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# Needs a quiet machine. The tables are printed, and appended to the results.
+bench-engine: bench-peers
+	.venv/bin/python -m loadtest.benchmarks.engine --out docs/results/engine.md $(BENCH)
+
+# llama-server and llama-batched-bench, compiled once from the source package of the installed library.
+bench-peers: setup-dev
+	.venv/bin/python -m loadtest.benchmarks.engine.peers
 
 setup: python
 	@$(SETUP)

@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU; -1: all")
     parser.add_argument("--kv-tokens", type=int, help="KV cells in all; default: slots x context")
-    parser.add_argument("--prefix-cache-mib", type=int, default=1024, help="main memory for prefixes")
+    parser.add_argument(
+        "--prefix-cache-mib", type=int, default=1024, help="main memory for prefixes"
+    )
     parser.add_argument("--speculation", choices=get_args(SpeculationKind), default="none")
     parser.add_argument("--projector-path", type=Path, help="GGUF file (mmproj), to see images")
     parser.add_argument("--draft-model-path", type=Path, help="GGUF file, for draft_model")

@@ -16,7 +16,13 @@ from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
-from serving.llamacpp.json_schema import Unsupported, blame, check_pattern, make_enforceable
+from serving.llamacpp.json_schema import (
+    Unsupported,
+    blame,
+    check_pattern,
+    make_enforceable,
+    with_options,
+)
 from serving.llamacpp.runtime import Model
 from serving.llamacpp.runtime.vocabulary import grammar_tokenizer
 from serving.protocol.errors import ApiError, dotted
@@ -25,15 +31,6 @@ from serving.protocol.structured import ConstraintSpec
 _CACHED_GRAMMARS = 64
 _LONGEST_REASON = 300
 _INTERNALS = re.compile(r"<(?:state|non-verbose|backtrace)")
-
-# One space, as people write JSON, or none: given more room, small models fill it for ever. Without
-# \u escapes a text has one spelling, so that no key can come twice in disguise.
-_JSON_OPTIONS: Any = {
-    "whitespace_flexible": False,
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-    "json_allowed_escapes": 'nrbtf\\"',
-}
 
 # For each byte of a mask, what to add to the logits of its eight tokens. Adding is quicker than
 # choosing: a mask of many odd bits is poison to branch prediction.
@@ -169,7 +166,7 @@ class GrammarCompiler:
 
 
 def _schema_text(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+    return json.dumps({"grammars": [{"json_schema": with_options(schema)}]})
 
 
 def _grammar_text(spec: ConstraintSpec) -> str:

@@ -70,6 +70,16 @@ _ESCAPE = re.compile(r"\\.", re.DOTALL)
 _CLASS_SYNTAX = re.compile(r"\[|&&|--|~~")
 
 
+# One space, as people write JSON, or none: given more room, small models fill it for ever. Without
+# \u escapes a text has one spelling, so that no key can come twice in disguise.
+_JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+
+
 class Unsupported(Exception):
     """A ``keyword`` of the schema at ``path`` to which output cannot be held, and why."""
 
@@ -101,6 +111,11 @@ def make_enforceable(schema: dict[str, Any]) -> None:
             raise Unsupported(path[:_DEEPEST], str(path[_DEEPEST]), "is nested too deeply")
     if steps * len(references) > _LONGEST_WAY:
         raise Unsupported((), "$ref", "has too many schemas to follow; use fewer, or flatter ones")
+
+
+def with_options(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with llguidance's options for how its JSON is written."""
+    return {**schema, "x-guidance": _JSON_OPTIONS}
 
 
 def blame(schema: dict[str, Any], fails: Callable[[dict[str, Any]], bool]) -> tuple[Path, str]:

@@ -33,6 +33,8 @@ _MARGIN = 1.1
 _HOPE, _HALF_LIFE_TOKENS = 0.9, 256
 # Tokens that drafts may cost at first, for each token since, and at most.
 _CREDIT_AT_START, _CREDIT_PER_TOKEN, _MOST_CREDIT = 4.0, 1 / 64, 32.0
+# Rows beyond what was measured are hoped to cost this share of what a row costs there.
+_HOPED_SHARE = 0.25
 # Measurements are running means; steps whose rows differ by no more than a tenth are of one kind.
 _WEIGHT_OF_NEWEST, _ALIKE = 0.02, 0.1
 _VALID_STEPS, _MOST_VALID_STEPS = 128, 1024
@@ -131,17 +133,22 @@ class StepCost:
             new = _Steps(rows, seconds, 1, self._count)
             self._measured = sorted([*self._measured, new], key=lambda m: m.rows)
 
+    @property
+    def most_rows(self) -> float:
+        """Of steps beyond this nothing is known."""
+        return self._measured[-1].rows if self._measured else 0.0
+
     def seconds(self, rows: float) -> float:
         """The expected duration: linear between what was measured, hopeful beyond; 0 if nothing was."""
-        if len(self._measured) < 2:
-            # A row more costs something between nothing and what each costs now.
-            return sum(m.seconds * (1 + rows / m.rows) / 2 for m in self._measured)
-        above = bisect.bisect(self._measured, rows, key=lambda m: m.rows)
-        above = min(max(above, 1), len(self._measured) - 1)
-        low, high = self._measured[above - 1 : above + 1]
-        slope = max(high.seconds - low.seconds, 0.0) / (high.rows - low.rows)
-        beyond = max(rows - high.rows, 0.0)
-        return max(low.seconds + slope * (rows - low.rows - beyond / 2), 0.0)
+        if not self._measured:
+            return 0.0
+        largest = self._measured[-1]
+        if rows >= largest.rows or len(self._measured) == 1:
+            return largest.seconds * (1 + _HOPED_SHARE * (rows / largest.rows - 1))
+        high = max(bisect.bisect(self._measured, rows, key=lambda m: m.rows), 1)
+        below, above = self._measured[high - 1 : high + 1]
+        slope = max(above.seconds - below.seconds, 0.0) / (above.rows - below.rows)
+        return max(below.seconds + slope * (rows - below.rows), 0.0)
 
 
 @dataclass(slots=True)
@@ -152,10 +159,10 @@ class _Experience:
     tried: float = 0.0
     at_token: int = 0
 
-    def likelihood(self, now: int, hope: float) -> float:
+    def likelihood(self, now: int) -> float:
         """How likely a drafted token is right if those before it are."""
         weight = math.exp2((self.at_token - now) / _HALF_LIFE_TOKENS)
-        return (self.right * weight + hope) / (self.tried * weight + 1)
+        return (self.right * weight + _HOPE) / (self.tried * weight + 1)
 
     def add(self, proposed: int, accepted: int, now: int) -> None:
         weight = math.exp2((self.at_token - now) / _HALF_LIFE_TOKENS)
@@ -196,9 +203,7 @@ class Speculation:
 
     def length(self, kind: int, running: int, at_most: int) -> int:
         """How many tokens of a kind to draft for one of ``running`` sequences; 0: it does not pay."""
-        # More evidence is hardly a worse sign than less was.
-        hope = max(_HOPE, self._experience[kind - 1].likelihood(self._tokens, _HOPE))
-        likelihood = self._experience[kind].likelihood(self._tokens, hope)
+        likelihood = self._experience[kind].likelihood(self._tokens)
         plain = self._cost.seconds(running)
         best, best_gain, best_price = 0, 0.0, 0.0
         length = at_most
@@ -207,10 +212,12 @@ class Speculation:
             extra = self._cost.seconds(running + length) - plain + length * self._seconds_per_draft
             price = running * extra / plain
             gain = right - _MARGIN * price
-            if gain > best_gain and price <= self._credit - self._promised:
+            if gain > best_gain and price < self._credit - self._promised:
                 best, best_gain, best_price = length, gain, price
             length //= 2
-        self._promised += best_price
+        # One draft a step is enough to find out what larger steps cost.
+        is_trial = running + best > self._cost.most_rows
+        self._promised += self._credit if is_trial else best_price
         return best
 
     def drafted(self, count: int, seconds: float) -> None:

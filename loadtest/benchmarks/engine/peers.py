@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +29,7 @@ _PROGRAMS = ("llama-server", "llama-batched-bench")
 _LEAVE_OUT = ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_UI", "LLAMA_BUILD_TESTS",
               "LLAMA_BUILD_EXAMPLES")  # fmt: skip
 _LOG_TAIL_LINES = 30
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rigserve" / "peers"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rigserve"
 
 
 class PeersError(Exception):
@@ -37,54 +38,44 @@ class PeersError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Where the built programs and the unpacked source package are."""
+    """A folder with the programs and the unpacked source package of the installed version."""
 
-    programs: Path
-    source: Path
-
-    @property
-    def llama_server(self) -> Path:
-        """llama.cpp's own server."""
-        return self.programs / "llama-server"
+    folder: Path = CACHE / "peers" / version(_PACKAGE)
 
     @property
-    def batched_bench(self) -> Path:
-        """llama.cpp's benchmark of decoding alone: the ceiling for a server."""
-        return self.programs / "llama-batched-bench"
+    def source(self) -> Path:
+        """The unpacked package."""
+        return self.folder / f"{_PACKAGE.replace('-', '_')}-{version(_PACKAGE)}"
 
     @property
     def example_server(self) -> Path:
-        """llama-cpp-python's server with continuous batching, one Python file."""
+        """The package's server with continuous batching, one Python file."""
         return self.source / "examples" / "server" / "server.py"
 
     @property
     def environment(self) -> dict[str, str]:
         """What the programs need to find their libraries."""
-        return {"LD_LIBRARY_PATH": str(self.programs)}
+        return {"LD_LIBRARY_PATH": str(self.folder / "build" / "bin")}
+
+    def program(self, name: str) -> Path:
+        """A compiled program."""
+        return self.folder / "build" / "bin" / name
 
     def require(self) -> Peers:
         """Themselves, if nothing is missing; raises :class:`PeersError`."""
-        for path in (self.llama_server, self.batched_bench, self.example_server):
+        for path in (*map(self.program, _PROGRAMS), self.example_server):
             if not path.exists():
                 raise PeersError(f"there is no {path}; build the peers with: make bench-peers")
         return self
 
 
-def peers_in(folder: Path | None = None) -> Peers:
-    """The peers in ``folder``, by default the one for the installed version; they need not exist yet."""
-    number = version(_PACKAGE)
-    folder = folder or CACHE / number
-    return Peers(folder / "build" / "bin", folder / f"{_PACKAGE.replace('-', '_')}-{number}")
-
-
-def build(folder: Path) -> Peers:
-    """Build what is missing in ``folder``; raises :class:`PeersError`."""
-    peers = peers_in(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def build(peers: Peers) -> Peers:
+    """Build what is missing; raises :class:`PeersError`."""
+    peers.folder.mkdir(parents=True, exist_ok=True)
     if not peers.source.exists():
-        _unpack(folder, peers.source)
-    if not all((peers.programs / name).exists() for name in _PROGRAMS):
-        _compile(peers.source / "vendor" / "llama.cpp", folder)
+        _unpack(peers.folder, peers.source)
+    if not all(peers.program(name).exists() for name in _PROGRAMS):
+        _compile(peers.source / "vendor" / "llama.cpp", peers.folder)
     return peers.require()
 
 
@@ -97,11 +88,9 @@ def _unpack(folder: Path, target: Path) -> None:
         folder / "download.log",
     )  # fmt: skip
     archive = next(folder.glob("*.tar.gz"))
-    unpacking = folder / "unpacking"
-    shutil.rmtree(unpacking, ignore_errors=True)
-    with tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(dir=folder) as unpacking, tarfile.open(archive) as tar:
         tar.extractall(unpacking, filter="data")
-    (unpacking / target.name).rename(target)
+        (Path(unpacking) / target.name).rename(target)
     archive.unlink()
 
 
@@ -156,14 +145,13 @@ def _run(command: Sequence[str], log: Path) -> None:
 def main() -> int:
     """Build what is missing, saying where it is."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", type=Path, default=CACHE / version(_PACKAGE), help="the folder")
-    folder = parser.parse_args().peers
+    parser.add_argument("--peers", type=Path, default=Peers().folder, help="the folder")
     try:
-        peers = build(folder)
+        peers = build(Peers(parser.parse_args().peers.resolve()))
     except (PeersError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"peers ready: {peers.programs}, {peers.example_server}")
+    print(f"the peers are ready in {peers.folder}")
     return 0
 
 

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import loadtest
 from loadtest.benchmarks.engine.servers import Server
 
-_CORPUS = Path(loadtest.__file__).parent / "corpus.txt"
+_TEXT = Path(loadtest.__file__).parent / "corpus.txt"
 
 
 class Prompts:
-    """Makes prompts no two of which begin alike: no prefix cache helps unless a prefix is shared on purpose."""
+    """Makes prompts no two of which begin alike: no cache helps unless a prefix is shared on purpose."""
 
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: list[int], seed: int) -> None:
         self._tokens = tokens
-        self._firsts = itertools.cycle(sorted(set(tokens)))
-        self._random = random.Random(0)
+        self._random = random.Random(seed)
+        self._firsts = sorted(set(tokens))
+        self._random.shuffle(self._firsts)
+
+    def new(self, length: int) -> list[int]:
+        """A token not yet used as a first one, and ``length`` less one tokens of text."""
+        start = self._random.randrange(len(self._tokens) - length)
+        return [self._firsts.pop(), *self._tokens[start : start + length - 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The text in the tokens of the model that is measured."""
+
+    tokens: list[int]
 
     @classmethod
-    def of(cls, server: Server) -> Prompts:
-        """Prompts in the tokens of the model that a rigserve engine serves."""
+    def of(cls, server: Server) -> Corpus:
+        """As a rigserve engine tokenizes it."""
 
         async def tokens() -> list[int]:
             async with server.awake() as session:
-                return await server.tokenize(session, _CORPUS.read_text(encoding="utf-8"))
+                return await server.tokenize(session, _TEXT.read_text(encoding="utf-8"))
 
         return cls(asyncio.run(tokens()))
 
-    def new(self, length: int) -> list[int]:
-        """``length`` tokens of text after a first one that was not used lately."""
-        start = self._random.randrange(len(self._tokens) - length)
-        return [next(self._firsts), *self._tokens[start : start + length - 1]]
+    def prompts(self, number: int) -> Prompts:
+        """The prompts of a round: the same for each server."""
+        return Prompts(self.tokens, number)

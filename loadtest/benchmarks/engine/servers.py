@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
@@ -20,11 +21,11 @@ from loadtest.benchmarks.processes import free_port, running
 from loadtest.benchmarks.streams import Reply, Stream
 
 MODEL = "model"
-RIGSERVE, LLAMA_SERVER, EXAMPLE = "rigserve", "llama-server", "example server"
+RIGSERVE, LLAMA_SERVER, EXAMPLE = "rigserve", "llama-server", "example-server"
 # rigserve's default for the prompt tokens of a step, and llama-server's for both kinds of batch.
 STEP_TOKENS = 512
 LOGICAL_BATCH_TOKENS = 2048
-_Item = TypeVar("_Item")
+_WARM_UP_TOKENS = 8
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -81,10 +82,9 @@ class Server:
             return tokens
 
     async def statistics(self, session: aiohttp.ClientSession) -> dict[str, Any]:
-        """rigserve's only: what the engine has counted about itself."""
+        """What rigserve's engine has counted about itself; of others, nothing."""
         async with session.get(f"{self.root_url}/internal/load") as answer:
-            answer.raise_for_status()
-            counts: dict[str, Any] = await answer.json()
+            counts: dict[str, Any] = await answer.json() if answer.status == 200 else {}
             return counts
 
 
@@ -99,10 +99,16 @@ def require_full(reply: Reply, tokens: int) -> Reply:
     return reply
 
 
-def rotated(items: Sequence[_Item], number: int) -> list[_Item]:
-    """The items in the order of a round: who comes first may find a cooler processor, so all do in turn."""
-    first = number % len(items)
-    return [*items[first:], *items[:first]]
+def in_turns(running: Sequence[Server], rounds: int) -> Iterator[tuple[int, Server]]:
+    """Every server once in each round, with the round's number.
+
+    Who comes first may find a cooler processor, so all do in turn.
+    """
+    for number in range(rounds):
+        first = number % len(running)
+        for server in (*running[first:], *running[:first]):
+            print(f"  round {number + 1} of {rounds}: {server.name}", file=sys.stderr, flush=True)
+            yield number, server
 
 
 @contextmanager
@@ -110,11 +116,23 @@ def servers(rig: Rig, names: Sequence[str]) -> Iterator[list[Server]]:
     """The named servers, started, warm and stopped, in this order."""
     starters = {RIGSERVE: rigserve, LLAMA_SERVER: _llama_server, EXAMPLE: _example_server}
     with ExitStack() as stack:
-        started = []
-        for name in names:
-            started.append(stack.enter_context(starters[name](rig)))
-            os.killpg(started[-1].process_group, signal.SIGSTOP)
+        started = [stack.enter_context(starters[name](rig)) for name in names]
+        warm(started)
         yield started
+
+
+def warm(running: Sequence[Server]) -> None:
+    """Have each answer something, which takes longer the first time; afterwards they are stopped."""
+
+    async def answer(server: Server) -> None:
+        async with server.awake() as session:
+            greeting = [{"role": "user", "content": "Good morning!"}]
+            await server.chat(greeting, max_tokens=_WARM_UP_TOKENS).run(session)
+
+    for server in running:
+        os.killpg(server.process_group, signal.SIGSTOP)
+    for server in running:
+        asyncio.run(answer(server))
 
 
 @contextmanager
@@ -137,7 +155,7 @@ def _llama_server(rig: Rig) -> Iterator[Server]:
     flags = {"model": rig.model_path, "alias": MODEL, "port": port, "parallel": rig.slots,
              "ctx-size": rig.context_length * rig.slots, "threads": rig.threads,
              "batch-size": LOGICAL_BATCH_TOKENS, "ubatch-size": STEP_TOKENS}  # fmt: skip
-    command = [str(rig.peers.llama_server), *_words(flags)]
+    command = [str(rig.peers.program(LLAMA_SERVER)), *_words(flags)]
     with running(command, f"{url}/health", rig.peers.environment) as group:
         yield Server(LLAMA_SERVER, url, group)
 

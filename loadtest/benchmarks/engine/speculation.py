@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from loadtest.benchmarks.engine.servers import RIGSERVE, Rig, Server, rigserve, rotated
-from loadtest.benchmarks.engine.table import ratio, section
+from loadtest.benchmarks.engine.servers import Rig, Server, in_turns, rigserve, warm
+from loadtest.benchmarks.engine.table import Figures, Results
 from loadtest.prompts import excerpt
 
-_ON, _OFF = "prompt lookup", RIGSERVE
+_ON, _OFF = "prompt lookup", "without"
 _OUTPUT_TOKENS = 160
 _TEXT_WORDS = 120
 _CODE = '''def total(prices, tax):
@@ -27,93 +22,56 @@ _CODE = '''def total(prices, tax):
     result = result + result * tax
     return result
 '''
-_COPYING = (
-    "Correct the spelling of this text, and answer with the whole text:\n\n"
-    + excerpt(1, _TEXT_WORDS, seed=1),
-    "Document:\n\n"
-    + excerpt(2, _TEXT_WORDS, seed=1)
-    + "\n\nAnswer from the document, in its own words: what does it say from its beginning on?",
-    f"Rename 'result' to 'amount' and answer with the whole function:\n\n```python\n{_CODE}```",
-)
-_OTHERS = (
-    "Describe a voyage across the ocean: the ship, its captain and crew, the weather they met.",
-    "Explain to a child how a bicycle stays upright.",
-    "Write a letter to a friend about a day in the mountains.",
-)
-_KINDS = {"copying": (_COPYING, "≥ 1.30"), "others": (_OTHERS, "≥ 0.97")}
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All tasks of a kind, one after the other."""
-
-    tokens: int
-    seconds: float
-    decode_seconds: float
-    drafted: int
-    accepted: int
-    texts: tuple[str, ...]
+_TASKS = {
+    "copying": (
+        "Correct the spelling of this text, and answer with the whole text:\n\n"
+        + excerpt(1, _TEXT_WORDS, seed=1),
+        f"Document:\n\n{excerpt(2, _TEXT_WORDS, seed=1)}\n\n"
+        "Answer from the document, in its own words: what does it say from its beginning on?",
+        f"Rename 'result' to 'amount' and answer with the whole function:\n\n```python\n{_CODE}```",
+    ),
+    "others": (
+        "Describe a voyage across the ocean: the ship, its captain and crew, the weather.",
+        "Explain to a child how a bicycle stays upright.",
+        "Write a letter to a friend about a day in the mountains.",
+    ),
+}
+_WANTED = {"copying: tok/s": "≥ 1.30", "others: tok/s": "≥ 0.97"}
 
 
 def measure(rig: Rig, rounds: int) -> str:
     """Compare the engine with itself; Markdown."""
-    runs: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    with (
-        rigserve(rig, name=_OFF) as off,
-        rigserve(rig, "--speculation", "prompt_lookup", name=_ON) as on,
-    ):
-        for server in (off, on):
-            os.killpg(server.process_group, signal.SIGSTOP)
-        for number in range(rounds):
-            for kind, (tasks, _) in _KINDS.items():
-                for server in rotated([off, on], number):
-                    runs[kind, server.name].append(asyncio.run(_run(server, tasks)))
-    return section(
-        "Speculation (prompt lookup), one client",
-        ["tasks", "off tok/s", "on tok/s", "on ÷ off", "wanted", "without prompts",
-         "accepted of drafted", "same text"],
-        [_row(kind, runs[kind, _OFF], runs[kind, _ON]) for kind in _KINDS],
-        f"Greedy, up to {_OUTPUT_TOKENS} tokens an answer, {len(_COPYING)} and {len(_OTHERS)} tasks, {rounds} rounds; "
-        "tokens over the whole time, and over the time after the first token ('without prompts').",
-    )  # fmt: skip
+    results = Results([_ON, _OFF])
+    options = ("--speculation", "prompt_lookup")
+    with rigserve(rig, *options, name=_ON) as on, rigserve(rig, name=_OFF) as off:
+        warm([on, off])
+        for _, server in in_turns([on, off], rounds):
+            for kind, tasks in _TASKS.items():
+                results.add(server.name, asyncio.run(_work(server, kind, tasks)))
+    return results.markdown(
+        "Speculation, one client",
+        _WANTED,
+        f"Greedy chats, up to {_OUTPUT_TOKENS} tokens an answer, {' and '.join(str(len(each)) for each in _TASKS.values())} "
+        f"tasks, {rounds} rounds; tokens over the whole time, and over the time from the first token on.",
+    )
 
 
-async def _run(server: Server, tasks: Sequence[str]) -> Run:
+async def _work(server: Server, kind: str, tasks: Sequence[str]) -> Figures:
+    replies = []
     async with server.awake() as session:
         before = await server.statistics(session)
-        replies = []
         for task in tasks:
             stream = server.chat([{"role": "user", "content": task}], max_tokens=_OUTPUT_TOKENS)
             await stream.run(session)
             replies.append(stream.reply())
         after = await server.statistics(session)
-    return Run(
-        sum(reply.completion_tokens for reply in replies),
-        sum(reply.chunks_at[-1] - reply.sent_at for reply in replies),
-        sum(reply.chunks_at[-1] - reply.chunks_at[0] for reply in replies),
-        after["drafted_tokens"] - before["drafted_tokens"],
-        after["accepted_tokens"] - before["accepted_tokens"],
-        tuple(reply.text for reply in replies),
-    )
-
-
-def _row(kind: str, off: Sequence[Run], on: Sequence[Run]) -> list[str]:
-    def speed(runs: Sequence[Run]) -> float:
-        return statistics.median(run.tokens / run.seconds for run in runs)
-
-    def decode_speed(runs: Sequence[Run]) -> float:
-        return statistics.median(run.tokens / run.decode_seconds for run in runs)
-
-    drafted = sum(run.drafted for run in on)
-    accepted = sum(run.accepted for run in on)
-    same = sum(one == other for one, other in zip(on[0].texts, off[0].texts, strict=True))
-    return [
-        kind,
-        f"{speed(off):.1f}",
-        f"{speed(on):.1f}",
-        ratio(speed(on), speed(off)),
-        _KINDS[kind][1],
-        ratio(decode_speed(on), decode_speed(off)),
-        f"{accepted / drafted:.0%} of {drafted}" if drafted else "nothing drafted",
-        f"{same} of {len(on[0].texts)}",
-    ]
+    tokens = sum(reply.completion_tokens for reply in replies)
+    figures = {
+        "tok/s": tokens / sum(reply.chunks_at[-1] - reply.sent_at for reply in replies),
+        "tok/s after the prompt": tokens / sum(sum(reply.gaps_seconds) for reply in replies),
+    }
+    drafted = after["drafted_tokens"] - before["drafted_tokens"]
+    if drafted:
+        accepted = after["accepted_tokens"] - before["accepted_tokens"]
+        figures |= {"drafted tokens": drafted, "accepted of them, %": accepted / drafted * 100}
+    return {f"{kind}: {what}": value for what, value in figures.items()}

@@ -1,4 +1,4 @@
-"""Results as Markdown."""
+"""Figures of several servers, and their ratios, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,12 +6,45 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+# One measurement: by what it is, with its unit.
+Figures = Mapping[str, float]
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+class Results:
+    """The figures of all rounds. The first of ``names`` is ours; ratios are ours over another's."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, name: str, figures: Figures) -> None:
+        """Take in what a round has found about the named server."""
+        for what, value in figures.items():
+            self._values[what][name].append(value)
+
+    def markdown(self, title: str, wanted: Mapping[str, str], note: str) -> str:
+        """A table of medians. ``wanted`` says, by the end of a figure's name, what is aimed at."""
+        others = self._names[1:]
+        columns = ["", *self._names, *(f"÷ {name}" for name in others), "wanted"]
+        lines = [columns, ["---"] * len(columns)]
+        for what, values in self._values.items():
+            medians = {name: statistics.median(each) for name, each in values.items()}
+            ratios = [
+                f"**{medians[self._names[0]] / medians[name]:.2f}**" if medians.get(name) else ""
+                for name in others
+            ]
+            cells = [_short(medians[name]) if name in medians else "" for name in self._names]
+            aim = next((aim for end, aim in wanted.items() if what.endswith(end)), "")
+            lines.append([what, *cells, *ratios, aim])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"\n#### {title}\n\n{table}\n\n{note}\n"
 
 
 def heading(threads: int) -> str:
@@ -19,40 +52,22 @@ def heading(threads: int) -> str:
     return (
         f"\n## {date.today()}: {_processor()}, {threads} threads\n\n"
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
-        f"llama-cpp-python {version('llama-cpp-python')}. "
-        "Servers measured in turns, the others stopped meanwhile; medians of rounds, ratios of medians.\n\n"
+        f"llama-cpp-python {version('llama-cpp-python')}. Servers are measured in turns, the others stopped "
+        "meanwhile; medians of rounds; ÷: rigserve's median over the other's.\n\n"
         f"Command: `python -m loadtest.benchmarks.engine {shlex.join(sys.argv[1:])}`\n"
     )
 
 
-def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
-    """A titled table with a note below."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"\n### {title}\n\n{table}\n\n{note}\n"
-
-
-def ratio(ours: float, theirs: float) -> str:
-    """Ours over theirs."""
-    return f"**{ours / theirs:.2f}**"
-
-
-def milliseconds(seconds: float) -> str:
-    """For a person to read."""
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
-
-
 def percentile(values: Sequence[float], percent: int) -> float:
-    """By linear interpolation; the value itself when there is one only."""
-    if len(values) == 1:
-        return values[0]
+    """By linear interpolation; of at least two values."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in (_CPUINFO.read_text().splitlines() if _CPUINFO.exists() else ())
-        if line.startswith("model name")
-    ]
-    return f"{len(names)} x {names[0]}" if names else platform.processor() or "unknown processor"
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()

@@ -92,6 +92,8 @@ class ReplyFormat:
     def before_form(self, *, thinking: bool) -> str:
         """A Lark grammar of reasoning and then ``@form``; empty if there is no reasoning."""
         lark = Lark(self.tokens)
+        if isinstance(self.syntax, Harmony):
+            return self.syntax.before_form(lark)
         reasoning = self._reasoning_first(lark, thinking)
         return lark.finish(f"{reasoning} @form") if reasoning else ""
 

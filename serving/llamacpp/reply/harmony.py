@@ -52,10 +52,20 @@ class Harmony:
         format_ = lark.text(f" <|constrain|>json{_MESSAGE}")
         calls = lark.any_of(f'"{each.name}" {format_} {of_arguments(each)}' for each in functions)
         call = f"{lark.text(f'{_CHANNEL}commentary to=functions.')} {calls}"
-        again = f"{lark.until('<|end|>')} {lark.text(f'{_START}assistant')}"
-        analysis = f"{lark.text(f'{_CHANNEL}analysis{_MESSAGE}')} {again}"
+        analysis = _message(lark, "analysis")
         if required:
             return lark.finish(f"({analysis})* {call}")
-        preamble = f"{lark.text(f'{_CHANNEL}commentary{_MESSAGE}')} {again}"
+        preamble = _message(lark, "commentary")
         final = f"{lark.text(f'{_CHANNEL}final{_MESSAGE}')} TEXT"
         return lark.finish(f"({analysis} | {preamble})* ({call} | {final})")
+
+    def before_form(self, lark: Lark) -> str:
+        """A grammar of reasoning and then ``@form`` on the final channel."""
+        final = lark.text(f"{_CHANNEL}final{_MESSAGE}")
+        return lark.finish(f"({_message(lark, 'analysis')})* {final} @form")
+
+
+def _message(lark: Lark, channel: str) -> str:
+    """An expression for a message on a channel, and the beginning of the next."""
+    again = lark.text(f"{_START}assistant")
+    return f"{lark.text(f'{_CHANNEL}{channel}{_MESSAGE}')} {lark.until('<|end|>')} {again}"

@@ -8,13 +8,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serving.llamacpp.json_schema import Unsupported, make_enforceable
+from serving.llamacpp.json_schema import Unsupported, make_enforceable, with_options
 from serving.protocol.errors import ApiError, dotted
 from serving.protocol.requests import Function
 
 _TAG = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
-# One space, as models write JSON, or none: given more room, small models fill it for ever.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 Tokens = Callable[[str], int | None]
 """The id of the one token that is spelled as given; None if there is none."""
@@ -66,7 +64,7 @@ def of_schema(schema: dict[str, Any]) -> str:
     """An expression for JSON that follows a schema; raises :class:`Unsupported`."""
     schema = copy.deepcopy(schema)
     make_enforceable(schema)
-    return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
+    return f"%json {json.dumps(with_options(schema))}"
 
 
 def of_arguments(function: Function) -> str:

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
-from serving.llamacpp.runtime.faults import fault
+from serving.llamacpp.runtime.faults import RuntimeFault, fault
 from serving.llamacpp.runtime.model import Model
 from serving.llamacpp.runtime.multimodal import ImageRows
+
+_MAX_CELLS = 2**32
 
 
 class Context:
@@ -37,9 +39,14 @@ class Context:
 
         Raises :class:`RuntimeFault` when the memory is not there.
         """
+        cells = kv_tokens or context_length * slots
+        if cells >= _MAX_CELLS:
+            raise RuntimeFault(
+                f"{slots} slots of {context_length} tokens are more than llama.cpp counts"
+            )
         rows = max(batch_tokens, slots)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = kv_tokens or context_length * slots
+        params.n_ctx = cells
         params.n_seq_max = slots
         params.n_batch = rows
         params.n_ubatch = rows
@@ -53,7 +60,7 @@ class Context:
         self.handle = handle
         self.slots = slots
         self.context_length = context_length
-        self.kv_tokens = kv_tokens or context_length * slots
+        self.kv_tokens = cells
         self.is_pool = kv_tokens is not None
         self.batch_tokens = rows
         self._vocab_size = model.vocab_size
