@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.llamacpp.adapter_files import UnfitAdapter, check_adapter
 from serving.llamacpp.runtime import Context, Model, RuntimeFault
 from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
+from serving.models.adapters import UnfitAdapter, check_adapter
 from serving.protocol.errors import ApiError
 
 _log = logging.getLogger(__name__)

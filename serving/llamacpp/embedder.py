@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.llamacpp.chat_template import ChatTemplate
+from serving.chat.template import ChatTemplate
 from serving.llamacpp.engine import EngineOptions
 from serving.llamacpp.runtime import EmbeddingContext, Model, PairFormat, Pooling, RuntimeFault
 from serving.llamacpp.tokenization import Tokenization

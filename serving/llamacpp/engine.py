@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.chat.rendering import ChatPrompt, ChatRenderer, Reply
+from serving.chat.template import ChatTemplate
 from serving.llamacpp.adapters import AdapterFile, Adapters
-from serving.llamacpp.chat import ChatPrompt, ChatRenderer, Reply
-from serving.llamacpp.chat_template import ChatTemplate
 from serving.llamacpp.grammar import Grammar, GrammarCompiler
 from serving.llamacpp.images import ImageReader
 from serving.llamacpp.runtime import Context, Image, Model

@@ -16,7 +16,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
-from serving.llamacpp.json_schema import (
+from serving.chat.json_schema import (
     Unsupported,
     blame,
     check_pattern,

@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.chat.rendering import Reply
 from serving.llamacpp.adapters import AdapterFile
 from serving.llamacpp.app import application, json_response
-from serving.llamacpp.chat import Reply
 from serving.llamacpp.engine import Engine
 from serving.llamacpp.sequence import Failed, Finished, Job, TextDelta
 from serving.protocol.errors import ApiError

@@ -96,6 +96,6 @@ def test_a_file_that_cannot_be_served_is_a_clear_error(
 
 def test_a_context_beyond_what_llama_cpp_counts_is_a_clear_error(model_path: Path) -> None:
     model = Model(model_path, gpu_layers=0)
-    with pytest.raises(RuntimeFault, match="more than llama.cpp counts"):
+    with pytest.raises(RuntimeFault, match="more than llama"):
         Context(model, slots=256, context_length=2**24, batch_tokens=64, threads=1)
     model.close()

@@ -24,8 +24,8 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from serving.chat.reply import recognise
 from serving.llamacpp.grammar import Grammar, GrammarCompiler, Matcher, prepare
-from serving.llamacpp.reply import recognise
 from serving.llamacpp.runtime import Model
 from serving.protocol.errors import ApiError
 from serving.protocol.structured import ConstraintSpec, Form

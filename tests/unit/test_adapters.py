@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from serving.config import ConfigError, load_config
-from serving.llamacpp.adapter_files import UnfitAdapter, check_adapter
 from serving.llamacpp.adapters import AdapterFile
+from serving.models.adapters import UnfitAdapter, check_adapter
 from tests.lora_files import Lora, random_lora, write_lora
 
 QUERY, EXPERTS, EMBEDDING = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "token_embd.weight"

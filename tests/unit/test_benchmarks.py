@@ -75,13 +75,18 @@ def test_a_stream_reads_the_same_however_its_bytes_arrive(size: int) -> None:
 def test_the_clock_is_read_when_a_piece_of_text_comes() -> None:
     pieces = STREAM.splitlines(keepends=True)
     reply = stream_from(pieces, pause_seconds=0.05)
-    assert 0 < reply.ttft_seconds < 0.05
-    assert all(gap >= 0.08 for gap in reply.gaps_seconds)  # a line of text and an empty one
+    assert reply.ttft_seconds > 0
+    assert all(gap >= 0.05 for gap in reply.gaps_seconds)  # a line of text and an empty one: 0.1 s
 
 
 def test_an_error_in_the_stream_is_not_a_short_reply() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        stream_from([STREAM[:40], b'\n\ndata: {"error": {"message": "out of memory"}}\n\n'])
+        stream_from(
+            [
+                STREAM[: STREAM.index(b"\n\n") + 2],
+                b'data: {"error": {"message": "out of memory"}}\n\n',
+            ]
+        )
 
 
 def test_a_stream_that_ended_early_is_refused() -> None:

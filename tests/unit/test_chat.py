@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from serving.llamacpp.chat import ChatPrompt, ChatRenderer, ChatReply
-from serving.llamacpp.chat_template import ChatTemplate
+from serving.chat.rendering import ChatPrompt, ChatRenderer, ChatReply
+from serving.chat.template import ChatTemplate
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import parse_chat
 from serving.protocol.responses import Choice

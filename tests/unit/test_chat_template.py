@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from serving.chat.template import ChatTemplate
 from serving.llamacpp import chat_template
-from serving.llamacpp.chat_template import ChatTemplate
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import Function, FunctionCall, Message, ToolCall
 

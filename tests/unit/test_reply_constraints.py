@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from serving.llamacpp.reply import ReplyFormat, recognise
+from serving.chat.reply import ReplyFormat, recognise
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import Function
 from tests.unit.test_reply_parser import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.llamacpp.reply import recognise
+from serving.chat.reply import recognise
 
 THINKING = "{{ '<think>\\n' }}"
 QWEN = """{%- if tools %}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.llamacpp.reply import (
+from serving.chat.reply import (
     ContentDelta,
     ReasoningDelta,
     ReplyDelta,

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serving.llamacpp.json_schema import Path, Unsupported
-from serving.llamacpp.reply.lark import (
+from serving.chat.json_schema import Path, Unsupported
+from serving.chat.reply.lark import (
     Lark,
     of_arguments,
     of_schema,
     parameters,
     refusal,
 )
-from serving.llamacpp.reply.scanner import NotACall, Scanner, Wait
-from serving.llamacpp.reply.values import (
+from serving.chat.reply.scanner import NotACall, Scanner, Wait
+from serving.chat.reply.values import (
     ANYTHING,
     STRING,
     choices_of,

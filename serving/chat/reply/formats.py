@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from serving.llamacpp.reply.calls import CallSyntax, GemmaCalls, JsonCalls, NamedCalls, XmlCalls
-from serving.llamacpp.reply.harmony import Harmony
-from serving.llamacpp.reply.lark import Lark, Tokens, parameters
-from serving.llamacpp.reply.parser import ReplyParser, read_reply
+from serving.chat.reply.calls import CallSyntax, GemmaCalls, JsonCalls, NamedCalls, XmlCalls
+from serving.chat.reply.harmony import Harmony
+from serving.chat.reply.lark import Lark, Tokens, parameters
+from serving.chat.reply.parser import ReplyParser, read_reply
 from serving.protocol.requests import Function
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from serving.llamacpp.reply.calls import CallSyntax
-from serving.llamacpp.reply.deltas import ReplyDelta
-from serving.llamacpp.reply.scanner import NotACall, Scanner, Sink, Wait
+from serving.chat.reply.calls import CallSyntax
+from serving.chat.reply.deltas import ReplyDelta
+from serving.chat.reply.scanner import NotACall, Scanner, Sink, Wait
 from serving.protocol.requests import Function
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serving.llamacpp.json_schema import Unsupported, make_enforceable, with_options
+from serving.chat.json_schema import Unsupported, make_enforceable, with_options
 from serving.protocol.errors import ApiError, dotted
 from serving.protocol.requests import Function
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serving.llamacpp.chat_template import ChatTemplate
-from serving.llamacpp.reply import (
+from serving.chat.reply import (
     ContentDelta,
     ReasoningDelta,
     ReplyDelta,
@@ -15,6 +14,7 @@ from serving.llamacpp.reply import (
     ReplyParser,
     recognise,
 )
+from serving.chat.template import ChatTemplate
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
     ChatCompletionRequest,

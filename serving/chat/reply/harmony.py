@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.llamacpp.reply.lark import Lark, of_arguments
-from serving.llamacpp.reply.scanner import Scanner, Sink, Wait
+from serving.chat.reply.lark import Lark, of_arguments
+from serving.chat.reply.scanner import Scanner, Sink, Wait
 from serving.protocol.requests import Function
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"

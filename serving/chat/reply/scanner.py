@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import TypeVar
 
-from serving.llamacpp.reply.deltas import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
+from serving.chat.reply.deltas import ContentDelta, ReasoningDelta, ReplyDelta, ToolCallDelta
 
 _T = TypeVar("_T")
 Wait = Generator[None, None, _T]
