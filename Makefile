@@ -11,10 +11,11 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test lint bench-engine bench-peers setup setup-dev python clean
+.PHONY: help serve test soak lint bench-engine bench-peers setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
+	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make lint    set up, then check style, types and import rules'
 	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
 	@echo 'make clean   remove .venv'
@@ -25,6 +26,10 @@ serve: setup
 
 test: setup-dev
 	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# Thousands of requests of all kinds; `make test` has a short one.
+soak: setup-dev
+	RIGSERVE_SOAK_REQUESTS=$(or $(SOAK_REQUESTS),3000) .venv/bin/python -m pytest -n $(TEST_PROCESSES) -k soak tests/engine
 
 lint: setup-dev
 	.venv/bin/ruff check .

@@ -1,10 +1,14 @@
 """Every Prometheus series: its name, labels and unit.
 
 Labels are bounded: ``model`` is a name of the config (or ``unknown``), ``endpoint`` a route, ``status`` an HTTP
-status, ``compared_to`` a model of ``cost.compare_to``.
+status, ``compared_to`` a model of ``cost.compare_to``; ``priority``, ``phase`` and ``part`` are the engine's own words.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +17,12 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
     generate_latest,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
 )
 
 UNKNOWN_MODEL = "unknown"
@@ -40,6 +50,82 @@ _DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1
 _QUEUE_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
 
+# Fields of an engine's answer: name, series, help, and the label by which the field is a mapping, if it is.
+_ENGINE_GAUGES: tuple[tuple[str, ...], ...] = (
+    (
+        "waiting_by_class",
+        "rigserve_requests_queued",
+        "Sequences that wait for a slot of the engine.",
+        "priority",
+    ),
+    ("running", "rigserve_sequences_running", "Sequences in the engine's slots."),
+    ("kv_used_tokens", "rigserve_kv_cache_used_tokens", "KV cells of running sequences."),
+    ("kv_total_tokens", "rigserve_kv_cache_total_tokens", "KV cells in all."),
+    (
+        "prefix_store_bytes",
+        "rigserve_prefix_cache_bytes",
+        "Main memory with prefixes whose slot was given away.",
+    ),
+)
+_ENGINE_COUNTERS: tuple[tuple[str, ...], ...] = (
+    (
+        "step_seconds",
+        "rigserve_engine_step_seconds",
+        "Time of the engine's steps, by what it was spent on.",
+        "part",
+    ),
+    ("prefix_hit_tokens", "rigserve_prefix_hit_tokens", "Prompt tokens found computed."),
+    ("preemptions", "rigserve_preemptions", "Times a sequence gave up its slot for others."),
+    ("drafted_tokens", "rigserve_draft_tokens", "Tokens computed on trial (speculation)."),
+    ("accepted_tokens", "rigserve_accepted_draft_tokens", "Draft tokens that proved right."),
+)
+
+
+class EngineSeries:
+    """What engines count about themselves. One that is down has no series; one that does not count a thing, not that.
+
+    Totals are the engine's: when it is started again they begin at 0, as counters may.
+    """
+
+    def __init__(self) -> None:
+        # What engines answered last, by model.
+        self.answers: Mapping[str, Mapping[str, Any]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """All series, for the registry."""
+        for field, name, text, *label in _ENGINE_GAUGES:
+            yield self._filled(GaugeMetricFamily(name, text, labels=("model", *label)), field)
+        for field, name, text, *label in _ENGINE_COUNTERS:
+            yield self._filled(CounterMetricFamily(name, text, labels=("model", *label)), field)
+        yield self._step_rows()
+
+    def _filled(
+        self, family: GaugeMetricFamily | CounterMetricFamily, field: str
+    ) -> GaugeMetricFamily | CounterMetricFamily:
+        for model, answer in self.answers.items():
+            value = answer.get(field)
+            if isinstance(value, Mapping):
+                for label, each in value.items():
+                    family.add_metric((model, label), each)
+            elif value is not None:
+                family.add_metric((model,), value)
+        return family
+
+    def _step_rows(self) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(
+            "rigserve_engine_step_rows",
+            "Tokens computed in a step of the engine, drafts included; the count is that of steps.",
+            labels=("model", "phase"),
+        )
+        for model, answer in self.answers.items():
+            for phase in ("prefill", "decode"):
+                steps = answer.get(f"{phase}_steps")
+                if steps is not None:
+                    up_to = list(zip(steps, accumulate(steps.values()), strict=True))
+                    family.add_metric((model, phase), up_to, answer[f"{phase}_tokens"])
+        return family
+
+
 class Metrics:
     """The gateway's series, in a registry of their own."""
 
@@ -47,22 +133,14 @@ class Metrics:
         # Creation times would double the series and say nothing that rate() needs.
         disable_created_metrics()
         self.registry = CollectorRegistry()
+        self.engines = EngineSeries()
+        self.registry.register(self.engines)
         self.requests = self._counter(
             "rigserve_requests", "Requests answered.", "model", "endpoint", "status"
         )
         self.in_flight = self._gauge(
             "rigserve_requests_in_flight", "Requests being answered now.", "model"
         )
-        self.queued = self._gauge(
-            "rigserve_requests_queued", "Sequences that wait for a slot of the engine.", "model"
-        )
-        self.running = self._gauge(
-            "rigserve_sequences_running", "Sequences in the engine's batch.", "model"
-        )
-        self.kv_used = self._gauge(
-            "rigserve_kv_cache_used_tokens", "KV cells of running sequences.", "model"
-        )
-        self.kv_total = self._gauge("rigserve_kv_cache_total_tokens", "KV cells in all.", "model")
         self.engine_ready = self._gauge(
             "rigserve_engine_ready", "1 while the model's engine takes requests.", "model"
         )

@@ -133,10 +133,10 @@ class EngineServer(Program):
         """An SDK client that does not retry."""
         return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=ENGINE_KEY, max_retries=0)
 
-    def load(self) -> dict[str, int]:
-        """Sequences waiting and running, and KV use."""
+    def load(self) -> dict[str, Any]:
+        """Sequences waiting and running, KV use, and totals since the start."""
         answer = self.get("/internal/load", headers=self._headers)
-        load: dict[str, int] = answer.json()
+        load: dict[str, Any] = answer.json()
         return load
 
 

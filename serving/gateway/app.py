@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        await _update_gauges(gateway)
+        await _ask_engines(gateway)
         return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
@@ -184,21 +185,21 @@ async def _read_body(http: Request, limit_bytes: int) -> bytes:
     )
 
 
-async def _update_gauges(gateway: Gateway) -> None:
-    """Ask every engine how busy it is; an engine that is down has nothing in flight."""
-    metrics = gateway.metrics
-    for engine in gateway.router.engines:
+async def _ask_engines(gateway: Gateway) -> None:
+    """Ask all engines for what they count about themselves."""
+    engines, metrics = gateway.router.engines, gateway.metrics
+    loads = await asyncio.gather(*(_load_of(engine, gateway.session) for engine in engines))
+    metrics.engines.answers = {
+        engine.model.name: load for engine, load in zip(engines, loads, strict=True)
+    }
+    for engine in engines:
         name = engine.model.name
-        load = await _load_of(engine, gateway.session)
         metrics.engine_ready.labels(name).set(1 if engine.endpoint else 0)
         metrics.engine_restarts.labels(name).set(engine.restarts)
-        metrics.queued.labels(name).set(load.get("waiting", 0))
-        metrics.running.labels(name).set(load.get("running", 0))
-        metrics.kv_used.labels(name).set(load.get("kv_used_tokens", 0))
-        metrics.kv_total.labels(name).set(load.get("kv_total_tokens", 0))
 
 
-async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, int]:
+async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, Any]:
+    """The engine's own counts; empty when it does not answer within a second."""
     endpoint = engine.endpoint
     if endpoint is None:
         return {}
@@ -208,7 +209,7 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
         async with session.get(
             f"{endpoint.base_url}/internal/load", headers=headers, timeout=timeout
         ) as answer:
-            load: dict[str, int] = orjson.loads(await answer.read())
+            load: dict[str, Any] = orjson.loads(await answer.read()) if answer.ok else {}
             return load
     except (aiohttp.ClientError, TimeoutError):
         return {}

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.llamacpp.prefixes import common_prefix
 from serving.llamacpp.runtime import Context, Model, RuntimeFault, Sampler
 from serving.llamacpp.sampling import SamplingParams
-from serving.llamacpp.slots import common_prefix
 
 _log = logging.getLogger(__name__)
 

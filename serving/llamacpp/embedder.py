@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from serving.chat.template import ChatTemplate
 from serving.llamacpp.engine import EngineOptions
 from serving.llamacpp.runtime import EmbeddingContext, Model, PairFormat, Pooling, RuntimeFault
+from serving.llamacpp.stats import Stats, rows_up_to
 from serving.llamacpp.tokenization import Tokenization
 from serving.protocol.embeddings import EmbeddingRequest, RerankRequest
 from serving.protocol.errors import ApiError
@@ -99,6 +101,7 @@ class Embedder:
         self._stopping = threading.Event()
         self._batch_started: float | None = None
         self._running = 0
+        self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -117,10 +120,13 @@ class Embedder:
         """Whether requests are being worked on."""
         return self._thread.is_alive()
 
-    def load(self) -> dict[str, int]:
-        """How busy the model is: requests with inputs in the batch that is computed now, and the others."""
+    def load(self) -> dict[str, Any]:
+        """Requests with inputs in the batch that is computed now, and the others; totals since the start."""
         running = self._running
-        return {"waiting": max(self._unfinished - running, 0), "running": running}
+        waiting = max(self._unfinished - running, 0)
+        # All take turns, whatever their class.
+        load = {"waiting": waiting, "waiting_by_class": {"interactive": waiting}}
+        return {**load, "running": running, **self._stats.to_json()}
 
     async def embed(self, request: EmbeddingRequest) -> Job:
         """Start to embed the inputs of a request; raises :class:`ApiError`."""
@@ -231,13 +237,16 @@ class Embedder:
         for job in jobs:
             job.started_at = job.started_at or started
         try:
-            vectors = self._context.compute([tokens for _, tokens in batch])
+            with self._stats.time("decode"):
+                vectors = self._context.compute([tokens for _, tokens in batch])
         except RuntimeFault as fault:
             _log.error("batch failed: %s", fault)
             for job in jobs:
                 job.error = str(fault)
         else:
             rows = sum(len(tokens) for _, tokens in batch)
+            self._stats.prefill_steps[rows_up_to(rows)] += 1
+            self._stats.prefill_tokens += rows
             seconds = time.monotonic() - started
             for (job, tokens), vector in zip(batch, vectors, strict=True):
                 job.busy_seconds += seconds * len(tokens) / rows

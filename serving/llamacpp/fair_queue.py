@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serving.llamacpp.sequence import Phase, Priority, Sequence
+from serving.llamacpp.sequence import Phase, Sequence
+from serving.protocol.tenancy import Priority
 
 
 @dataclass(slots=True)

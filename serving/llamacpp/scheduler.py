@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from serving.llamacpp.fair_queue import FairQueue
 from serving.llamacpp.grammar import prepare
+from serving.llamacpp.prefixes import PrefixStore
 from serving.llamacpp.runtime import (
     Context,
     ImageRows,
@@ -34,9 +35,9 @@ from serving.llamacpp.runtime import (
 )
 from serving.llamacpp.sampling import SamplingThreads, log_softmax, top_tokens
 from serving.llamacpp.sequence import Event, Failed, Finished, Job, Phase, Sequence, TextDelta
-from serving.llamacpp.slots import PrefixStore, Slots
+from serving.llamacpp.slots import Slots
 from serving.llamacpp.speculation import Speculation
-from serving.llamacpp.stats import Load, Stats
+from serving.llamacpp.stats import Load, Stats, rows_up_to
 from serving.protocol.responses import FinishReason, TokenLogprob
 
 _log = logging.getLogger(__name__)
@@ -303,9 +304,8 @@ class Scheduler:
         if not kinds:
             return None
         kind = min(kinds, key=lambda kind: (self._last_run.get(kind, 0), kind[0] is Phase.DECODE))
-        self.stats.steps += 1
         self._last_run = {each: self._last_run.get(each, 0) for each in kinds}
-        self._last_run[kind] = self.stats.steps
+        self._last_run[kind] = max(self._last_run.values()) + 1
         batch = Batch(*kind)
         if batch.phase is Phase.PREFILL:
             self._add_chunks(batch, kinds[kind])
@@ -529,10 +529,10 @@ class Scheduler:
             else:
                 sequence.decode_busy_seconds += share
         if batch.phase is Phase.PREFILL:
-            self.stats.prefill_steps += 1
+            self.stats.prefill_steps[rows_up_to(rows)] += 1
             self.stats.prefill_tokens += rows
         else:
-            self.stats.decode_steps += 1
+            self.stats.decode_steps[rows_up_to(rows)] += 1
             self.stats.decode_tokens += rows
             if self._speculation is not None:
                 self._speculation.observe(rows, seconds)

@@ -6,19 +6,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
 
+from serving.llamacpp.grammar import Grammar, Matcher
 from serving.llamacpp.runtime import Image, ImageRows, LoraAdapter, Sampler
 from serving.llamacpp.sampling import SamplingParams
+from serving.llamacpp.speculation import Speculator
 from serving.llamacpp.text import TextStream
 from serving.protocol.responses import FinishReason, Timings, TokenLogprob, Usage
-
-if TYPE_CHECKING:
-    from serving.llamacpp.grammar import Grammar, Matcher
-    from serving.llamacpp.speculation import Speculator
-
-
-Priority = Literal["interactive", "batch"]
+from serving.protocol.tenancy import Priority
 
 
 class Phase(Enum):

@@ -6,12 +6,9 @@ and waits for one that another sequence is just computing.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
+from serving.llamacpp.prefixes import PrefixStore, Saved, common_prefix
 from serving.llamacpp.runtime import Context, LoraAdapter
 from serving.llamacpp.sequence import Phase, Sequence
 
@@ -19,19 +16,8 @@ from serving.llamacpp.sequence import Phase, Sequence
 SMALLEST_USEFUL_PREFIX = 32
 # A newcomer that keeps this share of a warm slot goes on with its conversation, and may take it.
 _CONTINUES = 0.75
-_COMPARED_AT_ONCE = 64
 # Cells of a pool left to running sequences when a newcomer is admitted, for each.
 _GROWTH_TOKENS = 32
-
-
-def common_prefix(left: list[int], right: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    end = min(len(left), len(right))
-    for start in range(0, end, _COMPARED_AT_ONCE):
-        stop = min(start + _COMPARED_AT_ONCE, end)
-        if left[start:stop] != right[start:stop]:
-            return next(at for at in range(start, stop) if left[at] != right[at])
-    return end
 
 
 @dataclass(slots=True)
@@ -43,56 +29,6 @@ class Slot:
     adapter: LoraAdapter | None = None
     sequence: Sequence | None = None
     used_at: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Saved:
-    """A prefix in main memory."""
-
-    adapter: LoraAdapter | None
-    tokens: list[int]
-    cells: NDArray[np.uint8]
-
-
-class PrefixStore:
-    """Prefixes whose slot was given away, in main memory; the least recently used is dropped first."""
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[int, Saved] = OrderedDict()
-        self.used_bytes = 0
-
-    def put(self, saved: Saved) -> None:
-        """Keep a prefix, in place of those it begins with."""
-        if len(saved.cells) > self.capacity_bytes:
-            return
-        for old in list(self._entries.values()):
-            if (
-                old.adapter == saved.adapter
-                and saved.tokens[: len(old.tokens)] == old.tokens
-            ):  # fmt: skip
-                self.remove(old)
-        self._entries[id(saved)] = saved
-        self.used_bytes += len(saved.cells)
-        while self.used_bytes > self.capacity_bytes:
-            self.remove(next(iter(self._entries.values())))
-
-    def remove(self, saved: Saved) -> None:
-        """Forget a prefix, if it is still there."""
-        if self._entries.pop(id(saved), None) is not None:
-            self.used_bytes -= len(saved.cells)
-
-    def longest(self, sequence: Sequence) -> Saved | None:
-        """The entry that begins most like the sequence."""
-        best, length = None, 0
-        for saved in self._entries.values():
-            if saved.adapter == sequence.job.adapter:
-                shared = common_prefix(saved.tokens, sequence.tokens)
-                if shared > length:
-                    best, length = saved, shared
-        if best is not None:
-            self._entries.move_to_end(id(best))
-        return best
 
 
 class Slots:
@@ -168,7 +104,7 @@ class Slots:
         source, shared = self._longest_known(sequence)
         if shared < SMALLEST_USEFUL_PREFIX:
             source = None
-        saved = self._store.longest(sequence)
+        saved = self._store.longest(sequence.tokens, sequence.job.adapter)
         stored = self._limit(sequence, saved.tokens) if saved else 0
         leader, coming = self._longest_coming(sequence)
         best = max(shared, stored)

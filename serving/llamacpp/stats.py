@@ -10,6 +10,18 @@ from typing import Any, Literal
 
 Part = Literal["build", "decode", "sample", "emit"]
 
+# Bounds of a histogram, as Prometheus writes them: powers of two, as far as batches are useful.
+_ROWS = (*(str(2**power) for power in range(12)), "+Inf")
+
+
+def rows_up_to(rows: int) -> str:
+    """The bound of the bucket that counts steps of so many rows: the next power of two."""
+    return _ROWS[min((rows - 1).bit_length(), len(_ROWS) - 1)]
+
+
+def _no_steps() -> dict[str, int]:
+    return dict.fromkeys(_ROWS, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -25,15 +37,18 @@ class Load:
 
 @dataclass(slots=True)
 class Stats:
-    """Totals since the start. ``step_seconds`` splits the time of the scheduler's steps."""
+    """Totals since the start. ``step_seconds`` splits the time of the scheduler's steps.
+
+    Steps are counted by :func:`rows_up_to`. A row is a token: a prompt's, the last one of a running
+    sequence, or a draft.
+    """
 
     step_seconds: dict[Part, float] = field(
         default_factory=lambda: {"build": 0.0, "decode": 0.0, "sample": 0.0, "emit": 0.0}
     )
-    steps: int = 0
-    prefill_steps: int = 0
+    prefill_steps: dict[str, int] = field(default_factory=_no_steps)
     prefill_tokens: int = 0
-    decode_steps: int = 0
+    decode_steps: dict[str, int] = field(default_factory=_no_steps)
     decode_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0

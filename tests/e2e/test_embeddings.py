@@ -33,6 +33,11 @@ def post(rig: RigServer, path: str, **fields: Any) -> requests.Response:
 
 
 def test_the_sdk_embeds_and_every_token_is_in_the_ledger(embedding_rig: RigServer) -> None:
+    def computed() -> float:
+        series = embedding_rig.series("rigserve_engine_step_rows_sum")
+        return series['{model="minilm",phase="prefill"}']
+
+    before = computed()
     answer = embedding_rig.client.embeddings.create(
         model="text-embedding-3-small", input=TEXTS, dimensions=128, user="ann"
     )
@@ -40,6 +45,7 @@ def test_the_sdk_embeds_and_every_token_is_in_the_ledger(embedding_rig: RigServe
     assert [len(item.embedding) for item in answer.data] == [128, 128]
     tokens = sum(post(embedding_rig, "/tokenize", prompt=text).json()["count"] for text in TEXTS)
     assert answer.usage.prompt_tokens == tokens
+    assert computed() - before == tokens
 
     def row() -> Any:
         with sqlite3.connect(embedding_rig.ledger_path) as connection:

@@ -99,7 +99,7 @@ class Bench:
 
     def ends(self, count: int) -> list[Finished | Failed]:
         """Wait for the ends of so many sequences."""
-        return [self._ends.get(timeout=20) for _ in range(count)]
+        return [self._ends.get(timeout=60) for _ in range(count)]
 
     def run(self, prompt: str | list[int], **options: Any) -> Job:
         """Submit a job and wait for its end."""

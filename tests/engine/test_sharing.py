@@ -113,5 +113,5 @@ def test_drafts_are_made_where_text_repeats_and_lose_no_token(model_path: Path) 
         load = fresh.load()
     assert load["drafted_tokens"] >= load["accepted_tokens"] > 0
     # The first token comes from the prompt's step.
-    assert load["decode_steps"] + load["accepted_tokens"] == 59
+    assert sum(load["decode_steps"].values()) + load["accepted_tokens"] == 59
     assert answer.usage.completion_tokens == 60
