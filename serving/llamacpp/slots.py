@@ -102,31 +102,30 @@ class Slots:
         ``sequence.leader`` is set when another sequence is computing a longer one: :meth:`follow`.
         """
         source, shared = self._longest_known(sequence)
-        if shared < SMALLEST_USEFUL_PREFIX:
-            source = None
         saved = self._store.longest(sequence.tokens, sequence.job.adapter)
         stored = self._limit(sequence, saved.tokens) if saved else 0
         leader, coming = self._longest_coming(sequence)
-        best = max(shared, stored)
         target = self._target(source, shared)
+        there = self._known(sequence, target)
+        best = max(shared, stored)
         if leader is not None and coming >= best + SMALLEST_USEFUL_PREFIX:
             self._empty(target, keep=True)
             sequence.leader, best = leader, 0
-        elif best < SMALLEST_USEFUL_PREFIX and source is not target:
-            self._empty(target, keep=True)
-            best = 0
-        elif stored > shared and saved is not None:
-            self._empty(target, keep=True)
-            if self._restore(target, saved):
-                if stored >= _CONTINUES * len(saved.tokens):
-                    self._store.remove(saved)
-            else:
-                best = 0
-        elif source is not None and source is not target:
+        elif best < there + SMALLEST_USEFUL_PREFIX:
+            if there < _CONTINUES * len(target.tokens):
+                self._save(target)
+            best = there
+        elif source is not None and shared >= stored:
             self._empty(target, keep=True)
             self._copy(source, target)
-        elif shared < _CONTINUES * len(target.tokens):
-            self._save(target)
+            if source.sequence is None and shared >= _CONTINUES * len(source.tokens):
+                self._empty(source, keep=False)  # it has moved
+        elif saved is not None:
+            self._empty(target, keep=True)
+            if not self._restore(target, saved):
+                best = 0
+            elif stored >= _CONTINUES * len(saved.tokens):
+                self._store.remove(saved)
         self._admissions += 1
         target.used_at, target.adapter = self._admissions, sequence.job.adapter
         target.sequence = sequence
@@ -174,13 +173,12 @@ class Slots:
     def _longest_known(
         self, sequence: Sequence, but: Slot | None = None
     ) -> tuple[Slot | None, int]:
-        """The slot whose cells begin most like the sequence; among equals a free one, then the lowest."""
+        """The slot whose cells begin most like the sequence; among equals a busy one, then the lowest."""
         best, length = None, 0
-        for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
-            if slot is not but and slot.adapter == sequence.job.adapter:
-                shared = self._limit(sequence, slot.tokens)
-                if shared > length:
-                    best, length = slot, shared
+        for slot in sorted(self._slots, key=lambda slot: slot.sequence is None):
+            shared = self._known(sequence, slot)
+            if slot is not but and shared > length:
+                best, length = slot, shared
         return best, length
 
     def _longest_coming(self, sequence: Sequence) -> tuple[Sequence | None, int]:
@@ -195,12 +193,16 @@ class Slots:
                 other is not None
                 and other.phase is Phase.PREFILL
                 and other.leader is None
-                and other.job.adapter == sequence.job.adapter
+                and other.job.adapter is sequence.job.adapter
             ):
                 shared = self._limit(sequence, other.tokens)
                 if shared > length:
                     best, length = other, shared
         return best, length
+
+    def _known(self, sequence: Sequence, slot: Slot) -> int:
+        """How much of the sequence is in the slot's cells."""
+        return self._limit(sequence, slot.tokens) if slot.adapter is sequence.job.adapter else 0
 
     def _limit(self, sequence: Sequence, known: list[int]) -> int:
         # At least one token is computed: its logits choose the next. Scored prompts are computed whole.
@@ -209,16 +211,15 @@ class Slots:
         return min(common_prefix(known, sequence.tokens), len(sequence.tokens) - 1)
 
     def _target(self, source: Slot | None, shared: int) -> Slot:
-        """The free slot to give away: one whose conversation goes on, an empty one, or the least loss."""
+        """The free slot to give away."""
         free = self.free
-        if source in free and (shared >= _CONTINUES * len(source.tokens) or len(free) == 1):
+        if not self._context.is_pool and self._store.capacity_bytes:
+            # llama.cpp computes only neighbouring streams together, which counts for more than to move
+            # cells: busy slots are kept adjacent, and what the slot knew goes to the store.
+            return free[0]
+        if source in free and shared >= _CONTINUES * len(source.tokens):
             return source
-        others = [slot for slot in free if slot is not source]
-        if self._context.is_pool or not self._store.capacity_bytes:
-            return min(others, key=lambda slot: (bool(slot.tokens), slot.used_at))
-        # llama.cpp computes only neighbouring streams together, so busy slots are kept adjacent; what
-        # the slot knew goes to the store, where the least recently used is dropped first.
-        return others[0]
+        return min(free, key=lambda slot: (bool(slot.tokens), slot.used_at))
 
     def _empty(self, slot: Slot, *, keep: bool) -> None:
         if keep:

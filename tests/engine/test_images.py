@@ -77,6 +77,9 @@ def family(request: pytest.FixtureRequest) -> Family:
     return found
 
 
+Parts = list[str | Picture]
+
+
 def noise(seed: int, width: int = 96, height: int = 96) -> Picture:
     """An image unlike any other."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
@@ -162,7 +165,7 @@ def same(left: list[tuple[int, float]], right: list[tuple[int, float]]) -> bool:
 
 
 def test_images_are_computed_as_llama_cpp_computes_them(family: Family) -> None:
-    prompt = [TEXT[0], noise(1), " and ", noise(2, 128, 64), TEXT[1]]
+    prompt: Parts = [TEXT[0], noise(1), " and ", noise(2, 128, 64), TEXT[1]]
     with VisionBench(family) as bench:
         assert same(bench.generated_with_logprobs(bench.ask(*prompt)), reference(family, *prompt))
 
@@ -170,7 +173,7 @@ def test_images_are_computed_as_llama_cpp_computes_them(family: Family) -> None:
 @pytest.mark.parametrize("name", ["smolvlm", "qwen2vl"])
 def test_an_image_may_be_longer_than_a_batch(name: str, request: pytest.FixtureRequest) -> None:
     family = request.getfixturevalue(name)
-    prompt = [TEXT[0], noise(1), TEXT[1]]
+    prompt: Parts = [TEXT[0], noise(1), TEXT[1]]
     with VisionBench(family) as whole:
         expected = whole.generated_with_logprobs(whole.ask(*prompt))
     with VisionBench(family, batch_tokens=10) as bench:
@@ -209,7 +212,7 @@ def test_another_question_about_an_image_computes_only_the_question(family: Fami
 
 
 def test_a_conversation_that_lost_its_slot_comes_back_with_its_image(family: Family) -> None:
-    conversation = [TEXT[0] * 4, noise(1), TEXT[1]]
+    conversation: Parts = [TEXT[0] * 4, noise(1), TEXT[1]]
     with VisionBench(family, slots=1) as bench:
         first = bench.ask(*conversation)
         bench.ask(TEXT[0], noise(2), TEXT[1] * 2)
@@ -220,7 +223,7 @@ def test_a_conversation_that_lost_its_slot_comes_back_with_its_image(family: Fam
 
 
 def test_a_preempted_conversation_with_an_image_loses_nothing(family: Family) -> None:
-    conversation = [TEXT[0], noise(1), TEXT[1]]
+    conversation: Parts = [TEXT[0], noise(1), TEXT[1]]
     expected = reference(family, *conversation)
     with VisionBench(family, slots=1, batch_tokens=32) as bench:
         preempted = bench.ask(*conversation, wait=False, priority="batch")
@@ -232,12 +235,13 @@ def test_a_preempted_conversation_with_an_image_loses_nothing(family: Family) ->
 
 def test_neighbours_do_not_notice_an_image(family: Family) -> None:
     text = "The capital of France is"
-    conversations = [[TEXT[0], noise(seed), TEXT[1]] for seed in range(2)]
+    conversations: list[Parts] = [[TEXT[0], noise(seed), TEXT[1]] for seed in range(2)]
     with VisionBench(family) as alone:
         expected = alone.generated_with_logprobs(alone.ask(text))
         answers = [alone.generated_with_logprobs(alone.ask(*c)) for c in conversations]
+    prompts: list[Parts] = [[text], *conversations, [text]]
     with VisionBench(family) as bench:
-        jobs = [bench.ask(*parts, wait=False) for parts in ([text], *conversations, [text])]
+        jobs = [bench.ask(*parts, wait=False) for parts in prompts]
         bench.ends(len(jobs))
         outcomes = [bench.generated_with_logprobs(job) for job in jobs]
     assert same(outcomes[0], expected)
@@ -247,7 +251,7 @@ def test_neighbours_do_not_notice_an_image(family: Family) -> None:
 
 
 def test_choices_share_the_image(family: Family) -> None:
-    conversation = [TEXT[0] * 4, noise(1), TEXT[1]]
+    conversation: Parts = [TEXT[0] * 4, noise(1), TEXT[1]]
     with VisionBench(family) as bench:
         job = bench.ask(*conversation, choices=3)
         computed = bench.scheduler.stats.prefill_tokens
@@ -310,7 +314,7 @@ def seeing(smolvlm: Family) -> Iterator[EngineServer]:
 
 def ask(server: EngineServer, *content: dict[str, Any], **options: Any) -> Any:
     messages: Any = [{"role": "user", "content": list(content)}]
-    return server.client().chat.completions.create(
+    return server.client.chat.completions.create(
         model="smol", messages=messages, max_tokens=LIMIT, temperature=0, **options
     )
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from serving.chat import template as chat_template
 from serving.chat.template import ChatTemplate
-from serving.llamacpp import chat_template
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import Function, FunctionCall, Message, ToolCall
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from serving.llamacpp.fair_queue import FairQueue
 from serving.llamacpp.sampling import SamplingParams
-from serving.llamacpp.sequence import Job, Phase, Priority, Sequence
+from serving.llamacpp.sequence import Job, Phase, Sequence
+from serving.protocol.tenancy import Priority
 
 
 def a_sequence(
