@@ -27,6 +27,11 @@ _PLAIN = frozenset(
     )
 )
 _ENFORCED = _SCHEMAS_BY_NAME | _SCHEMA_LISTS | _SCHEMAS | _VALUES | _PLAIN
+_SHAPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("$ref", "$schema", "format", "pattern"), (str, "a text")),
+    **dict.fromkeys((*_SCHEMA_LISTS, "enum", "required"), (list, "a list")),
+    **dict.fromkeys(_SCHEMAS_BY_NAME, (dict, "an object")),
+}
 # Words about values, rather than rules for them.
 _ANNOTATIONS = frozenset(
     (
@@ -183,6 +188,11 @@ def _check(schema: dict[str, Any], path: Path, is_old_draft: bool) -> None:
 def _reason_to_refuse(
     schema: dict[str, Any], keyword: str, value: Any, is_old_draft: bool
 ) -> str | None:
+    shape, shape_name = _SHAPES.get(keyword, (object, ""))
+    if not isinstance(value, shape):
+        return f"must be {shape_name}"
+    if keyword == "type" and not all(isinstance(each, str) for each in _listed(value)):
+        return "must be a text or a list of texts"
     if keyword in _ANNOTATIONS or keyword in _OF_DOCUMENTS:
         return None
     if keyword not in _ENFORCED or (keyword == "uniqueItems" and value is not False):
@@ -209,6 +219,10 @@ def _reason_to_refuse(
         if reason is not None:
             return f"{pattern!r} {reason}"
     return None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _unnamed(schema: dict[str, Any], at_least: Any) -> int:

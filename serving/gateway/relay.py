@@ -18,7 +18,7 @@ from serving.gateway.metering import Meter, Request
 from serving.gateway.routing import adapters_of
 from serving.gateway.stream import StreamTap
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import GenerationRequest, ModelRequest
+from serving.protocol.requests import GenerationRequest, ModelRequest, StreamOptions
 from serving.protocol.responses import Timings, Usage, new_id
 from serving.protocol.sse import (
     CLIENT_CLOSED_REQUEST,
@@ -283,12 +283,14 @@ def _tenancy_of(body: ModelRequest) -> Tenancy:
 
 def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
     """The request as the engine gets it: a name it knows, and usage at the end of a stream."""
-    fields = body.model_dump(exclude_none=True, by_alias=True)
+    changes: dict[str, Any] = {}
     if body.model not in adapters_of(engine):
-        fields["model"] = engine.model.name
+        changes["model"] = engine.model.name
     if _is_streamed(body):
-        fields["stream_options"] = {"include_usage": True}
-    return orjson.dumps(fields)
+        changes["stream_options"] = StreamOptions(include_usage=True)
+    sent = body.model_copy(update=changes)
+    # Pydantic writes what it has read, also numbers that other JSON libraries refuse.
+    return sent.model_dump_json(exclude_none=True, by_alias=True).encode()
 
 
 def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:

@@ -87,8 +87,10 @@ def _refusal(path: str, message: str) -> Route:
 
 
 def _respond_with_bug(_request: Request, _error: Exception) -> Response:
-    # Starlette logs the traceback.
-    return ApiError(500, "Something failed inside the engine; its log has more.").response
+    # Starlette logs the traceback, and the connection is closed: nobody should try to use it again.
+    response = ApiError(500, "Something failed inside the engine; its log has more.").response
+    response.headers["connection"] = "close"
+    return response
 
 
 class _RequireKey:

@@ -188,17 +188,7 @@ class Engine:
     def _tokens_of(self, prompt: str | list[int], suffix: str | None) -> list[int]:
         if suffix:
             return self._fill_in_the_middle(prompt, suffix)
-        if isinstance(prompt, str):
-            return self._model.tokenize(prompt, add_special=True, parse_special=False)
-        for token in prompt:
-            if not 0 <= token < self._model.vocab_size:
-                raise ApiError(
-                    400,
-                    f"Token {token} is not in the vocabulary of {self._model.vocab_size} tokens.",
-                    param="prompt",
-                    code="invalid_value",
-                )
-        return prompt
+        return self.tokenization.tokens_of(prompt, "prompt")
 
     def _fill_in_the_middle(self, prompt: str | list[int], suffix: str) -> list[int]:
         """A prompt that asks for what comes between ``prompt`` and ``suffix``."""
@@ -229,7 +219,9 @@ class Engine:
         show_control_tokens: bool = False,
         echo: bool = False,
     ) -> Job:
-        self._check_bias(request)
+        self.tokenization.tokens_of(
+            [int(token) for token in request.logit_bias or ()], "logit_bias"
+        )
         job = Job(
             adapter=self.adapters.find(request.model),
             ignore_eos=bool(request.ignore_eos),
@@ -274,17 +266,6 @@ class Engine:
             ) from error
         self.adapters.hold(job.adapter, len(job.sequences))
         return job
-
-    def _check_bias(self, request: GenerationRequest) -> None:
-        for token in request.logit_bias or {}:
-            if int(token) >= self._model.vocab_size:
-                raise ApiError(
-                    400,
-                    f"'logit_bias' names token {token}; "
-                    f"the vocabulary has {self._model.vocab_size} tokens.",
-                    param="logit_bias",
-                    code="invalid_value",
-                )
 
     def _check_length(self, tokens: int) -> None:
         if not tokens:

@@ -6,8 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from threading import Lock
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -111,8 +110,6 @@ class GrammarCompiler:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._lock = Lock()
-        self._known_tokenizer: LLTokenizer | None = None
         self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
     def compile(self, spec: ConstraintSpec) -> Grammar:
@@ -122,12 +119,9 @@ class GrammarCompiler:
         """
         return self._compiled(spec)
 
-    @property
+    @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        with self._lock:
-            if self._known_tokenizer is None:
-                self._known_tokenizer = grammar_tokenizer(self._model)
-            return self._known_tokenizer
+        return grammar_tokenizer(self._model)
 
     def _compile(self, spec: ConstraintSpec) -> Grammar:
         if spec.kind == "json_schema":
@@ -140,7 +134,7 @@ class GrammarCompiler:
         if spec.within and not start.is_error():
             start = self._start(_surrounded(text, spec.within))
         if start.is_error():
-            raise _refusal(spec.param, f"cannot be enforced: {_message(start)}")
+            raise refusal(spec.param, f"cannot be enforced: {_message(start)}")
         return Grammar(start, self._model.vocab_size)
 
     def _compile_schema(self, schema: dict[str, Any], param: str) -> LLMatcher:
@@ -155,7 +149,7 @@ class GrammarCompiler:
         except Unsupported as error:
             place = f"at {dotted(error.path)[-_LONGEST_REASON:]}" if error.path else "at its root"
             reason = f"the schema's {error.keyword!r} {place} {error.reason}"
-            raise _refusal(param, reason) from error
+            raise refusal(param, reason) from error
         return start
 
     def _start(self, text: str) -> LLMatcher:
@@ -176,21 +170,21 @@ def _grammar_text(spec: ConstraintSpec) -> str:
         return _schema_text({"type": "object"})
     if spec.kind == "choice":
         choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
-        return f"start: {' | '.join(choices)}"
+        return f"start: CHOICE\nCHOICE: {' | '.join(choices)}"
     if spec.kind == "regex":
         reason = check_pattern(source)
         if reason is not None:
-            raise _refusal(spec.param, reason)
+            raise refusal(spec.param, reason)
         # All of the text must match anyway; \d and \w are ASCII, as in JSON Schema.
         return LLMatcher.grammar_from_regex(regex_to_lark(_without_anchors(source), "dw"))
     if source.lstrip().startswith("{"):
-        raise _refusal(spec.param, "is not a grammar in Lark or GBNF")
+        raise refusal(spec.param, "is not a grammar in Lark or GBNF")
     if "::=" not in source or is_lark_syntax(source):
         return source
     try:
         return gbnf_to_lark(source)
     except Exception as error:  # it has no exception of its own for all that may be wrong
-        raise _refusal(spec.param, f"is not a grammar in Lark or GBNF: {error}") from error
+        raise refusal(spec.param, f"is not a grammar in Lark or GBNF: {error}") from error
 
 
 def _surrounded(text: str, within: str) -> str:
@@ -205,11 +199,14 @@ def _without_anchors(pattern: str) -> str:
     return (end if escapes % 2 == 0 else pattern).removeprefix("^")
 
 
-def _refusal(param: str, reason: str) -> ApiError:
+def refusal(param: str, reason: str) -> ApiError:
+    """The answer to a request whose field ``param`` asks for a form that cannot be had."""
     return ApiError(400, f"'{param}': {reason}.", param=param, code="unsupported_value")
 
 
 def _message(matcher: LLMatcher) -> str:
     """Why a matcher is in error, without the parser's state and the backtraces that may follow."""
-    reason = _INTERNALS.split(matcher.get_error())[0]
+    reason = _INTERNALS.split(matcher.get_error())[0].replace(
+        "NoExtensionBias", "no text has this form"
+    )
     return " ".join(reason.split())[:_LONGEST_REASON].rstrip(".")

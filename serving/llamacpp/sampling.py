@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from serving.protocol.requests import GenerationRequest
 
+# Below it the likeliest token is as good as certain, and far below it logits overflow.
+_LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -39,9 +42,10 @@ class SamplingParams:
     @staticmethod
     def of(request: GenerationRequest, seed: int) -> SamplingParams:
         """The request's settings, with OpenAI's defaults where it is silent."""
+        temperature = 1.0 if request.temperature is None else request.temperature
         bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
         return SamplingParams(
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=temperature if temperature >= _LEAST_TEMPERATURE else 0.0,
             top_k=max(request.top_k or 0, 0),
             top_p=1.0 if request.top_p is None else request.top_p,
             min_p=request.min_p or 0.0,

@@ -16,6 +16,7 @@ from serving.chat.rendering import Reply
 from serving.llamacpp.adapters import AdapterFile
 from serving.llamacpp.app import application, json_response
 from serving.llamacpp.engine import Engine
+from serving.llamacpp.grammar import refusal
 from serving.llamacpp.sequence import Failed, Finished, Job, TextDelta
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
@@ -27,12 +28,7 @@ from serving.protocol.requests import (
     parse_unload_adapter,
 )
 from serving.protocol.responses import Choice, Envelope, model_json
-from serving.protocol.sse import (
-    DONE,
-    EventStream,
-    event,
-    while_connected,
-)
+from serving.protocol.sse import DONE, EventStream, event, while_connected
 from serving.protocol.tenancy import Tenancy
 
 
@@ -141,7 +137,7 @@ class _Server:
         async for output in self._engine.events(job):
             index = output.sequence.index
             if isinstance(output, Failed):
-                yield event(ApiError(500, output.message, code="engine_error").body)
+                yield event(_error(request, output).body)
                 return
             reply = replies[index]
             ended = not isinstance(output, TextDelta)
@@ -169,12 +165,21 @@ class _Server:
         async for output in self._engine.events(job):
             index = output.sequence.index
             if isinstance(output, Failed):
-                raise ApiError(500, output.message, code="engine_error")
+                raise _error(request, output)
             choices[index].add(_read(replies[index], output))
             if isinstance(output, Finished):
                 choices[index].logprobs = replies[index].logprobs
                 choices[index].finish_reason = replies[index].reason(output.reason or "stop")
         return json_response(envelope.body(choices, job.usage(request.choices), job.timings()))
+
+
+def _error(request: GenerationRequest, failed: Failed) -> ApiError:
+    """Whose fault it is: the form's that the client asked for, or the engine's."""
+    matcher = failed.sequence.matcher
+    if matcher is None or matcher.fault is None:
+        return ApiError(500, failed.message, code="engine_error")
+    param = request.constraint.param if request.constraint else "tools"
+    return refusal(param, f"cannot be enforced to the end: {matcher.fault}")
 
 
 def _service_tier(request: GenerationRequest, job: Job) -> str | None:

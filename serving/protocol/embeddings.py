@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serving.protocol.requests import ChatCompletionRequest, Message, ModelRequest, Tool
 from serving.protocol.responses import Timings, new_id
+from serving.protocol.structured import ListOf
 
 # OpenAI's own limit.
 MAX_INPUTS = 2048
@@ -17,7 +18,7 @@ MAX_INPUTS = 2048
 class EmbeddingRequest(ModelRequest):
     """Body of ``POST /v1/embeddings``."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(
         None, ge=1, description="Cut vectors to this length; they are normalised again."
@@ -50,7 +51,7 @@ class RerankRequest(ModelRequest):
     """Body of ``POST /v1/rerank``."""
 
     query: str = Field(min_length=1)
-    documents: list[str] = Field(min_length=1, max_length=MAX_INPUTS)
+    documents: ListOf[str] = Field(min_length=1, max_length=MAX_INPUTS)
     top_n: int | None = Field(None, ge=1, description="Best results to return; unset: all.")
     return_documents: bool | None = Field(None, description="Repeat each document in its result.")
 
@@ -59,8 +60,8 @@ class TokenizeRequest(ModelRequest):
     """Body of ``POST /tokenize``: a text, or a conversation that is rendered first."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1)] | None = None
+    tools: ListOf[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = Field(
         None, description="Add what the model wants around a text, such as BOS. Unset: true."
@@ -91,7 +92,7 @@ class TokenizeRequest(ModelRequest):
 class DetokenizeRequest(ModelRequest):
     """Body of ``POST /detokenize``."""
 
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 def embeddings_json(

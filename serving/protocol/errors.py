@@ -91,7 +91,12 @@ def conflict(param: str, message: str) -> PydanticCustomError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem pydantic found in a request body, as a 400 that names the field."""
-    first = error.errors(include_url=False, include_context=True, include_input=False)[0]
+    errors = error.errors(include_url=False, include_context=True, include_input=False)
+    first = errors[0]
+    if first["loc"] and first["loc"][-1] == "str":
+        # No text, but the field may have other forms: of those, the one that it came closest to.
+        forms = (each for each in errors if each["loc"][0] == first["loc"][0])
+        first = max(forms, key=lambda each: len(each["loc"]))
     kind, message = first["type"], first["msg"]
     # Names of union members and tags (as in `str`, `list[...]`) are pydantic's, not the client's.
     location = tuple(part for part in first["loc"] if _is_field(part))

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from serving.protocol.errors import ApiError, from_validation
 from serving.protocol.errors import conflict as _conflict
 from serving.protocol.structured import Body as _Body
-from serving.protocol.structured import ConstraintSpec, ResponseFormat, StructuredRequest
+from serving.protocol.structured import ConstraintSpec, ListOf, ResponseFormat, StructuredRequest
 from serving.protocol.tenancy import Priority
 
 # OpenAI's own limits.
@@ -29,7 +29,7 @@ MAX_TOP_LOGPROBS = 20
 
 _MAX_INT32 = 2**31 - 1
 # What an answer's message holds beside its text: clients send it back as it came, mostly null.
-_ANSWER_FIELDS = ("annotations", "audio", "function_call", "parsed", "refusal", "tool_calls")
+_ANSWER_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
 # Fields of OpenAI's API that no engine of ours implements yet, and the values that ask for nothing.
 _CHAT_REFUSED: Mapping[str, tuple[Any, ...]] = {
@@ -80,7 +80,7 @@ class GenerationRequest(StructuredRequest, ModelRequest):
     top_k: int | None = Field(None, ge=-1, le=_MAX_INT32, description="0 and -1: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -200,7 +200,7 @@ class AllowedTools(_Body):
     """The tools that may be called this time, and whether one must be."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: ListOf[NamedTool] = Field(min_length=1)
 
 
 class AllowedToolChoice(_Body):
@@ -238,7 +238,8 @@ ContentPart = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<str>")] | Annotated[list[ContentPart], Field(min_length=1), Tag("<list>")],
+    Annotated[str, Tag("<str>")]
+    | Annotated[ListOf[ContentPart], Field(min_length=1), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
 ]
 
@@ -257,6 +258,7 @@ class FunctionCall(_Body):
 
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True, description="The arguments once more.")
 
 
 class ToolCall(_Body):
@@ -274,9 +276,10 @@ class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = Field(None, max_length=64)
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    parsed: Any = Field(None, exclude=True, description="SDKs' reading of the content; not used.")
 
     @model_validator(mode="before")
     @classmethod
@@ -321,7 +324,7 @@ class Message(_Body):
 class ChatCompletionRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: ListOf[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -329,7 +332,7 @@ class ChatCompletionRequest(GenerationRequest):
     service_tier: Literal["auto", "default", "flex"] | None = Field(
         None, description="flex gives way to requests that are not."
     )
-    tools: list[Tool] | None = None
+    tools: ListOf[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
@@ -423,7 +426,7 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32)
     echo: bool | None = None
     suffix: str | None = None
@@ -434,10 +437,6 @@ class CompletionRequest(GenerationRequest):
     def _some_prompt(cls, value: Any) -> Any:
         if value == [] or (isinstance(value, list) and [] in value):
             raise ValueError("the list must not be empty")
-        for prompt in value if isinstance(value, list) else ():
-            for token in prompt if isinstance(prompt, list) else (prompt,):
-                if isinstance(token, int) and not 0 <= token <= _MAX_INT32:
-                    raise ValueError("token ids are numbers from 0 to the size of the vocabulary")
         return value
 
     @model_validator(mode="after")

@@ -210,9 +210,12 @@ class Envelope:
         return _chat_logprobs(tokens) if self.chat else _completion_logprobs(tokens, offset)
 
 
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", errors="replace")
+
+
 def _piece_json(piece: bytes, logprob: float | None) -> dict[str, Any]:
-    text = piece.decode("utf-8", errors="replace")
-    return {"token": text, "logprob": logprob, "bytes": list(piece)}
+    return {"token": _text(piece), "logprob": logprob, "bytes": list(piece)}
 
 
 def _chat_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def _chat_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
 
 
 def _completion_logprobs(tokens: list[TokenLogprob], offset: int) -> dict[str, Any]:
-    texts = [token.piece.decode("utf-8", errors="replace") for token in tokens]
+    texts = [_text(token.piece) for token in tokens]
     offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=offset))
     return {
         "tokens": texts,
@@ -233,7 +236,8 @@ def _completion_logprobs(tokens: list[TokenLogprob], offset: int) -> dict[str, A
         "top_logprobs": [
             None
             if token.logprob is None
-            else {piece.decode("utf-8", errors="replace"): logprob for piece, logprob in token.top}
+            else {_text(piece): logprob for piece, logprob in token.top}
+            | {_text(token.piece): token.logprob}
             for token in tokens
         ],
         "text_offset": offsets,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 
 from serving.protocol.errors import conflict
 
+_Item = TypeVar("_Item")
+# Only the first bad item is an error: a large body could hold millions of them.
+ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 Form = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
@@ -42,7 +45,7 @@ def _are_choices(value: list[str]) -> list[str]:
 
 
 _Schema = Annotated[str | dict[str, Any], AfterValidator(_is_schema)]
-_Choices = Annotated[list[str], AfterValidator(_are_choices)]
+_Choices = Annotated[ListOf[str], AfterValidator(_are_choices)]
 
 
 class Body(BaseModel):

@@ -85,7 +85,7 @@ def test_a_conversation_with_a_tool(rig: RigServer) -> None:
     }
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
     create: Any = rig.client.chat.completions.create
-    fields = {"model": "smollm2-135m", "tools": [tool], "max_tokens": 64}
+    fields = {"model": "smollm2-135m", "tools": [tool], "parallel_tool_calls": False}
     question = {"role": "user", "content": "What is the weather in Paris?"}
     chunks = list(create(messages=[question], tool_choice="required", stream=True, **fields))
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
@@ -157,6 +157,7 @@ def test_request_ids_go_in_and_out(rig: RigServer) -> None:
         ("POST", "/v1/chat/completions", b"{", 400),
         ("POST", "/v1/chat/completions", b"\xff\x00", 400),
         ("POST", "/v1/chat/completions", b"x" * 11_000_000, 413),
+        ("POST", "/detokenize", b'{"model": "smollm2-135m", "tokens": [1%030d]}' % 0, 400),
     ],
 )
 def test_bad_requests_get_openais_error_shape(

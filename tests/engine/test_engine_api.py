@@ -74,6 +74,18 @@ def test_top_k_one_is_greedy(engine: EngineServer) -> None:
     assert text_of(engine, top_p=1e-6) == greedy
 
 
+def test_the_lowest_temperatures_are_greedy(engine: EngineServer) -> None:
+    assert text_of(engine, temperature=1e-45, seed=3) == text_of(engine, temperature=0)
+
+
+def test_tokens_that_do_not_exist_are_refused_by_name(engine: EngineServer) -> None:
+    for fields in ({"prompt": [[1], [-1]]}, {"prompt": [10**30]}, {"logit_bias": {"49152": 1}}):
+        body: Any = {"model": "smol", "prompt": "a", "max_tokens": 1} | fields
+        with pytest.raises(openai.BadRequestError, match="is not in the vocabulary") as refused:
+            engine.client.completions.create(**body)
+        assert refused.value.param == next(iter(fields))
+
+
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(engine: EngineServer) -> None:
     text_of(engine, temperature=0)
     full = text_of(engine, temperature=0)
@@ -124,6 +136,18 @@ def test_logprobs_are_those_of_the_distribution(engine: EngineServer) -> None:
         values = [other.logprob for other in token.top_logprobs]
         assert values == sorted(values, reverse=True)
         assert 0.2 < sum(map(math.exp, values)) <= 1.0001
+
+
+def test_the_chosen_token_is_among_the_top_of_a_text_completion(engine: EngineServer) -> None:
+    for top in (0, 2):
+        answer = engine.client.completions.create(
+            model="smol", prompt="The sea", max_tokens=6, logprobs=top, temperature=2, seed=1
+        )
+        logprobs: Any = answer.choices[0].logprobs
+        chosen = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+        for token, logprob, alternatives in chosen:
+            assert alternatives[token] == logprob
+            assert top <= len(alternatives) <= top + 1
 
 
 def test_text_offsets_run_on_through_a_stream(engine: EngineServer) -> None:

@@ -275,6 +275,11 @@ def test_bad_forms_are_refused(babbler: Babbler, kind: Form, source: str) -> Non
     assert len(refused.value.message) < 700
 
 
+def test_a_choice_may_be_among_very_many(babbler: Babbler) -> None:
+    grammar = babbler.compile("choice", json.dumps([f"item {number}" for number in range(70_000)]))
+    assert re.fullmatch(r"item \d{1,5}", babbler.say(grammar, 0) or "")
+
+
 def test_a_grammar_is_compiled_once(babbler: Babbler) -> None:
     schema = json.dumps(SUPPORTED["document/person"])
     assert babbler.compile("json_schema", schema) is babbler.compile("json_schema", schema)
@@ -490,6 +495,17 @@ def test_a_form_ends_even_a_generation_that_ignores_the_end(server: EngineServer
     body = {"guided_choice": ["yes"], "ignore_eos": True}
     (choice,) = create(server, extra_body=body).choices
     assert (choice.message.content, choice.finish_reason) == ("yes", "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_proves_too_large_is_the_requests_fault(
+    server: EngineServer, stream: bool
+) -> None:
+    body = {"guided_regex": "(a{1000}){1000}"}
+    with pytest.raises(openai.APIError, match="'guided_regex': cannot be enforced") as refused:
+        list(create(server, extra_body=body, stream=stream))
+    assert refused.value.param == "guided_regex"
+    assert refused.value.type == "invalid_request_error"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from serving.chat.reply import (
     ReasoningDelta,
     ReplyDelta,
     ReplyFormat,
+    ToolCallDelta,
     recognise,
 )
 from serving.protocol.requests import Function
@@ -469,6 +470,26 @@ def test_values_in_xml_are_of_the_types_their_schema_says(key: str, text: str, v
     assert read(form, *f"<tool_call>\n{call}\n</tool_call>").loaded == [
         ("get_weather", {key: value})
     ]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": 5},
+        {"properties": {"a": 5}},
+        {"properties": {"a": {"type": 5}}},
+        {"properties": {"a": {"type": [{}]}}},
+        {"properties": {"a": {"enum": 5}}},
+        {"properties": {"a": {"anyOf": 5}}},
+    ],
+)
+def test_a_schema_that_is_none_says_nothing_of_values(schema: dict[str, Any]) -> None:
+    functions = [Function(name="f", parameters=schema)]
+    parser = FORMATS["qwen_coder"].parser(tools=True, thinking=False, functions=functions)
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>"
+    deltas = [*parser.push(text), *parser.finish()]
+    arguments = (delta.arguments for delta in deltas if isinstance(delta, ToolCallDelta))
+    assert "".join(arguments) == '{"a": 5}'
 
 
 def test_long_replies_are_read_in_linear_time() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
+import orjson
 import pytest
 
 from serving.protocol.errors import ApiError
@@ -38,12 +40,27 @@ def test_what_an_answer_says_nothing_with_may_be_sent_back() -> None:
     assert chat(messages=[answer]).messages[0].text == "a"
 
 
-@pytest.mark.parametrize("prompt", [[-1], [2**31], [[1], [10**30]]])
-def test_a_prompt_of_impossible_tokens_is_refused(prompt: list[Any]) -> None:
-    body = json.dumps({"model": "m", "prompt": prompt}).encode()
-    with pytest.raises(ApiError, match="token ids") as caught:
+def test_what_sdks_parsed_of_an_answer_may_be_sent_back() -> None:
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {}}
+    call = {"id": "1", "type": "function", "function": function}
+    answer: Any = {"role": "assistant", "content": "[]", "parsed": [], "tool_calls": [call]}
+    sent = chat(messages=[answer]).model_dump(exclude_none=True)["messages"][0]
+    del answer["parsed"], function["parsed_arguments"]
+    assert sent == answer
+
+
+def test_the_error_is_that_of_the_form_that_came_closest() -> None:
+    body = json.dumps({"model": "m", "prompt": [[1], [2, "x"]]}).encode()
+    with pytest.raises(ApiError, match="should be a valid integer") as caught:
         parse_completion(body)
-    assert caught.value.param == "prompt"
+    assert caught.value.param == "prompt[1][1]"
+
+
+@pytest.mark.parametrize("field", ["messages", "tools", "stop"])
+def test_millions_of_errors_take_no_longer_than_one(field: str) -> None:
+    started = time.process_time()
+    refusal(orjson.dumps(HELLO | {field: [0] * 1_000_000}))
+    assert time.process_time() - started < 1
 
 
 def test_content_parts_are_joined() -> None:

@@ -165,7 +165,7 @@ class XmlCalls:
         name = yield from text.word()
         yield from text.expect(">")
         whole = next((parameters(each) for each in functions if each.name == name), {})
-        schemas = whole.get("properties", {})
+        schemas = resolved(whole.get("properties"), whole)
         text.begin_call(name)
         text.arguments("{")
         separator = ""

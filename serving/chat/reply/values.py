@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -34,9 +35,15 @@ def resolved(schema: Any, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def kinds_of(schema: Any) -> frozenset[str]:
-    """The JSON types a schema allows; empty if it does not say."""
+    """The JSON types a schema allows; empty if it does not say, or is none."""
     if not isinstance(schema, dict):
         return ANYTHING
+    with contextlib.suppress(TypeError):
+        return _kinds_of(schema)
+    return ANYTHING
+
+
+def _kinds_of(schema: dict[str, Any]) -> frozenset[str]:
     if "type" in schema:
         return frozenset([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
     if choices := choices_of(schema):
