@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -278,17 +278,21 @@ class Scheduler:
         """Suspend batch sequences, the youngest first, until an interactive one fits."""
         if sequence.job.priority == "batch":
             return False
-        for victim in reversed(self._running[:]):
-            if victim.job.priority == "batch" and self._slots.may_suspend(victim):
-                self._suspend(victim)
-                if self._slots.fits(sequence):
-                    return True
-        return False
+        victims = [
+            s for s in self._running if s.job.priority == "batch" and self._slots.may_suspend(s)
+        ]
+        if not self._slots.fits(sequence, without=victims):
+            return False
+        while not self._slots.fits(sequence):
+            self._suspend(victims.pop())
+        return True
 
     def _suspend(self, victim: Sequence) -> None:
         self._slots.suspend(victim)
         self._running.remove(victim)
         victim.phase = Phase.WAITING
+        if victim.scores_prompt:
+            victim.pending_logprobs = []  # its prompt will be computed, and scored, from the start
         self._waiting.push_front(victim)
         self.stats.preemptions += 1
 
@@ -320,49 +324,52 @@ class Scheduler:
         for sequence in self._waiting.order(prefilling):
             if chunks and not sequence.goes_with(chunks[0][0]):
                 continue
-            at_most = min(budget, _SCORED_ROWS) if sequence.job.scores_prompt else budget
+            at_most = min(budget, _SCORED_ROWS) if sequence.scores_prompt else budget
             count = min(sequence.stretch, at_most)
             if count:
                 chunks.append((sequence, count))
                 budget -= count
-        self._make_room(self._context.batch_tokens - budget)
-        # llama.cpp computes neighbouring slots together, in this order.
-        for sequence, count in sorted(chunks, key=lambda chunk: chunk[0].slot):
-            if sequence.phase is Phase.PREFILL:
-                tokens = sequence.tokens[sequence.computed : sequence.computed + count]
-                scored = count if sequence.job.scores_prompt else 0
-                batch.add(sequence, tokens, scored or int(count == sequence.remaining))
+        for sequence, count in self._in_room(chunks):
+            tokens = sequence.tokens[sequence.computed : sequence.computed + count]
+            scored = count if sequence.scores_prompt else 0
+            batch.add(sequence, tokens, scored or int(count == sequence.remaining))
 
     def _add_next_tokens(self, batch: Batch, decoding: list[Sequence]) -> None:
         """The last token of each sequence, and drafts of what may follow."""
-        self._make_room(len(decoding))
-        rows = len(decoding)
-        for sequence in sorted(decoding, key=lambda s: s.slot):
-            if sequence.phase is not Phase.DECODE:
-                continue
+        chunks = self._in_room([(sequence, 1) for sequence in decoding])
+        rows = len(chunks)
+        for sequence, _ in chunks:
             drafts: list[int] = []
             if sequence.speculator is not None:
                 room = min(sequence.limit - sequence.generated, self._context.batch_tokens - rows)
-                drafts = sequence.speculator.draft(sequence.tokens, len(decoding), room - 1)
+                drafts = sequence.speculator.draft(sequence.tokens, len(chunks), room - 1)
                 if not self._slots.make_room(rows + len(drafts)):
                     drafts = []
             rows += len(drafts)
             batch.add(sequence, [sequence.tokens[-1], *drafts], 1 + len(drafts))
 
-    def _make_room(self, rows: int) -> None:
-        """Suspend sequences until the pool has cells for a step: batch before interactive, then the youngest."""
-        while not self._slots.make_room(rows):
+    def _in_room(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The chunks that the pool has cells for, by slot: llama.cpp computes neighbours together.
+
+        Sequences are suspended until the others' cells suffice: batch before interactive, the youngest first.
+        """
+        while not self._slots.make_room(sum(count for _, count in chunks)):
             youngest_first = reversed(self._running)
             victims = [s for s in youngest_first if self._slots.may_suspend(s)]
-            self._suspend(min(victims, key=lambda s: s.job.priority == "interactive"))
+            victim = min(victims, key=lambda s: s.job.priority == "interactive")
+            self._suspend(victim)
+            chunks = [chunk for chunk in chunks if chunk[0] is not victim]
+        return sorted(chunks, key=lambda chunk: chunk[0].slot)
 
     def _decode(self, batch: Batch) -> None:
         self._context.use_adapter(batch.adapter)
-        if batch.images:
-            self._context.decode_images(batch.images, batch.slots, batch.outputs)
-        else:
-            self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
-        self._slots.decoded()
+        try:
+            if batch.images:
+                self._context.decode_images(batch.images, batch.slots, batch.outputs)
+            else:
+                self._context.decode(batch.tokens, batch.positions, batch.slots, batch.outputs)
+        finally:
+            self._slots.decoded()
         for span in batch.spans:
             sequence = span.sequence
             self._slots[sequence.slot].tokens += span.tokens
@@ -382,7 +389,7 @@ class Scheduler:
         sequence, job = span.sequence, span.sequence.job
         assert sequence.sampler is not None
         first = span.first_row + len(span.tokens) - span.outputs
-        if phase is Phase.PREFILL and job.scores_prompt:
+        if phase is Phase.PREFILL and sequence.scores_prompt:
             self._score(span)
             first += span.outputs - 1
             if sequence.remaining:
@@ -470,7 +477,7 @@ class Scheduler:
         sequence, top = span.sequence, span.sequence.job.top_logprobs or 0
         start = sequence.computed - span.outputs
         if start == 0:
-            piece = self._model.piece(sequence.tokens[0])
+            piece, *_ = self._prompt_pieces(sequence.tokens[:1])
             sequence.pending_logprobs.append(TokenLogprob(piece, None, ()))
         for row, token in enumerate(
             sequence.tokens[start + 1 : sequence.computed + 1], span.first_row
@@ -479,19 +486,24 @@ class Scheduler:
             sequence.pending_logprobs.append(self._logprob(token, logprobs, top))
 
     def _logprob(self, token: int, logprobs: NDArray[np.float64], top: int) -> TokenLogprob:
+        piece = partial(self._model.piece, control=True)
         alternatives = tuple(
-            (self._model.piece(other), float(logprobs[other]))
-            for other in top_tokens(logprobs, top)
+            (piece(other), float(logprobs[other])) for other in top_tokens(logprobs, top)
         )
-        return TokenLogprob(self._model.piece(token), float(logprobs[token]), alternatives)
+        return TokenLogprob(piece(token), float(logprobs[token]), alternatives)
 
     def _echo(self, sequence: Sequence) -> TextDelta:
         """The prompt as text."""
-        prompt = sequence.tokens[: sequence.prompt_tokens]
-        text = b"".join(map(self._model.piece, prompt)).decode("utf-8", errors="replace")
+        pieces = self._prompt_pieces(sequence.tokens[: sequence.prompt_tokens])
+        text = b"".join(pieces).decode("utf-8", errors="replace")
         delta = TextDelta(sequence, text, sequence.pending_logprobs)
         sequence.pending_logprobs = []
         return delta
+
+    def _prompt_pieces(self, tokens: list[int]) -> Iterator[bytes]:
+        """What was asked: with control tokens, but for the first one if it was put there for the model."""
+        for at, token in enumerate(tokens):
+            yield self._model.piece(token, control=at > 0 or not self._model.adds_bos)
 
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> Finished:
         if sequence.slot >= 0:

@@ -69,6 +69,12 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's own tokens are still to be told."""
+        wanted = self.job.echo and self.job.top_logprobs is not None
+        return wanted and self.first_token_at is None
+
+    @property
     def done(self) -> bool:
         """Whether nothing more will be generated."""
         return self.phase is Phase.DONE
@@ -151,11 +157,6 @@ class Job:
                     images=list(images),
                 )
             )
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt's own tokens are wanted."""
-        return self.echo and self.top_logprobs is not None
 
     @property
     def done(self) -> bool:

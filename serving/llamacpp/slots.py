@@ -6,6 +6,7 @@ and waits for one that another sequence is just computing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from serving.llamacpp.prefixes import PrefixStore, Saved, common_prefix
@@ -72,16 +73,19 @@ class Slots:
         """Whether :meth:`suspend` can be called before the next decode."""
         return sequence.slot not in self._pinned
 
-    def fits(self, sequence: Sequence) -> bool:
-        """Whether there is a free slot, and cells in the pool for all that the sequence is now."""
-        if not self.free:
+    def fits(self, sequence: Sequence, without: Collection[Sequence] = ()) -> bool:
+        """Whether there is a free slot, and cells in the pool for all that the sequence is now.
+
+        Or whether there would be if the sequences ``without`` were suspended.
+        """
+        if not self.free and not without:
             return False
         if not self._context.is_pool:
             return True
-        growth = _GROWTH_TOKENS * (len(self.busy) + 1)
-        promised = sum(len(slot.sequence.tokens) for slot in self.busy if slot.sequence)
-        needed = promised + len(sequence.tokens) + growth
-        return needed <= self._context.kv_tokens or not self.busy
+        staying = [s.sequence for s in self.busy if s.sequence and s.sequence not in without]
+        promised = sum(len(other.tokens) for other in staying)
+        needed = promised + len(sequence.tokens) + _GROWTH_TOKENS * (len(staying) + 1)
+        return needed <= self._context.kv_tokens or not staying
 
     def make_room(self, rows: int) -> bool:
         """See that the pool has cells for ``rows`` more tokens; drops warm slots. False: still too few."""
@@ -184,7 +188,8 @@ class Slots:
     def _longest_coming(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """The sequence in prefill whose prompt begins most like this one's.
 
-        One that waits for another itself is none: sequences would wait in a circle.
+        One that waits for another itself is none: sequences would wait in a circle. Nor is one of a
+        class that gives way to this one's.
         """
         best, length = None, 0
         for slot in self.busy:
@@ -194,6 +199,7 @@ class Slots:
                 and other.phase is Phase.PREFILL
                 and other.leader is None
                 and other.job.adapter is sequence.job.adapter
+                and sequence.job.priority in ("batch", other.job.priority)
             ):
                 shared = self._limit(sequence, other.tokens)
                 if shared > length:
@@ -206,7 +212,7 @@ class Slots:
 
     def _limit(self, sequence: Sequence, known: list[int]) -> int:
         # At least one token is computed: its logits choose the next. Scored prompts are computed whole.
-        if sequence.job.scores_prompt:
+        if sequence.scores_prompt:
             return 0
         return min(common_prefix(known, sequence.tokens), len(sequence.tokens) - 1)
 
@@ -228,7 +234,7 @@ class Slots:
         slot.tokens = []
 
     def _save(self, slot: Slot) -> None:
-        if len(slot.tokens) < SMALLEST_USEFUL_PREFIX:
+        if len(slot.tokens) < SMALLEST_USEFUL_PREFIX or not self._store.capacity_bytes:
             return
         cells = self._context.save(slot.number)
         if cells is not None:

@@ -288,6 +288,11 @@ def speculation_of(
     gpu_layers: int,
 ) -> Speculation | None:
     """What the options ask for; raises ``RuntimeFault``."""
+    if kind != "none" and model.has_state:
+        raise RuntimeFault(
+            f"speculation {kind!r} is not for recurrent models: their state cannot be taken back; "
+            "set it to 'none'"
+        )
     if kind == "prompt_lookup":
         return Speculation(PromptLookup)
     if kind == "draft_model":

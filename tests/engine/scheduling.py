@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +18,10 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class Bench:
-    """Runs jobs, and keeps what each sequence brought: its text, log-probabilities and end."""
+    """Runs jobs, and keeps what each sequence brought: its text, log-probabilities and end.
+
+    ``at_first_text`` is called on the scheduler's thread once a sequence has begun to answer.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Bench:
         self.text: dict[Sequence, str] = {}
         self.logprobs: dict[Sequence, list[TokenLogprob]] = {}
         self.order: list[Sequence] = []
+        self.at_first_text: Callable[[], object] | None = None
         self._ends: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -73,6 +77,9 @@ class Bench:
                 self.order.append(event.sequence)
             self.text[event.sequence] = self.text.get(event.sequence, "") + event.text
             self.logprobs.setdefault(event.sequence, []).extend(event.logprobs)
+            action, self.at_first_text = self.at_first_text, None
+            if action is not None:
+                action()
 
     def tokens(self, text: str) -> list[int]:
         """A prompt's tokens."""

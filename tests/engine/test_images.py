@@ -23,7 +23,7 @@ from serving.llamacpp.sampling import log_softmax
 from serving.llamacpp.sequence import Job
 from tests.engine.scheduling import Bench
 from tests.processes import EngineServer
-from tests.projector import (
+from tests.tiny_models import (
     TILE_TOKENS,
     with_smolvlm_tokens,
     write_gemma3_projector,
@@ -226,10 +226,10 @@ def test_a_preempted_conversation_with_an_image_loses_nothing(family: Family) ->
     conversation: Parts = [TEXT[0], noise(1), TEXT[1]]
     expected = reference(family, *conversation)
     with VisionBench(family, slots=1, batch_tokens=32) as bench:
+        bench.at_first_text = lambda: bench.submit(TEXT[0], limit=LIMIT)
         preempted = bench.ask(*conversation, wait=False, priority="batch")
-        urgent = [bench.submit(TEXT[0], limit=LIMIT) for _ in range(3)]
-        bench.ends(1 + len(urgent))
-        assert bench.scheduler.stats.preemptions >= 1
+        bench.ends(2)
+        assert bench.scheduler.stats.preemptions == 1
         assert same(bench.generated_with_logprobs(preempted), expected)
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.llamacpp.runtime import Context, Model
+from serving.llamacpp.runtime import Context, Model, RuntimeFault
 from serving.llamacpp.sampling import SamplingParams, log_softmax
-from serving.llamacpp.sequence import Failed, Finished, Job
+from serving.llamacpp.sequence import Failed, Finished, Job, Sequence
 from serving.llamacpp.slots import SMALLEST_USEFUL_PREFIX
-from serving.llamacpp.speculation import PromptLookup, Speculation
+from serving.llamacpp.speculation import PromptLookup, Speculation, speculation_of
 from tests.engine.scheduling import GREEDY, Bench
+from tests.tiny_models import write_mamba
 
 STORY = (
     "Describe a voyage across the ocean, the ship, its captain and crew, the weather they met on "
@@ -126,29 +127,30 @@ def test_a_tenant_with_one_request_does_not_wait_for_anothers_hundred(model_path
 
     def place(others: int) -> int:
         with Bench(model_path, slots=1, context_length=256) as bench:
-            first = bench.submit(RIVER, limit=12, tenant="many")
-            while not first.sequences[0].generated:
-                pass
-            for n in range(others):
-                bench.submit(f"{n} {RIVER}", limit=2, tenant="many")
-            mine = bench.submit(f"mine {RIVER}", limit=2, tenant="one")
+            mine: list[Job] = []
+
+            def more() -> None:
+                for n in range(others):
+                    bench.submit(f"{n} {RIVER}", limit=2, tenant="many")
+                mine.append(bench.submit(f"mine {RIVER}", limit=2, tenant="one"))
+
+            bench.at_first_text = more
+            bench.submit(RIVER, limit=12, tenant="many")
             bench.ends(others + 2)
-            return bench.order.index(mine.sequences[0])
+            return bench.order.index(mine[0].sequences[0])
 
     assert place(40) == place(1) == 1
 
 
 def test_a_heavier_tenant_gets_more(model_path: Path) -> None:
     with Bench(model_path, slots=1, context_length=256) as bench:
-        blocker = bench.submit(RIVER, limit=20, tenant="blocker")
-        while not blocker.sequences[0].generated:
-            pass
-        jobs = [
+        bench.at_first_text = lambda: [
             bench.submit(f"{n * 7} {tenant} {RIVER}", limit=4, tenant=tenant, weight=weight)
             for n in range(9)
             for tenant, weight in (("light", 1.0), ("heavy", 2.0))
         ]
-        bench.ends(1 + len(jobs))
+        bench.submit(RIVER, limit=20, tenant="blocker")
+        bench.ends(1 + 2 * 9)
         first_half = [sequence.job.tenant for sequence in bench.order[1:10]]
         assert first_half.count("heavy") == pytest.approx(6, abs=1)
 
@@ -200,6 +202,99 @@ def test_an_echoed_prompt_is_scored_token_by_token(model_path: Path) -> None:
         assert bench.text[scored.sequences[0]] == bench.model.detokenize(tokens)
         for entry, again in zip(bench.logprobs[made.sequences[0]], entries[-6:], strict=True):
             assert entry.logprob == pytest.approx(again.logprob, abs=0.05)
+
+
+def test_a_scored_prompt_is_told_once_also_after_a_preemption(model_path: Path) -> None:
+    with Bench(model_path, slots=1) as bench:
+        (alone,) = bench.run(STORY * 2, limit=20, echo=True, top_logprobs=0).sequences
+        bench.at_first_text = lambda: bench.submit(RIVER, limit=2)
+        (preempted,) = bench.submit(
+            STORY * 2, limit=20, echo=True, top_logprobs=0, priority="batch"
+        ).sequences
+        bench.ends(2)
+        assert bench.scheduler.stats.preemptions == 1
+        told = [entry.piece for entry in bench.logprobs[preempted]]
+        assert told == [entry.piece for entry in bench.logprobs[alone]]
+        assert len(told) == len(alone.tokens)
+
+
+def test_interactive_work_is_not_suspended_for_a_batch_prompt(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suspended: list[str] = []
+    with Bench(model_path, context_length=512, kv_tokens=512, batch_tokens=512) as bench:
+        bench.at_first_text = lambda: bench.submit(STORY * 9, limit=1, priority="batch")
+        suspend = bench.scheduler._suspend
+
+        def noting(victim: Sequence) -> None:
+            suspended.append(victim.job.priority)
+            suspend(victim)
+
+        monkeypatch.setattr(bench.scheduler, "_suspend", noting)
+        talks = [bench.submit(f"{n} {RIVER}", limit=110) for n in range(2)]
+        bench.ends(3)
+        assert all(talk.sequences[0].generated == 110 for talk in talks)
+    assert set(suspended) <= {"batch"}
+
+
+def test_interactive_work_waits_for_no_batch_prompt_that_it_shares(model_path: Path) -> None:
+    with Bench(model_path, slots=2, batch_tokens=32) as bench:
+        batch = bench.submit(STORY * 9, limit=1, priority="batch")
+        while not batch.sequences[0].computed:
+            pass
+        urgent = bench.submit(STORY * 5 + "So?", limit=1)
+        bench.ends(2)
+        assert bench.order == [*urgent.sequences, *batch.sequences]
+
+
+def test_batch_work_is_not_suspended_in_vain(model_path: Path) -> None:
+    """A prompt too long for the pool, also without the batch sequence, waits for what must end anyway."""
+    with Bench(model_path, slots=3, context_length=512, kv_tokens=512) as bench:
+        bench.at_first_text = lambda: bench.submit(f"Now: {STORY * 8}", limit=1)
+        bench.submit(STORY * 8, limit=30)
+        bench.submit(RIVER, limit=8, priority="batch")
+        bench.ends(3)
+        assert bench.scheduler.stats.preemptions == 0
+
+
+def test_after_a_failed_copy_slots_are_given_out_again(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        monkeypatch.undo()
+        raise RuntimeFault("llama_decode failed with status -3")
+
+    with Bench(model_path, slots=2) as bench:
+        bench.at_first_text = lambda: bench.submit(STORY * 2, limit=1)
+        bench.submit(RIVER, limit=8)  # in slot 0, while the other is in slot 1
+        bench.ends(2)
+        monkeypatch.setattr(bench.context, "decode", failing)
+        bench.submit(STORY * 2 + "And?")  # in slot 0, with a copy of slot 1's cells
+        assert isinstance(bench.ends(1)[0], Failed)
+        assert bench.run(STORY, limit=1).done
+
+
+def test_a_recurrent_models_state_goes_on_or_is_computed_anew(
+    model_path: Path, tmp_path: Path
+) -> None:
+    path = write_mamba(tmp_path / "mamba.gguf", model_path)
+    with Bench(path, slots=1, store_bytes=0) as alone:
+        base = alone.tokens(STORY * 2)
+        prompts = [base, [*base[:50], *alone.tokens(RIVER)]]
+        expected = [alone.run(prompt, limit=20, top_logprobs=0) for prompt in prompts]
+        answer = alone.generated(expected[0])
+        prompts.append([*base, *answer, *alone.tokens(RIVER)])
+        expected.append(alone.run(prompts[2], limit=20, top_logprobs=0))
+    with Bench(path, slots=2) as bench:
+        # One goes on where the first stopped, one begins alike but can't be cut back to there.
+        jobs = [bench.run(prompt, limit=20, top_logprobs=0) for prompt in prompts]
+        assert [bench.generated(job) for job in jobs] == [alone.generated(job) for job in expected]
+        assert jobs[1].usage(1).cached_tokens == 0
+        assert jobs[2].usage(1).cached_tokens == len(base) + len(answer) - 1
+        with pytest.raises(RuntimeFault, match="recurrent"):
+            speculation_of(
+                "prompt_lookup", bench.model, None, context_length=512, threads=1, gpu_layers=0
+            )
 
 
 def test_speculation_changes_no_token(model_path: Path) -> None:

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtest.benchmarks.engine import constrained, mixed, prefix, speculation, speed
+from loadtest.benchmarks.engine import constrained, mixed, prefix, sampling, speculation, speed
 from loadtest.benchmarks.engine.peers import CACHE, Peers, PeersError
 from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, Rig
 from loadtest.benchmarks.engine.table import heading
 
-_SECTIONS = ("speed", "mixed", "prefix", "speculation", "constrained")
+_SECTIONS = ("speed", "mixed", "prefix", "sampling", "speculation", "constrained")
 # A process of its own, as everything of serving's that is measured here.
 _PREPARE = """
 import sys
@@ -42,6 +42,7 @@ def main() -> int:
         ),
         "mixed": lambda rig: mixed.measure(rig, args.long_prompts, args.rounds),
         "prefix": lambda rig: prefix.measure(rig, args.rounds),
+        "sampling": lambda rig: sampling.measure(rig, args.rounds),
         "speculation": lambda rig: speculation.measure(rig, args.rounds),
         "constrained": lambda rig: constrained.measure(rig, args.rounds),
     }

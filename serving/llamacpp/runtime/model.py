@@ -55,6 +55,14 @@ class Model:
         return buffer.value.decode("utf-8", errors="replace") if length >= 0 else None
 
     @property
+    def has_state(self) -> bool:
+        """Whether it carries a state from token to token (Mamba, hybrids), which cannot be taken back."""
+        return bool(
+            llama_cpp.llama_model_is_recurrent(self.handle)
+            or llama_cpp.llama_model_is_hybrid(self.handle)
+        )
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja template stored in the file, if there is one."""
         template = llama_cpp.llama_model_chat_template(self.handle, None)

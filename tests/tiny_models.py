@@ -1,8 +1,8 @@
-"""Projector files (mmproj) with random weights, for image input: tiny, but whole in every mechanical way.
+"""Models and projectors (mmproj) with random weights: tiny, but whole in every mechanical way.
 
-Each has the shape of a real family's, as llama.cpp's conversion scripts write it: SmolVLM's tiles an
-image, Gemma 3's is attended to without a causal mask, Qwen2-VL's takes positions in two dimensions. What
-a model says of an image through one is nonsense.
+Each has the shape of a real family's, as llama.cpp's conversion scripts write it: SmolVLM's projector
+tiles an image, Gemma 3's is attended to without a causal mask, Qwen2-VL's takes positions in two
+dimensions, Mamba has a state in place of a cache. What they say is nonsense.
 """
 
 from __future__ import annotations
@@ -90,6 +90,45 @@ def write_qwen2vl(path: Path, vocabulary: Path) -> Path:
         writer.add_tensor(f"blk.{layer}.ffn_down.weight", random.matrix(width, 2 * width))
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, np.float32))
+    return _finish(writer)
+
+
+def write_mamba(path: Path, vocabulary: Path) -> Path:
+    """A recurrent language model: random weights, the vocabulary of another GGUF file."""
+    random, width, inner, state, rank, kernel = _Weights(), 64, 128, 16, 4, 4
+    reader = gguf.GGUFReader(vocabulary)
+    writer = gguf.GGUFWriter(path, "mamba")
+    _copy_fields(reader, writer, only="tokenizer.")
+    writer.add_block_count(2)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_ssm_conv_kernel(kernel)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
+    tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+    writer.add_tensor("token_embd.weight", random.matrix(tokens, width))
+    writer.add_tensor("output.weight", 3 * random.matrix(tokens, width))
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    decay = np.tile(np.arange(1, state + 1, dtype=np.float32), (inner, 1))
+    for layer in range(2):
+        tensors = {
+            "attn_norm.weight": np.ones(width, np.float32),
+            "ssm_in.weight": random.matrix(2 * inner, width),
+            "ssm_conv1d.weight": random.matrix(inner, kernel),
+            "ssm_conv1d.bias": np.zeros(inner, np.float32),
+            "ssm_x.weight": random.matrix(rank + 2 * state, inner),
+            "ssm_dt.weight": random.matrix(inner, rank),
+            "ssm_dt.bias": np.full(inner, -2, np.float32),
+            "ssm_a": -0.2 * decay,
+            "ssm_d": np.ones(inner, np.float32),
+            "ssm_out.weight": 2 * random.matrix(width, inner),
+        }
+        for name, tensor in tensors.items():
+            writer.add_tensor(f"blk.{layer}.{name}", tensor)
     return _finish(writer)
 
 
