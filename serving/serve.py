@@ -23,7 +23,8 @@ from serving.cost.prices import PriceBook
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import EngineStartError, Supervisor
-from serving.gateway.app import Gateway, create_app
+from serving.gateway.app import create_app
+from serving.gateway.intake import Gateway
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
 from serving.gateway.routing import Router

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -18,44 +15,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
-from serving.engines.supervisor import Endpoint, Engine
-from serving.gateway.metering import Meter
-from serving.gateway.relay import Relay
-from serving.gateway.routing import Router, adapters_of, endpoint_of
-from serving.metrics import UNKNOWN_MODEL, Metrics
-from serving.protocol.embeddings import (
-    DetokenizeRequest,
-    EmbeddingRequest,
-    RerankRequest,
-    TokenizeRequest,
-)
+from serving.engines.supervisor import Engine
+from serving.gateway.intake import Gateway, json_response
+from serving.gateway.routes import inference
+from serving.gateway.routing import adapters_of
 from serving.protocol.errors import ApiError, respond_with_error
-from serving.protocol.requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ModelRequest,
-    parse_chat,
-    parse_completion,
-)
 from serving.protocol.responses import model_json, new_id
-from serving.protocol.sse import CLIENT_CLOSED_REQUEST, ClientDisconnected, respond_to_nobody
+from serving.protocol.sse import ClientDisconnected, respond_to_nobody
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-@dataclass(slots=True)
-class Gateway:
-    """What the routes work with. ``draining`` turns new requests away while old ones finish."""
-
-    router: Router
-    relay: Relay
-    meter: Meter
-    metrics: Metrics
-    session: aiohttp.ClientSession
-    max_body_bytes: int
-    draining: bool = False
-    started_unix: int = field(default_factory=lambda: int(time.time()))
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -80,7 +49,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         """200 once every model takes requests, otherwise 503; the body tells each engine's state."""
         states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
         is_ready = not gateway.draining and all(e.endpoint for e in gateway.router.engines)
-        return _json({"ready": is_ready, "models": states}, 200 if is_ready else 503)
+        return json_response({"ready": is_ready, "models": states}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -92,43 +61,14 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def models() -> Response:
         """All models, aliases and LoRA adapters."""
         entries = [_model_entry(gateway, name) for name in gateway.router.names]
-        return _json({"object": "list", "data": entries})
+        return json_response({"object": "list", "data": entries})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One model."""
-        return _json(_model_entry(gateway, name))
+        return json_response(_model_entry(gateway, name))
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatCompletionRequest))
-    async def chat_completions(http: Request) -> Response:
-        """Answer a conversation."""
-        return await _complete(gateway, http, parse_chat)
-
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
-    async def completions(http: Request) -> Response:
-        """Continue a text."""
-        return await _complete(gateway, http, parse_completion)
-
-    @app.post("/v1/embeddings", openapi_extra=_body_schema(EmbeddingRequest))
-    async def embeddings(http: Request) -> Response:
-        """Turn texts into vectors."""
-        return await _complete(gateway, http, EmbeddingRequest.parse)
-
-    @app.post("/v1/rerank", openapi_extra=_body_schema(RerankRequest))
-    async def rerank(http: Request) -> Response:
-        """Order documents by what they have to do with a query."""
-        return await _complete(gateway, http, RerankRequest.parse)
-
-    @app.post("/tokenize", openapi_extra=_body_schema(TokenizeRequest))
-    async def tokenize(http: Request) -> Response:
-        """Tell the tokens of a text or a conversation."""
-        return await gateway.relay.ask(http, *await _admit(gateway, http, TokenizeRequest.parse))
-
-    @app.post("/detokenize", openapi_extra=_body_schema(DetokenizeRequest))
-    async def detokenize(http: Request) -> Response:
-        """Tell the text of tokens."""
-        return await gateway.relay.ask(http, *await _admit(gateway, http, DetokenizeRequest.parse))
-
+    app.include_router(inference.routes(gateway))
     return app
 
 
@@ -136,53 +76,6 @@ def _model_entry(gateway: Gateway, name: str) -> dict[str, Any]:
     engine = gateway.router.find(name)
     parent = engine.model.name if name in adapters_of(engine) else None
     return model_json(name, gateway.started_unix, parent)
-
-
-async def _complete(
-    gateway: Gateway, http: Request, parse: Callable[[bytes], ModelRequest]
-) -> Response:
-    return await gateway.relay.forward(http, *await _admit(gateway, http, parse))
-
-
-async def _admit(
-    gateway: Gateway, http: Request, parse: Callable[[bytes], ModelRequest]
-) -> tuple[Engine, Endpoint, ModelRequest]:
-    """Where a request goes, and what it says; those turned away are counted. Raises :class:`ApiError`."""
-    model = UNKNOWN_MODEL
-    try:
-        body = parse(await _read_body(http, gateway.max_body_bytes))
-        engine = gateway.router.find(body.model)
-        model = engine.model.name
-        if gateway.draining:
-            raise ApiError(
-                503, "The server is shutting down.", code="draining", retry_after_seconds=5
-            )
-        endpoint = endpoint_of(engine)
-    except ApiError as error:
-        gateway.meter.unmetered(model, http.url.path, error.status)
-        raise
-    except ClientDisconnect:
-        gateway.meter.unmetered(model, http.url.path, CLIENT_CLOSED_REQUEST)
-        raise
-    return engine, endpoint, body
-
-
-async def _read_body(http: Request, limit_bytes: int) -> bytes:
-    """The request's body; raises :class:`ApiError` (413) as soon as it proves too large."""
-    declared = http.headers.get("content-length", "")
-    body = bytearray()
-    if not (declared.isdigit() and int(declared) > limit_bytes):
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > limit_bytes:
-                break
-        else:
-            return bytes(body)
-    raise ApiError(
-        413,
-        f"The request body is larger than {limit_bytes} bytes (server.max_body_bytes).",
-        code="request_too_large",
-    )
 
 
 async def _ask_engines(gateway: Gateway) -> None:
@@ -213,18 +106,6 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
             return load
     except (aiohttp.ClientError, TimeoutError):
         return {}
-
-
-def _json(payload: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(payload), status, media_type="application/json")
-
-
-def _body_schema(kind: type[ModelRequest]) -> dict[str, Any]:
-    """OpenAPI's description of a body that the route parses by itself."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    for part in schema.pop("$defs", {}).values():
-        part.pop("title", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _respond_with_http_error(_request: Request, error: Exception) -> Response:

@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import orjson
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
+from starlette.types import Message, Receive
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.metering import Meter, Request
 from serving.gateway.routing import adapters_of
 from serving.gateway.stream import StreamTap
+from serving.gateway.translation import Translation, translated
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import GenerationRequest, ModelRequest, StreamOptions
 from serving.protocol.responses import Timings, Usage, new_id
@@ -27,7 +30,7 @@ from serving.protocol.sse import (
     event,
     while_connected,
 )
-from serving.protocol.tenancy import Tenancy
+from serving.protocol.tenancy import Priority, Tenancy
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +45,27 @@ _NOTHING_USED = {
 }
 
 
+async def _never() -> Message:
+    """What is received from a client that is not there: it does not hang up either."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer. ``endpoint`` is what it is metered as; ``batch`` gives way to others."""
+
+    request_id: str
+    endpoint: str
+    receive: Receive = _never
+    priority: Priority = "interactive"
+
+    @staticmethod
+    def of(http: HttpRequest) -> Caller:
+        """The client of a request, whose body has been read."""
+        return Caller(http.state.request_id, http.url.path, http.receive)
+
+
 class Relay:
     """Sends requests to engines over one pool of connections."""
 
@@ -54,16 +78,21 @@ class Relay:
         self.open_requests = 0
 
     async def forward(
-        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: ModelRequest
+        self,
+        caller: Caller,
+        engine: Engine,
+        endpoint: Endpoint,
+        body: ModelRequest,
+        translation: Translation | None = None,
     ) -> Response:
-        """Answer a request through its engine.
+        """Answer a request through its engine, in the words of ``translation`` if there is one.
 
         Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more.
         """
-        call = _Call(self._session, engine, endpoint, http.url.path, body)
+        call = _Call(self._session, engine, endpoint, body, caller.priority)
         request = Request(
-            id=http.state.request_id,
-            endpoint=http.url.path,
+            id=caller.request_id,
+            endpoint=caller.endpoint,
             model=engine.model,
             adapter=body.model if body.model in adapters_of(engine) else None,
             user=body.user or "-",
@@ -73,36 +102,39 @@ class Relay:
         self.open_requests += 1
         self._idle.clear()
         if isinstance(body, GenerationRequest) and body.stream:
-            return await self._stream(http, call, request, forward_usage=body.wants_usage_chunk)
-        return await self._whole(http, call, request)
+            tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
+            return await self._stream(caller, call, request, tap, translation)
+        return await self._whole(caller, call, request, translation)
 
     async def ask(
-        self, http: HttpRequest, engine: Engine, endpoint: Endpoint, body: ModelRequest
+        self, caller: Caller, engine: Engine, endpoint: Endpoint, body: ModelRequest
     ) -> Response:
         """Answer a request that uses no tokens through its engine: it is counted, but not in the ledger.
 
         Raises as :meth:`forward` does.
         """
-        call = _Call(self._session, engine, endpoint, http.url.path, body)
+        call = _Call(self._session, engine, endpoint, body, caller.priority)
         status = CLIENT_CLOSED_REQUEST
         try:
-            answer, payload = await while_connected(http.receive, call.answer())
+            answer, payload = await while_connected(caller.receive, call.answer())
             status = answer.status
         except ApiError as error:
             status = error.status
             raise
         finally:
-            self._meter.unmetered(engine.model.name, http.url.path, status)
+            self._meter.unmetered(engine.model.name, caller.endpoint, status)
         return _relayed(answer, payload)
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
         await self._idle.wait()
 
-    async def _whole(self, http: HttpRequest, call: _Call, request: Request) -> Response:
+    async def _whole(
+        self, caller: Caller, call: _Call, request: Request, translation: Translation | None
+    ) -> Response:
         answering = asyncio.create_task(call.answer())
         try:
-            await while_connected(http.receive, _finished(answering))
+            await while_connected(caller.receive, _finished(answering))
         except ClientDisconnected:
             self._settle(self._settle_whole(call, request, answering))
             raise
@@ -112,7 +144,7 @@ class Relay:
             self._finish(request, error.status, None)
             raise
         self._finish(request, answer.status, _final(answer, payload))
-        return _relayed(answer, payload)
+        return _relayed(answer, payload, translation)
 
     async def _settle_whole(
         self,
@@ -135,11 +167,16 @@ class Relay:
         self._finish(request, CLIENT_CLOSED_REQUEST, final)
 
     async def _stream(
-        self, http: HttpRequest, call: _Call, request: Request, *, forward_usage: bool
+        self,
+        caller: Caller,
+        call: _Call,
+        request: Request,
+        tap: StreamTap,
+        translation: Translation | None,
     ) -> Response:
         opening = asyncio.create_task(call.open())
         try:
-            await while_connected(http.receive, _finished(opening))
+            await while_connected(caller.receive, _finished(opening))
         except ClientDisconnected:
             self._settle(self._settle_opening(call, request, opening))
             raise
@@ -148,14 +185,14 @@ class Relay:
             if upstream.status != 200:
                 payload = await upstream.read()
                 self._finish(request, upstream.status, _final(upstream, payload))
-                return _relayed(upstream, payload)
+                return _relayed(upstream, payload, translation)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
             self._finish(request, refusal.status, None)
             raise refusal from error
-        tap = StreamTap(forward_usage=forward_usage)
+        chunks = self._chunks(call, request, upstream, tap)
         return EventStream(
-            self._chunks(call, request, upstream, tap),
+            translated(chunks, translation) if translation else chunks,
             on_close=lambda: self._settle(self._settle_stream(call, request, upstream, tap)),
         )
 
@@ -226,13 +263,13 @@ class _Call:
         session: aiohttp.ClientSession,
         engine: Engine,
         endpoint: Endpoint,
-        path: str,
         body: ModelRequest,
+        priority: Priority,
     ) -> None:
         self.engine = engine
         self._session = session
         self._endpoint = endpoint
-        self._url = self._endpoint.base_url + path
+        self._url = self._endpoint.base_url + body.path
         self._body = _for_engine(engine, body)
         # Clients may repeat their request ids; the engine needs one that is unique.
         self._engine_request_id = new_id("call")
@@ -240,7 +277,7 @@ class _Call:
             "authorization": f"Bearer {self._endpoint.api_key}",
             "content-type": "application/json",
             "x-request-id": self._engine_request_id,
-            **_tenancy_of(body).to_headers(),
+            **_tenancy_of(body, priority).to_headers(),
         }
 
     async def open(self) -> aiohttp.ClientResponse:
@@ -275,9 +312,10 @@ def _is_streamed(body: ModelRequest) -> bool:
     return isinstance(body, GenerationRequest) and bool(body.stream)
 
 
-def _tenancy_of(body: ModelRequest) -> Tenancy:
-    """Requests of one ``user`` stand in one line."""
-    priority = body.priority if isinstance(body, GenerationRequest) else "interactive"
+def _tenancy_of(body: ModelRequest, priority: Priority) -> Tenancy:
+    """Requests of one ``user`` stand in one line; one may ask for less ``priority`` than it could have."""
+    if isinstance(body, GenerationRequest) and body.priority == "batch":
+        priority = "batch"
     return Tenancy(tenant=body.user or "-", priority=priority)
 
 
@@ -306,7 +344,13 @@ def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | N
     return body
 
 
-def _relayed(answer: aiohttp.ClientResponse, payload: bytes) -> Response:
+def _relayed(
+    answer: aiohttp.ClientResponse, payload: bytes, translation: Translation | None = None
+) -> Response:
+    if translation is not None:
+        body = orjson.loads(payload)
+        told = translation.answer(body) if answer.ok else translation.refusal(answer.status, body)
+        payload = orjson.dumps(told)
     retry_after = answer.headers.get("retry-after")
     headers = {"retry-after": retry_after} if retry_after else {}
     return Response(payload, answer.status, headers, media_type="application/json")

@@ -21,11 +21,12 @@ from serving.llamacpp.sequence import Failed, Finished, Job, TextDelta
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
     ChatCompletionRequest,
+    CompletionRequest,
     GenerationRequest,
-    parse_chat,
-    parse_completion,
-    parse_load_adapter,
-    parse_unload_adapter,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    read_object,
+    validated,
 )
 from serving.protocol.responses import Choice, Envelope, model_json
 from serving.protocol.sse import DONE, EventStream, event, while_connected
@@ -68,7 +69,7 @@ class _Server:
 
     async def load_adapter(self, http: Request) -> Response:
         """Serve a LoRA adapter, too; the answer is its entry in the list of models."""
-        wanted = parse_load_adapter(await http.body())
+        wanted = validated(LoadAdapterRequest, read_object(await http.body()))
         await self._engine.adapters.add(
             AdapterFile(wanted.lora_name, Path(wanted.lora_path), wanted.scale)
         )
@@ -76,7 +77,7 @@ class _Server:
 
     async def unload_adapter(self, http: Request) -> Response:
         """Take no more requests for an adapter; those under way finish."""
-        name = parse_unload_adapter(await http.body()).lora_name
+        name = validated(UnloadAdapterRequest, read_object(await http.body())).lora_name
         self._engine.adapters.remove(name)
         return json_response({"id": name, "object": "model", "deleted": True})
 
@@ -91,12 +92,12 @@ class _Server:
         return Response(status_code=204)
 
     async def chat_completions(self, http: Request) -> Response:
-        request = parse_chat(await http.body())
+        request = ChatCompletionRequest.parse(await http.body())
         job, replies = await self._engine.chat(request, Tenancy.from_headers(http.headers))
         return await self._answer(http, request, job, replies, chat=True)
 
     async def completions(self, http: Request) -> Response:
-        request = parse_completion(await http.body())
+        request = CompletionRequest.parse(await http.body())
         job, replies = await self._engine.complete(request, Tenancy.from_headers(http.headers))
         return await self._answer(http, request, job, replies, chat=False)
 

@@ -18,6 +18,8 @@ MAX_INPUTS = 2048
 class EmbeddingRequest(ModelRequest):
     """Body of ``POST /v1/embeddings``."""
 
+    path = "/v1/embeddings"
+
     input: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(
@@ -50,6 +52,8 @@ class EmbeddingRequest(ModelRequest):
 class RerankRequest(ModelRequest):
     """Body of ``POST /v1/rerank``."""
 
+    path = "/v1/rerank"
+
     query: str = Field(min_length=1)
     documents: ListOf[str] = Field(min_length=1, max_length=MAX_INPUTS)
     top_n: int | None = Field(None, ge=1, description="Best results to return; unset: all.")
@@ -58,6 +62,8 @@ class RerankRequest(ModelRequest):
 
 class TokenizeRequest(ModelRequest):
     """Body of ``POST /tokenize``: a text, or a conversation that is rendered first."""
+
+    path = "/tokenize"
 
     prompt: str | None = None
     messages: Annotated[ListOf[Message], Field(min_length=1)] | None = None
@@ -91,6 +97,8 @@ class TokenizeRequest(ModelRequest):
 
 class DetokenizeRequest(ModelRequest):
     """Body of ``POST /detokenize``."""
+
+    path = "/detokenize"
 
     tokens: ListOf[int]
 

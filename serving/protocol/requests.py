@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     Discriminator,
@@ -31,27 +31,6 @@ _MAX_INT32 = 2**31 - 1
 # What an answer's message holds beside its text: clients send it back as it came, mostly null.
 _ANSWER_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
 
-# Fields of OpenAI's API that no engine of ours implements yet, and the values that ask for nothing.
-_CHAT_REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "safety_identifier": (),
-    "store": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_COMPLETION_REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-}
-
 
 class StreamOptions(_Body):
     """``include_usage`` asks for one more chunk, before ``[DONE]``, with the request's usage."""
@@ -61,7 +40,14 @@ class StreamOptions(_Body):
 
 
 class ModelRequest(_Body):
-    """What every request to a model has."""
+    """What every request to a model has.
+
+    ``path``: where an engine takes it. ``refused``: fields of OpenAI's API that no engine of ours
+    implements yet, and the values that ask for nothing.
+    """
+
+    path: ClassVar[str]
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str = Field(min_length=1, max_length=256)
     user: str | None = Field(None, max_length=256)
@@ -69,7 +55,21 @@ class ModelRequest(_Body):
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Parse a request's body; raises :class:`ApiError` (400) that names the field at fault."""
-        return _parse(cls, body, {})
+        return cls.of(read_object(body))
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Self:
+        """The request with these fields; raises :class:`ApiError` (400) that names the one at fault."""
+        for name, asks_for_nothing in cls.refused.items():
+            value = fields.get(name)
+            if value is not None and value not in asks_for_nothing:
+                raise ApiError(
+                    400,
+                    f"'{name}' is not supported by this server; leave it out.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        return validated(cls, {name: fields[name] for name in fields if name not in cls.refused})
 
 
 class GenerationRequest(StructuredRequest, ModelRequest):
@@ -324,6 +324,24 @@ class Message(_Body):
 class ChatCompletionRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
+    path = "/v1/chat/completions"
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "safety_identifier": (),
+        "store": (False,),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
     messages: ListOf[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     logprobs: bool | None = None
@@ -426,6 +444,9 @@ class ChatCompletionRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
+    path = "/v1/completions"
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (1,)}
+
     prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32)
     echo: bool | None = None
@@ -484,27 +505,8 @@ class UnloadAdapterRequest(_Body):
 _Request = TypeVar("_Request", bound=_Body)
 
 
-def parse_chat(body: bytes) -> ChatCompletionRequest:
-    """Parse a chat completion request; raises :class:`ApiError` (400) that names the field at fault."""
-    return _parse(ChatCompletionRequest, body, _CHAT_REFUSED)
-
-
-def parse_completion(body: bytes) -> CompletionRequest:
-    """Parse a text completion request; raises :class:`ApiError` (400) that names the field at fault."""
-    return _parse(CompletionRequest, body, _COMPLETION_REFUSED)
-
-
-def parse_load_adapter(body: bytes) -> LoadAdapterRequest:
-    """Parse a request for an adapter; raises :class:`ApiError` (400) that names the field at fault."""
-    return _parse(LoadAdapterRequest, body, {})
-
-
-def parse_unload_adapter(body: bytes) -> UnloadAdapterRequest:
-    """Parse a request to drop an adapter; raises :class:`ApiError` (400) that names the field at fault."""
-    return _parse(UnloadAdapterRequest, body, {})
-
-
-def _parse(kind: type[_Request], body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> _Request:
+def read_object(body: bytes) -> dict[str, Any]:
+    """A request's body, a JSON object; raises :class:`ApiError` (400)."""
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -513,15 +515,11 @@ def _parse(kind: type[_Request], body: bytes, refused: Mapping[str, tuple[Any, .
         ) from error
     if not isinstance(fields, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
-    for name, asks_for_nothing in refused.items():
-        value = fields.pop(name, None)
-        if value is not None and value not in asks_for_nothing:
-            raise ApiError(
-                400,
-                f"'{name}' is not supported by this server; leave it out.",
-                param=name,
-                code="unsupported_parameter",
-            )
+    return fields
+
+
+def validated(kind: type[_Request], fields: dict[str, Any]) -> _Request:
+    """A body with these fields; raises :class:`ApiError` (400) that names the one at fault."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

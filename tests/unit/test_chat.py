@@ -10,7 +10,7 @@ import pytest
 from serving.chat.rendering import ChatPrompt, ChatRenderer, ChatReply
 from serving.chat.template import ChatTemplate
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import parse_chat
+from serving.protocol.requests import ChatCompletionRequest
 from serving.protocol.responses import Choice
 
 USER = {"role": "user", "content": "hi"}
@@ -34,7 +34,7 @@ TOOLS = [tool("look"), tool("walk")]
 def prepare(source: str, *messages: dict[str, Any], **fields: Any) -> ChatPrompt:
     template = ChatTemplate(source, bos_text="", eos_text="", tokenizer_adds_bos=False)
     body = {"model": "m", "messages": messages or [USER], **fields}
-    request = parse_chat(json.dumps(body).encode())
+    request = ChatCompletionRequest.parse(json.dumps(body).encode())
     return ChatRenderer(template, lambda _: None).prepare(request)
 
 

@@ -10,18 +10,18 @@ import orjson
 import pytest
 
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import parse_chat, parse_completion
+from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def chat(**fields: Any) -> Any:
-    return parse_chat(json.dumps(HELLO | fields).encode())
+    return ChatCompletionRequest.parse(json.dumps(HELLO | fields).encode())
 
 
 def refusal(body: bytes) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        parse_chat(body)
+        ChatCompletionRequest.parse(body)
     assert caught.value.status == 400
     return caught.value
 
@@ -52,7 +52,7 @@ def test_what_sdks_parsed_of_an_answer_may_be_sent_back() -> None:
 def test_the_error_is_that_of_the_form_that_came_closest() -> None:
     body = json.dumps({"model": "m", "prompt": [[1], [2, "x"]]}).encode()
     with pytest.raises(ApiError, match="should be a valid integer") as caught:
-        parse_completion(body)
+        CompletionRequest.parse(body)
     assert caught.value.param == "prompt[1][1]"
 
 
@@ -166,14 +166,14 @@ def test_missing_fields_are_named() -> None:
 )
 def test_prompts_come_in_four_forms(prompt: Any, prompts: list[Any]) -> None:
     body = json.dumps({"model": "m", "prompt": prompt}).encode()
-    assert parse_completion(body).prompts == prompts
-    assert parse_completion(body).token_limit == 16
+    assert CompletionRequest.parse(body).prompts == prompts
+    assert CompletionRequest.parse(body).token_limit == 16
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], {}, 5, None, [1, "a"]])
 def test_a_bad_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_completion(json.dumps({"model": "m", "prompt": prompt}).encode())
+        CompletionRequest.parse(json.dumps({"model": "m", "prompt": prompt}).encode())
     assert caught.value.param is not None
     assert caught.value.param.startswith("prompt")
 
@@ -181,5 +181,5 @@ def test_a_bad_prompt_is_refused(prompt: Any) -> None:
 @pytest.mark.parametrize("field", ["echo", "best_of"])
 def test_wrong_and_unsupported_completion_fields_are_refused_by_name(field: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_completion(json.dumps({"model": "m", "prompt": "a", field: "yes"}).encode())
+        CompletionRequest.parse(json.dumps({"model": "m", "prompt": "a", field: "yes"}).encode())
     assert caught.value.param == field

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import parse_chat, parse_completion
+from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 from serving.protocol.structured import ConstraintSpec
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -17,11 +17,11 @@ SCHEMA = {"type": "object", "properties": {"b": {}, "a": {"const": "é"}}}
 
 
 def chat(**fields: Any) -> ConstraintSpec | None:
-    return parse_chat(json.dumps(CHAT | fields).encode()).constraint
+    return ChatCompletionRequest.parse(json.dumps(CHAT | fields).encode()).constraint
 
 
 def text(**fields: Any) -> ConstraintSpec | None:
-    return parse_completion(json.dumps(TEXT | fields).encode()).constraint
+    return CompletionRequest.parse(json.dumps(TEXT | fields).encode()).constraint
 
 
 def json_schema(**fields: Any) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from serving.engines.launch import free_port
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.metering import Meter
-from serving.gateway.relay import Relay
+from serving.gateway.relay import Caller, Relay
 from serving.hardware.energy import open_meter
 from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import parse_chat, parse_completion
+from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 from serving.protocol.responses import Timings, Usage
 from serving.protocol.tenancy import Priority, Tenancy
 
@@ -59,10 +59,10 @@ def engine_sees(folder: Path, body: dict[str, Any], client_headers: dict[str, st
             meter = Meter(ledger, Metrics(), CostModel(cost), PriceBook(()), power)
             async with aiohttp.ClientSession() as session:
                 response = await Relay(session, meter).forward(
-                    from_client(client_headers),
+                    Caller.of(from_client(client_headers)),
                     Engine(model, LlamaCppLauncher(folder)),
                     Endpoint(f"http://127.0.0.1:{port}", "key"),
-                    parse_chat(json.dumps(body).encode()),
+                    ChatCompletionRequest.parse(json.dumps(body).encode()),
                 )
             assert response.status_code == 200
         await runner.cleanup()
@@ -135,15 +135,18 @@ def test_a_header_that_makes_no_sense_is_named(name: str, value: str) -> None:
     [(None, "interactive"), ("auto", "interactive"), ("default", "interactive"), ("flex", "batch")],
 )
 def test_the_service_tier_says_how_urgent_a_chat_is(tier: str | None, priority: Priority) -> None:
-    assert parse_chat(json.dumps(HELLO | {"service_tier": tier}).encode()).priority == priority
+    assert (
+        ChatCompletionRequest.parse(json.dumps(HELLO | {"service_tier": tier}).encode()).priority
+        == priority
+    )
 
 
 @pytest.mark.parametrize("tier", ["priority", "scale", "fast", 1])
 def test_other_tiers_are_refused(tier: object) -> None:
     with pytest.raises(ApiError) as refusal:
-        parse_chat(json.dumps(HELLO | {"service_tier": tier}).encode())
+        ChatCompletionRequest.parse(json.dumps(HELLO | {"service_tier": tier}).encode())
     assert (refusal.value.status, refusal.value.param) == (400, "service_tier")
 
 
 def test_text_completions_have_no_tier() -> None:
-    assert parse_completion(b'{"model":"m","prompt":"x"}').priority == "interactive"
+    assert CompletionRequest.parse(b'{"model":"m","prompt":"x"}').priority == "interactive"

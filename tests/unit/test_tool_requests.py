@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import ChatCompletionRequest, parse_chat
+from serving.protocol.requests import ChatCompletionRequest
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -29,7 +29,7 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:
-    return parse_chat(json.dumps(HELLO | fields).encode())
+    return ChatCompletionRequest.parse(json.dumps(HELLO | fields).encode())
 
 
 @pytest.mark.parametrize(
@@ -153,4 +153,4 @@ def test_a_conversation_with_calls_passes_the_gateway_unchanged() -> None:
     sent = request.model_dump(exclude_none=True, by_alias=True)
     assert sent["tools"][0]["function"]["parameters"] == schema
     assert sent["chat_template_kwargs"] == {"enable_thinking": None}
-    assert parse_chat(json.dumps(sent).encode()) == request
+    assert ChatCompletionRequest.parse(json.dumps(sent).encode()) == request

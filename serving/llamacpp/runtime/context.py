@@ -66,6 +66,7 @@ class Context:
         self._vocab_size = model.vocab_size
         self._memory = llama_cpp.llama_get_memory(handle)
         self._batch = Batch(rows)
+        self._adapter: LoraAdapter | None = None
         self._output_of: dict[int, int] = {}
         self._logits: NDArray[np.float32]
 
@@ -89,7 +90,9 @@ class Context:
 
     def use_adapter(self, adapter: LoraAdapter | None) -> None:
         """Apply an adapter, or none, to every row of the batches that follow."""
-        use_adapter(self.handle, adapter)
+        if adapter is not self._adapter:
+            use_adapter(self.handle, adapter)
+            self._adapter = adapter
 
     def decode_images(
         self, images: Sequence[ImageRows], slots: Sequence[int], outputs: Sequence[bool]

@@ -1,0 +1,55 @@
+"""How another API's answers are made of those to a chat completion."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+import orjson
+
+_DATA, _END = b"data: ", b"\n\n"
+
+
+class Translation(Protocol):
+    """One request's way back. Only the methods for what was asked for, whole or streamed, are called."""
+
+    def answer(self, completion: dict[str, Any]) -> dict[str, Any]:
+        """The body of a whole answer, from a chat completion's."""
+        ...
+
+    def refusal(self, status: int, error: dict[str, Any]) -> dict[str, Any]:
+        """The body of an error response, from OpenAI's (``{"error": {...}}``)."""
+        ...
+
+    def chunk(self, chunk: dict[str, Any]) -> bytes:
+        """The events, as bytes, that a stream's chunk brings; the one with the usage is the last."""
+        ...
+
+    def failure(self, error: dict[str, Any]) -> bytes:
+        """The events that end a stream in which something went wrong."""
+        ...
+
+    def end(self) -> bytes:
+        """The events that end a stream in the ordinary way."""
+        ...
+
+
+async def translated(
+    chunks: AsyncGenerator[bytes, None], translation: Translation
+) -> AsyncGenerator[bytes, None]:
+    """A stream of whole events of a chat completion in the words of another API."""
+    try:
+        async for data in chunks:
+            told = b"".join(_told(event, translation) for event in data.split(_END) if event)
+            if told:
+                yield told
+    finally:
+        await chunks.aclose()
+
+
+def _told(event: bytes, translation: Translation) -> bytes:
+    data = event.removeprefix(_DATA)
+    if data == b"[DONE]":
+        return translation.end()
+    payload: dict[str, Any] = orjson.loads(data)
+    return translation.failure(payload) if "error" in payload else translation.chunk(payload)
