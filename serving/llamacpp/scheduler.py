@@ -8,7 +8,6 @@ split KV streams llama.cpp computes the two apart anyway.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -230,10 +229,9 @@ class Scheduler:
     def _take_arrivals(self) -> None:
         """Do what other threads asked for; sleeps when there is nothing to do."""
         idle = not self._running and not len(self._waiting)
-        with contextlib.suppress(queue.Empty):
-            self._inbox.get(block=idle)()
-            while True:
-                self._inbox.get_nowait()()
+        while idle or not self._inbox.empty():
+            self._inbox.get()()
+            idle = False
 
     def _enqueue(self, job: Job) -> None:
         for sequence in job.sequences:

@@ -34,9 +34,10 @@ class TextStream:
         return text
 
     def _release(self) -> str:
-        if self.stopped:
+        if self.stopped or not self._stop_strings:
+            text = "" if self.stopped else self._held
             self._held = ""
-            return ""
+            return text
         found = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True

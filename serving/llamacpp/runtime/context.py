@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import compress, count
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -69,6 +70,7 @@ class Context:
         self._adapter: LoraAdapter | None = None
         self._output_of: dict[int, int] = {}
         self._logits: NDArray[np.float32]
+        self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
 
     def close(self) -> None:
         """Free the KV memory."""
@@ -127,8 +129,15 @@ class Context:
         llama_cpp.llama_synchronize(self.handle)
         self._output_of = {row: at for at, row in enumerate(compress(count(), outputs))}
         if self._output_of:
-            pointer = llama_cpp.llama_get_logits(self.handle)
-            self._logits = np.ctypeslib.as_array(pointer, (len(self._output_of), self._vocab_size))
+            self._logits = self._view(llama_cpp.llama_get_logits(self.handle))
+
+    def _view(self, pointer: Any) -> NDArray[np.float32]:
+        """The output rows as an array; llama.cpp keeps them in one place, and a view takes long to make."""
+        key = ctypes.addressof(pointer.contents), len(self._output_of)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = np.ctypeslib.as_array(pointer, (key[1], self._vocab_size))
+        return view
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a row of the last batch, ``[vocab_size]``: llama.cpp's own memory.
