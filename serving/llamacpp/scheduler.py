@@ -41,8 +41,12 @@ from serving.protocol.responses import FinishReason, TokenLogprob
 
 _log = logging.getLogger(__name__)
 
+Kind = tuple[Phase, LoraAdapter | None]
+
 _WATCH_SECONDS = 0.5
 _EXIT_CODE = 70
+# Prefill steps in a row while more sequences wait for their first token than for their next.
+_PREFILL_TURNS = 4
 # Every row of a scored prompt brings its logits to main memory; this many at a time.
 _SCORED_ROWS = 64
 
@@ -123,7 +127,8 @@ class Scheduler:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0
         self._unfinished_lock = threading.Lock()
-        self._last_run: dict[tuple[Phase, LoraAdapter | None], int] = {}
+        self._last_run: dict[Kind, int] = {}
+        self._turns = 0
         self._step_batch: Batch | None = None
         self._step_started = 0.0
         self._stopping = threading.Event()
@@ -295,8 +300,8 @@ class Scheduler:
         self.stats.preemptions += 1
 
     def _build(self) -> Batch | None:
-        """The batch of the kind of work that has waited longest."""
-        kinds: dict[tuple[Phase, LoraAdapter | None], list[Sequence]] = {}
+        """The batch of the next step."""
+        kinds: dict[Kind, list[Sequence]] = {}
         for sequence in self._running:
             if sequence.leader is not None:
                 if not self._slots.follow(sequence):
@@ -305,15 +310,28 @@ class Scheduler:
             kinds.setdefault((sequence.phase, sequence.job.adapter), []).append(sequence)
         if not kinds:
             return None
-        kind = min(kinds, key=lambda kind: (self._last_run.get(kind, 0), kind[0] is Phase.DECODE))
-        self._last_run = {each: self._last_run.get(each, 0) for each in kinds}
-        self._last_run[kind] = max(self._last_run.values()) + 1
+        kind = self._next_kind(kinds)
         batch = Batch(*kind)
         if batch.phase is Phase.PREFILL:
             self._add_chunks(batch, kinds[kind])
         else:
             self._add_next_tokens(batch, kinds[kind])
         return batch if batch.spans else None
+
+    def _next_kind(self, kinds: dict[Kind, list[Sequence]]) -> Kind:
+        """The kind of work that has waited longest; but prefill may go on for a while if more need it."""
+        kind = min(kinds, key=lambda kind: (self._last_run.get(kind, 0), kind[0] is Phase.DECODE))
+        last = max(self._last_run, key=lambda kind: self._last_run[kind], default=kind)
+        if (
+            self._turns < _PREFILL_TURNS
+            and (last[0], kind[0]) == (Phase.PREFILL, Phase.DECODE)
+            and len(kinds.get(last, ())) > len(kinds[kind])
+        ):
+            kind = last
+        self._turns = self._turns + 1 if kind == last else 1
+        self._last_run = {each: self._last_run.get(each, 0) for each in kinds}
+        self._last_run[kind] = max(self._last_run.values()) + 1
+        return kind
 
     def _add_chunks(self, batch: Batch, prefilling: list[Sequence]) -> None:
         """Chunks of prompts, as many tokens as a batch may hold, in fair order between tenants."""
@@ -322,9 +340,10 @@ class Scheduler:
         for sequence in self._waiting.order(prefilling):
             if chunks and not sequence.goes_with(chunks[0][0]):
                 continue
-            at_most = min(budget, _SCORED_ROWS) if sequence.scores_prompt else budget
-            count = min(sequence.stretch, at_most)
-            if count:
+            at_most = _SCORED_ROWS if sequence.scores_prompt else self._context.batch_tokens
+            count = min(sequence.stretch, at_most, budget)
+            # Rows beyond the shortest chunk are computed apart, so a piece of a prompt should be worth it.
+            if count == sequence.stretch or 2 * count >= at_most or not chunks:
                 chunks.append((sequence, count))
                 budget -= count
         for sequence, count in self._in_room(chunks):

@@ -204,6 +204,25 @@ def test_an_echoed_prompt_is_scored_token_by_token(model_path: Path) -> None:
             assert entry.logprob == pytest.approx(again.logprob, abs=0.05)
 
 
+def test_prompts_go_first_while_more_wait_for_a_first_token(model_path: Path) -> None:
+    with Bench(model_path, slots=8, batch_tokens=32) as bench:
+        prompts = [[2000 + n] * 30 for n in range(8)]  # one a step
+        bench.at_first_text = lambda: [bench.submit(prompt, limit=2) for prompt in prompts[1:]]
+        bench.submit(prompts[0], limit=2)
+        bench.ends(8)
+        assert sum(bench.scheduler.stats.prefill_steps.values()) == 8
+        assert sum(bench.scheduler.stats.decode_steps.values()) <= 6
+
+
+def test_but_not_for_long(model_path: Path) -> None:
+    with Bench(model_path, batch_tokens=32) as bench:
+        prompts = [[2000 + n] * 300 for n in range(3)]
+        bench.at_first_text = lambda: [bench.submit(prompt, limit=1) for prompt in prompts]
+        decoding = bench.submit(RIVER, limit=6)
+        ends = [end.sequence.job for end in bench.ends(4)]
+        assert ends.index(decoding) < 3
+
+
 def test_a_scored_prompt_is_told_once_also_after_a_preemption(model_path: Path) -> None:
     with Bench(model_path, slots=1) as bench:
         (alone,) = bench.run(STORY * 2, limit=20, echo=True, top_logprobs=0).sequences
