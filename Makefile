@@ -11,12 +11,13 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak lint bench-engine bench-peers setup setup-dev python clean
+.PHONY: help serve test soak lint api-docs bench-engine bench-peers setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make lint    set up, then check style, types and import rules'
+	@echo 'make api-docs   write docs/api.md from the code'
 	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
 	@echo 'make clean   remove .venv'
 	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
@@ -36,6 +37,9 @@ lint: setup-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+api-docs: setup-dev
+	.venv/bin/python -m tools.api_docs
 
 # Needs a quiet machine. The tables are printed, and appended to the results.
 bench-engine: bench-peers

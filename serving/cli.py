@@ -21,6 +21,7 @@ from serving.cost.comparison import compare
 from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
+from serving.gateway.filters import filters_of
 from serving.serve import ServeError, ledger_path, serve
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
@@ -151,6 +152,7 @@ def _cost(args: argparse.Namespace) -> int:
 
 def _config_check(args: argparse.Namespace) -> int:
     config = load_config(args.config)
+    filters_of(config.models, lenient=config.server.lenient)
     names = ", ".join(model.name for model in config.models)
     print(f"{args.config}: ok; serves {names} on {config.server.host}:{config.server.port}")
     return 0

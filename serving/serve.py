@@ -24,9 +24,12 @@ from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import EngineStartError, Supervisor
 from serving.gateway.app import create_app
+from serving.gateway.background import BackgroundResponses
+from serving.gateway.database import DatabaseError
 from serving.gateway.intake import Gateway
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
+from serving.gateway.response_store import ResponseStore
 from serving.gateway.routing import Router
 from serving.hardware.energy import open_meter
 from serving.metrics import Metrics
@@ -53,12 +56,20 @@ def serve(config: Config) -> None:
     with (
         closing(_listen(config.server.host, config.server.port)) as listener,
         closing(Ledger(ledger_path(config))) as ledger,
+        closing(_response_store(config)) as responses,
         closing(open_meter(config.cost.power)) as power,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power)
-        runner.run(_serve(config, listener, meter, metrics))
+        runner.run(_serve(config, listener, meter, metrics, responses))
+
+
+def _response_store(config: Config) -> ResponseStore:
+    try:
+        return ResponseStore(Path(config.storage.data_dir) / "responses.sqlite")
+    except DatabaseError as error:
+        raise ServeError(str(error)) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -77,7 +88,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(config: Config, listener: socket.socket, meter: Meter, metrics: Metrics) -> None:
+async def _serve(
+    config: Config,
+    listener: socket.socket,
+    meter: Meter,
+    metrics: Metrics,
+    response_store: ResponseStore,
+) -> None:
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
     }
@@ -86,6 +103,7 @@ async def _serve(config: Config, listener: socket.socket, meter: Meter, metrics:
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         supervisor = Supervisor(config.models, launchers, session)
         relay = Relay(session, meter)
+        responses = BackgroundResponses(response_store, relay)
         gateway = Gateway(
             router=Router(supervisor.engines),
             relay=relay,
@@ -93,6 +111,9 @@ async def _serve(config: Config, listener: socket.socket, meter: Meter, metrics:
             metrics=metrics,
             session=session,
             max_body_bytes=config.server.max_body_bytes,
+            body_timeout_seconds=config.server.body_timeout_seconds,
+            lenient=config.server.lenient,
+            responses=responses,
         )
         signals = asyncio.Queue[int]()
         loop = asyncio.get_running_loop()
@@ -117,6 +138,8 @@ async def _serve(config: Config, listener: socket.socket, meter: Meter, metrics:
         await serving
         # uvicorn has cut off the clients that would not read; what they used is metered too.
         await _settle(relay)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(responses.settled(), _LAST_WORDS_SECONDS)
     if isinstance(ended, BaseExceptionGroup):
         raise _readable(ended) from ended
 

@@ -1,1 +1,1 @@
-"""Set-up of a clone, before anything is installed: standard library only."""
+"""Set-up of a clone, before anything is installed: standard library only. `api_docs` is for afterwards."""

@@ -115,10 +115,13 @@ class ChatRenderer:
             if shown:
                 messages = self._with_instructions(messages, self._format.tool_prompt(shown))
             shown = ()
+        effort = request.reasoning_effort
+        if effort == "none" and self._format.reasoning is None:
+            effort = None  # there is no thinking to be turned off
         text = self._template.render(
             messages,
             shown,
-            reasoning_effort=request.reasoning_effort,
+            reasoning_effort=effort,
             variables=request.chat_template_kwargs,
         )
         reasoning = self._format.reasoning

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -41,6 +41,13 @@ class ServerConfig(Section):
     max_body_bytes: int = Field(
         10 * 1024 * 1024, ge=1024, description="Larger request bodies get 413."
     )
+    body_timeout_seconds: float = Field(
+        60.0, gt=0, description="A request's body must be there within this time; otherwise 408."
+    )
+    lenient: bool = Field(
+        False,
+        description="Drop request fields that are unknown or not supported, and list them in the header x-rigserve-ignored, instead of refusing the request.",
+    )
     drain_timeout_seconds: float = Field(
         30.0, ge=0, description="How long streams in flight may go on after SIGTERM."
     )
@@ -62,6 +69,47 @@ class AdapterConfig(Section):
     scale: float = Field(1.0, description="How strongly it counts; 1 is as trained, 0 not at all.")
 
 
+class FiltersConfig(Section):
+    """What is changed about requests to a model before its engine gets them.
+
+    Parameters are named as in OpenAI's API. One that an endpoint does not have is left out there.
+    """
+
+    defaults: dict[str, Any] = Field(
+        {}, description="Parameters, and their values for requests that leave them out."
+    )
+    forced: dict[str, Any] = Field(
+        {}, description="Parameters, and their values whatever the request says."
+    )
+    stripped: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Parameters that are taken out of requests, before these are checked.",
+    )
+    system_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Text to put before every conversation's own system message.",
+    )
+    max_tokens_default: int | None = Field(
+        None, ge=1, description="Most tokens of a completion whose request does not say."
+    )
+    max_tokens_ceiling: int | None = Field(
+        None, ge=1, description="Most tokens of any completion, whatever the request says."
+    )
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> FiltersConfig:
+        for name in sorted(self.forced.keys() & self.defaults.keys()):
+            raise ValueError(f"{name} is among both the defaults and the forced; keep one of them")
+        default, ceiling = self.max_tokens_default, self.max_tokens_ceiling
+        if default is not None and ceiling is not None and default > ceiling:
+            raise ValueError(
+                f"max_tokens_default ({default}) is above max_tokens_ceiling ({ceiling})"
+            )
+        return self
+
+
 class LlamaCppModel(Section):
     """A GGUF model served by rigserve's own llama.cpp engine."""
 
@@ -81,6 +129,10 @@ class LlamaCppModel(Section):
         (),
         strict=False,
         description="LoRA adapters of this model, each a model of its own to clients.",
+    )
+    filters: FiltersConfig = FiltersConfig()
+    lenient: bool | None = Field(
+        None, description="As server.lenient, for this model. Unset: as it says there."
     )
     projector: str | None = Field(
         None,
@@ -159,7 +211,7 @@ class StorageConfig(Section):
         "~/.cache/rigserve", description="Prepared (requantized) models; safe to delete."
     )
     data_dir: str = Field(
-        "~/.local/share/rigserve", description="The usage ledger (ledger.sqlite)."
+        "~/.local/share/rigserve", description="The usage ledger, and stored responses."
     )
 
 

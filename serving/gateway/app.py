@@ -9,22 +9,27 @@ from typing import Any
 import aiohttp
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
 from serving.engines.supervisor import Engine
+from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.intake import Gateway, json_response
-from serving.gateway.routes import inference
+from serving.gateway.routes import inference, messages, responses
 from serving.gateway.routing import adapters_of
-from serving.protocol.errors import ApiError, respond_with_error
+from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
 from serving.protocol.sse import ClientDisconnected, respond_to_nobody
 
 REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+_SHOWN_CHARACTERS = 200
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -32,9 +37,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(
         title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local"
     )
-    app.add_middleware(_RequestId)
+    app.add_middleware(_RequestHeaders)
     app.add_exception_handler(ApiError, respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
+    app.add_exception_handler(RequestValidationError, _respond_with_bad_query)
     app.add_exception_handler(ClientDisconnected, respond_to_nobody)
     app.add_exception_handler(ClientDisconnect, respond_to_nobody)
     app.add_exception_handler(Exception, _respond_with_bug)
@@ -69,6 +75,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         return json_response(_model_entry(gateway, name))
 
     app.include_router(inference.routes(gateway))
+    app.include_router(responses.routes(gateway))
+    app.include_router(messages.routes(gateway))
     return app
 
 
@@ -108,21 +116,60 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
         return {}
 
 
-def _respond_with_http_error(_request: Request, error: Exception) -> Response:
+def _respond_with_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    asked = f"{request.method} {request.scope['path'][:_SHOWN_CHARACTERS]}"
+    if error.status_code == 404:
+        return ApiError(
+            404, f"There is nothing at {asked}; /docs lists what there is.", code="unknown_url"
+        ).response
+    if error.status_code == 405:
+        allowed = ", ".join(_methods_at(request))
+        refusal = ApiError(
+            405, f"{asked} is not allowed; allowed: {allowed}.", code="method_not_allowed"
+        ).response
+        refusal.headers["allow"] = allowed
+        return refusal
     return ApiError(error.status_code, f"{error.detail}.", code="invalid_request").response
+
+
+def _methods_at(request: Request) -> list[str]:
+    """The methods that some route takes at the request's path."""
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
+
+
+def _respond_with_bad_query(_request: Request, error: Exception) -> Response:
+    """What FastAPI calls 422 is a 400 at OpenAI."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    # The location begins with where the parameter stands: in the path, the query, or a header.
+    param = dotted(tuple(first["loc"][1:]))
+    return ApiError(400, f"'{param}': {first['msg']}.", param=param, code="invalid_value").response
 
 
 def _respond_with_bug(request: Request, _error: Exception) -> Response:
     # Starlette logs the traceback; the client learns only where to look for it.
     request_id = request.scope["state"]["request_id"]
-    return ApiError(
+    response = ApiError(
         500, f"Something failed inside rigserve; its log has more under {request_id}."
     ).response
+    # Starlette sends this past the middleware.
+    response.headers[REQUEST_ID_HEADER] = request_id
+    return response
 
 
-class _RequestId:
-    """Gives every request an id (the client's own, if it sent a sane one) and returns it."""
+class _RequestHeaders:
+    """Gives every request an id (the client's own, if it sent a sane one), and returns it.
+
+    Beside it, the response tells what of the request did not count.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -133,12 +180,16 @@ class _RequestId:
             return
         given = dict(scope["headers"]).get(REQUEST_ID_HEADER.encode(), b"").decode("latin-1")
         request_id = given if _ACCEPTED_REQUEST_ID.fullmatch(given) else new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], header]
+                if ignored := state.get("ignored"):
+                    told = (IGNORED_HEADER.encode(), ignored_header(ignored).encode())
+                    message["headers"].append(told)
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_headers)

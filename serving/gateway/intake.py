@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.background import BackgroundResponses
+from serving.gateway.filters import Filters, filters_of
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
 from serving.gateway.routing import Router, endpoint_of
@@ -23,6 +26,9 @@ from serving.protocol.sse import CLIENT_CLOSED_REQUEST
 from serving.protocol.structured import Body
 
 Asked = TypeVar("Asked", bound=ModelRequest)
+
+# Larger bodies are parsed beside the event loop.
+_LARGE_BODY_BYTES = 256 * 1024
 
 
 @dataclass(slots=True)
@@ -35,35 +41,67 @@ class Gateway:
     metrics: Metrics
     session: aiohttp.ClientSession
     max_body_bytes: int
+    body_timeout_seconds: float
+    responses: BackgroundResponses
+    lenient: bool = False
     draining: bool = False
     started_unix: int = field(default_factory=lambda: int(time.time()))
+    _filters: dict[str, Filters] = field(init=False)
+    _filters_of_unknown: Filters = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises :class:`ConfigError` for filters that cannot be applied."""
+        models = [engine.model for engine in self.router.engines]
+        self._filters = filters_of(models, lenient=self.lenient)
+        self._filters_of_unknown = Filters(None, lenient=self.lenient)
 
     async def take(
         self, http: Request, read: Callable[[dict[str, Any]], Asked]
     ) -> tuple[Engine, Endpoint, Asked]:
         """Where an HTTP request goes, and what ``read`` makes of its body's fields.
 
-        Requests that are turned away are counted. Raises :class:`ApiError`.
+        The model's filters are applied; what of the request thereby does not count is left in
+        ``http.state.ignored``. Requests that are turned away are counted. Raises :class:`ApiError`.
         """
+        return self.take_fields(http, await self.fields_of(http), read)
+
+    def take_fields(
+        self, http: Request, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
+    ) -> tuple[Engine, Endpoint, Asked]:
+        """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
+        engine, endpoint, asked, http.state.ignored = self._admit(http.url.path, fields, read)
+        return engine, endpoint, asked
+
+    async def fields_of(self, http: Request) -> dict[str, Any]:
+        """The fields of an HTTP request's body; raises :class:`ApiError`, and counts what it turns away."""
         try:
-            fields = read_object(await self.body_of(http))
+            _check_media_type(http)
+            body = await self.body_of(http)
+            if len(body) > _LARGE_BODY_BYTES:
+                return await asyncio.to_thread(read_object, body)
+            return read_object(body)
         except ApiError as error:
             self.meter.unmetered(UNKNOWN_MODEL, http.url.path, error.status)
             raise
         except ClientDisconnect:
             self.meter.unmetered(UNKNOWN_MODEL, http.url.path, CLIENT_CLOSED_REQUEST)
             raise
-        return self.admit(http.url.path, fields, read)
 
     def admit(
         self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
     ) -> tuple[Engine, Endpoint, Asked]:
         """As :meth:`take`, for a body that is there already."""
+        return self._admit(path, fields, read)[:3]
+
+    def _admit(
+        self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
+    ) -> tuple[Engine, Endpoint, Asked, list[str]]:
         model = UNKNOWN_MODEL
         try:
-            asked = read(fields)
+            asked, dropped = self._filters_for(fields.get("model")).read(fields, read)
             engine = self.router.find(asked.model)
             model = engine.model.name
+            asked, overruled = self._filters[model].apply(asked)
             if self.draining:
                 raise ApiError(
                     503, "The server is shutting down.", code="draining", retry_after_seconds=5
@@ -72,25 +110,72 @@ class Gateway:
         except ApiError as error:
             self.meter.unmetered(model, path, error.status)
             raise
-        return engine, endpoint, asked
+        return engine, endpoint, asked, [*dropped, *overruled]
+
+    def _filters_for(self, name: object) -> Filters:
+        """What is known to apply before a request has been read: the filters of the model it names."""
+        try:
+            engine = self.router.find(name) if isinstance(name, str) else None
+        except ApiError:
+            engine = None
+        return self._filters[engine.model.name] if engine else self._filters_of_unknown
 
     async def body_of(self, http: Request) -> bytes:
-        """The request's body; raises :class:`ApiError` (413) as soon as it proves too large."""
-        limit_bytes = self.max_body_bytes
-        declared = http.headers.get("content-length", "")
-        body = bytearray()
-        if not (declared.isdigit() and int(declared) > limit_bytes):
-            async for chunk in http.stream():
-                body += chunk
-                if len(body) > limit_bytes:
-                    break
-            else:
-                return bytes(body)
-        raise ApiError(
-            413,
-            f"The request body is larger than {limit_bytes} bytes (server.max_body_bytes).",
-            code="request_too_large",
-        )
+        """The request's body; raises :class:`ApiError`: 413 as soon as it proves too large, 408 if it does not come."""
+        try:
+            async with asyncio.timeout(self.body_timeout_seconds):
+                body = await _up_to(self.max_body_bytes, http)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The request body was not complete within {self.body_timeout_seconds:g} seconds "
+                "(server.body_timeout_seconds).",
+                code="request_timeout",
+            ) from None
+        if body is None:
+            raise ApiError(
+                413,
+                f"The request body is larger than {self.max_body_bytes} bytes "
+                "(server.max_body_bytes).",
+                code="request_too_large",
+            )
+        return body
+
+
+async def _up_to(limit_bytes: int, http: Request) -> bytes | None:
+    """The request's body, or None if it is larger."""
+    declared = http.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        return None
+    body = bytearray()
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            return None
+    return bytes(body)
+
+
+def _check_media_type(http: Request) -> None:
+    """Raise :class:`ApiError` (415) for a body that says it is something else than plain JSON in UTF-8.
+
+    One that does not say is taken: scripts leave the header out. Browsers cannot send JSON to other
+    sites unasked, but they can send forms and text, which is a reason not to take those.
+    """
+    header = http.headers.get("content-type", "")
+    media_type, _, options = header.lower().partition(";")
+    charset = options.partition("charset=")[2].strip(' "')
+    encoding = http.headers.get("content-encoding", "identity").lower()
+    if media_type.strip() not in ("", "application/json"):
+        found, wanted = f"of type {media_type.strip()[:100]!r}", "application/json"
+    elif charset not in ("", "utf-8", "utf8", "us-ascii"):
+        found, wanted = f"in the charset {charset[:100]!r}", "utf-8"
+    elif encoding != "identity":
+        found, wanted = f"in the encoding {encoding[:100]!r}", "no content-encoding"
+    else:
+        return
+    raise ApiError(
+        415, f"The request body is {found}; send it with {wanted}.", code="unsupported_media_type"
+    )
 
 
 def json_response(payload: object, status: int = 200) -> Response:
@@ -100,7 +185,17 @@ def json_response(payload: object, status: int = 200) -> Response:
 
 def body_schema(kind: type[Body]) -> dict[str, Any]:
     """OpenAPI's description of a body that the route parses by itself."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    for part in schema.pop("$defs", {}).values():
-        part.pop("title", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = kind.model_json_schema()
+    whole = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": whole}}}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """A JSON schema with its ``parts`` in place of references to them: a route cannot define any."""
+    if isinstance(schema, list):
+        return [_inlined(each, parts) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return {name: _inlined(each, parts) for name, each in schema.items() if name != "discriminator"}

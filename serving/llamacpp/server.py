@@ -151,7 +151,9 @@ class _Server:
                 data += envelope.event(index, content, reply.logprobs, reply.offset)
                 reply.logprobs = []
             if isinstance(output, Finished) and output.reason is not None:
-                data += envelope.finish_event(index, reply.reason(output.reason))
+                data += envelope.finish_event(
+                    index, reply.reason(output.reason), output.sequence.text.stopped_by
+                )
             if data:
                 yield data
         closing = DONE
@@ -171,6 +173,7 @@ class _Server:
             if isinstance(output, Finished):
                 choices[index].logprobs = replies[index].logprobs
                 choices[index].finish_reason = replies[index].reason(output.reason or "stop")
+                choices[index].stopped_by = output.sequence.text.stopped_by
         return json_response(envelope.body(choices, job.usage(request.choices), job.timings()))
 
 

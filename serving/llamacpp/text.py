@@ -16,12 +16,17 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop_strings = stop_strings
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared: ``stopped_by``."""
+        return self.stopped_by is not None
 
     def push(self, piece: bytes) -> str:
         """Add a token's bytes; returns the text that is now certain.
 
-        When a stop string appears, the text before it is returned and ``stopped`` becomes true.
+        When a stop string appears, the text before it is returned, and ``stopped_by`` is that string.
         """
         self._held += self._decoder.decode(piece)
         return self._release()
@@ -38,10 +43,10 @@ class TextStream:
             text = "" if self.stopped else self._held
             self._held = ""
             return text
-        found = [at for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop_strings if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            at, self.stopped_by = min(found)
+            text, self._held = self._held[:at], ""
             return text
         keep = max((_overlap(self._held, stop) for stop in self._stop_strings), default=0)
         split = len(self._held) - keep

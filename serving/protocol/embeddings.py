@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from serving.protocol.requests import ChatCompletionRequest, Message, ModelRequest, Tool
+from serving.protocol.requests import (
+    MAX_TOOLS,
+    ChatCompletionRequest,
+    Messages,
+    ModelRequest,
+    ReasoningEffort,
+    Tool,
+    validated,
+)
 from serving.protocol.responses import Timings, new_id
 from serving.protocol.structured import ListOf
 
@@ -66,8 +74,9 @@ class TokenizeRequest(ModelRequest):
     path = "/tokenize"
 
     prompt: str | None = None
-    messages: Annotated[ListOf[Message], Field(min_length=1)] | None = None
-    tools: ListOf[Tool] | None = None
+    messages: Messages | None = None
+    tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = Field(
         None, description="Add what the model wants around a text, such as BOS. Unset: true."
@@ -78,21 +87,23 @@ class TokenizeRequest(ModelRequest):
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("either 'prompt' or 'messages' is required, and not both")
-        if self.messages is None and (self.tools or self.chat_template_kwargs):
-            raise ValueError("'tools' and 'chat_template_kwargs' go with 'messages' only")
+        about_chats = self.tools, self.reasoning_effort, self.chat_template_kwargs
+        if self.messages is None and any(about_chats):
+            raise ValueError(
+                "'tools', 'reasoning_effort' and 'chat_template_kwargs' go with 'messages' only"
+            )
         return self
 
     @property
     def chat(self) -> ChatCompletionRequest | None:
-        """The chat completion whose prompt is asked for; None if it is a text's."""
+        """The chat completion whose prompt is asked for; None if it is a text's. Raises ``ApiError`` (400)."""
         if self.messages is None:
             return None
-        return ChatCompletionRequest(
-            model=self.model,
-            messages=self.messages,
-            tools=self.tools,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        fields = {
+            name: getattr(self, name)
+            for name in ("model", "messages", "tools", "reasoning_effort", "chat_template_kwargs")
+        }
+        return validated(ChatCompletionRequest, fields)
 
 
 class DetokenizeRequest(ModelRequest):

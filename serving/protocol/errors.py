@@ -10,12 +10,19 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
+UNKNOWN_PARAMETER = "unknown_parameter"
+UNSUPPORTED_PARAMETER = "unsupported_parameter"
+
 # OpenAI's names for these; other 4xx are invalid_request_error, 5xx api_error.
 _TYPE_BY_STATUS = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
 }
+# A field's name may be as long as a body.
+_SHOWN_CHARACTERS = 200
+
+Location = tuple[int | str, ...]
 
 
 class ApiError(Exception):
@@ -26,6 +33,7 @@ class ApiError(Exception):
         message: For the person who sent the request: what was wrong and what to do.
         code: Machine-readable reason, such as ``model_not_found``.
         param: The request field at fault, such as ``messages[0].role``.
+        location: The same as its path in the body, where the body's validation found it.
         retry_after_seconds: Sent as ``Retry-After`` when the same request may succeed later.
     """
 
@@ -36,6 +44,7 @@ class ApiError(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
+        location: Location = (),
         retry_after_seconds: int | None = None,
     ) -> None:
         super().__init__(message)
@@ -43,6 +52,7 @@ class ApiError(Exception):
         self.message = message
         self.code = code
         self.param = param
+        self.location = location
         self.retry_after_seconds = retry_after_seconds
 
     @property
@@ -64,6 +74,9 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after_seconds is not None:
             headers["retry-after"] = str(self.retry_after_seconds)
+        if self.status == 408:
+            # What may still come of the request is nobody's.
+            headers["connection"] = "close"
         return Response(
             orjson.dumps(self.body), self.status, headers, media_type="application/json"
         )
@@ -76,7 +89,7 @@ async def respond_with_error(_request: Request, error: Exception) -> Response:
     return error.response
 
 
-def dotted(location: tuple[int | str, ...]) -> str:
+def dotted(location: Location) -> str:
     """``("messages", 0, "role")`` as ``messages[0].role``."""
     path = ""
     for part in location:
@@ -87,6 +100,11 @@ def dotted(location: tuple[int | str, ...]) -> str:
 def conflict(param: str, message: str) -> PydanticCustomError:
     """What a model validator raises about ``param``, one of several fields that do not go together."""
     return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
+
+
+def unsupported(param: str, reason: str) -> PydanticCustomError:
+    """What a model validator raises about ``param``, a field that is known but not honoured."""
+    return PydanticCustomError("unsupported", "{message}", {"param": param, "message": reason})
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -100,22 +118,32 @@ def from_validation(error: ValidationError) -> ApiError:
     kind, message = first["type"], first["msg"]
     # Names of union members and tags (as in `str`, `list[...]`) are pydantic's, not the client's.
     location = tuple(part for part in first["loc"] if _is_field(part))
-    where = dotted(location)
-    if kind == "missing":
-        return ApiError(
-            400, f"'{where}' is required.", param=where, code="missing_required_parameter"
-        )
     if kind == "extra_forbidden":
-        return ApiError(
-            400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter"
-        )
+        # The client's own word, whatever it looks like.
+        location = (*(part for part in first["loc"][:-1] if _is_field(part)), first["loc"][-1])
+    elif kind in ("conflict", "unsupported"):
+        location = (*location, first["ctx"]["param"])
+    where = dotted(location)[:_SHOWN_CHARACTERS]
+
+    def refusal(message: str, code: str) -> ApiError:
+        return ApiError(400, f"{message}.", param=where or None, location=location, code=code)
+
+    if kind == "missing":
+        return refusal(f"'{where}' is required", "missing_required_parameter")
+    if kind == "extra_forbidden":
+        return refusal(f"Unknown parameter: '{where}'", UNKNOWN_PARAMETER)
+    if kind == "unsupported":
+        return refusal(f"'{where}' is not supported: {message}", UNSUPPORTED_PARAMETER)
     if kind == "conflict":
-        param = dotted((*location, first["ctx"]["param"]))
-        subject = f"'{param}': " if location else ""
-        return ApiError(400, f"{subject}{message}.", param=param, code="invalid_value")
+        subject = f"'{where}': " if len(location) > 1 else ""
+        return refusal(f"{subject}{message}", "invalid_value")
+    if kind == "too_long" and first["ctx"]["field_type"] == "List":
+        return refusal(
+            f"'{where}': at most {first['ctx']['max_length']} are allowed", "array_above_max_length"
+        )
     reason = message.removeprefix("Value error, ")
     subject = f"'{where}': " if where else ""
-    return ApiError(400, f"{subject}{reason}.", param=where or None, code="invalid_value")
+    return refusal(f"{subject}{reason}", "invalid_value")
 
 
 def _is_field(part: int | str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -16,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from serving.protocol.errors import ApiError, from_validation
+from serving.protocol.errors import ApiError, from_validation, unsupported
 from serving.protocol.errors import conflict as _conflict
 from serving.protocol.structured import Body as _Body
 from serving.protocol.structured import ConstraintSpec, ListOf, ResponseFormat, StructuredRequest
@@ -26,31 +28,72 @@ from serving.protocol.tenancy import Priority
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 4
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
+MAX_TOOL_CALLS = 128
+# Ours: what is checked in Python takes the gateway's time, of which everybody has a share.
+MAX_MESSAGES = 8192
+MAX_PARTS = 8192
+MAX_LOGIT_BIASES = 1024
+MAX_OBJECTS = 65_536
+MAX_FIELDS = 8192
 
 _MAX_INT32 = 2**31 - 1
-# What an answer's message holds beside its text: clients send it back as it came, mostly null.
-_ANSWER_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+_MAX_IDENTIFIER = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a field of OpenAI's API is refused. ``nothing``: values, beside null, that ask for nothing."""
+
+    reason: str
+    nothing: tuple[Any, ...] = ()
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value asks for nothing."""
+        return value is None or any(
+            type(value) is type(each) and value == each for each in self.nothing
+        )
+
+
+class RefusingBody(_Body):
+    """A body that knows more fields of OpenAI's than it honours.
+
+    ``refused``: fields that no engine of ours implements. Values that ask for nothing are dropped.
+    """
+
+    refused: ClassVar[Mapping[str, Refusal]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_refused(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or cls.refused.keys().isdisjoint(fields):
+            return fields
+        for name, refusal in cls.refused.items():
+            if not refusal.accepts(fields.get(name)):
+                raise unsupported(name, refusal.reason)
+        return {name: value for name, value in fields.items() if name not in cls.refused}
 
 
 class StreamOptions(_Body):
     """``include_usage`` asks for one more chunk, before ``[DONE]``, with the request's usage."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Literal[False] | None = Field(
+        None, description="Only false: chunks are not padded."
+    )
 
 
-class ModelRequest(_Body):
-    """What every request to a model has.
-
-    ``path``: where an engine takes it. ``refused``: fields of OpenAI's API that no engine of ours
-    implements yet, and the values that ask for nothing.
-    """
+class ModelRequest(RefusingBody):
+    """What every request to a model has. ``path``: where an engine takes it."""
 
     path: ClassVar[str]
-    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str = Field(min_length=1, max_length=256)
-    user: str | None = Field(None, max_length=256)
+    user: str | None = Field(
+        None,
+        max_length=256,
+        description="Requests of one user wait in one line, and are that user's in the ledger.",
+    )
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
@@ -60,16 +103,7 @@ class ModelRequest(_Body):
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Self:
         """The request with these fields; raises :class:`ApiError` (400) that names the one at fault."""
-        for name, asks_for_nothing in cls.refused.items():
-            value = fields.get(name)
-            if value is not None and value not in asks_for_nothing:
-                raise ApiError(
-                    400,
-                    f"'{name}' is not supported by this server; leave it out.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
-        return validated(cls, {name: fields[name] for name in fields if name not in cls.refused})
+        return validated(cls, fields)
 
 
 class GenerationRequest(StructuredRequest, ModelRequest):
@@ -80,11 +114,16 @@ class GenerationRequest(StructuredRequest, ModelRequest):
     top_k: int | None = Field(None, ge=-1, le=_MAX_INT32, description="0 and -1: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | ListOf[str] | None = None
+    stop: str | ListOf[str] | None = Field(
+        None, description=f"At most {MAX_STOP_STRINGS} texts; none may be empty."
+    )
     max_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(
+        None,
+        description=f"At most {MAX_LOGIT_BIASES} tokens, each with a bias between -100 and 100.",
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -98,6 +137,13 @@ class GenerationRequest(StructuredRequest, ModelRequest):
             raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are allowed")
         if any(not text for text in strings):
             raise ValueError("stop strings must not be empty")
+        return value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_tokens(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_LOGIT_BIASES:
+            raise ValueError(f"at most {MAX_LOGIT_BIASES} tokens are allowed, got {len(value)}")
         return value
 
     @field_validator("logit_bias")
@@ -139,8 +185,18 @@ class GenerationRequest(StructuredRequest, ModelRequest):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(_Body):
+class _Part(RefusingBody):
     """A piece of a message's content."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "prompt_cache_breakpoint": Refusal(
+            "prefixes are found by their text, wherever they end; breakpoints cannot be set"
+        )
+    }
+
+
+class TextPart(_Part):
+    """Text in a message's content."""
 
     type: Literal["text"]
     text: str
@@ -153,7 +209,7 @@ class ImageUrl(_Body):
     detail: Literal["auto"] | None = None
 
 
-class ImagePart(_Body):
+class ImagePart(_Part):
     """An image in a message's content."""
 
     type: Literal["image_url"]
@@ -229,17 +285,19 @@ ToolChoice = Annotated[
     ),
 ]
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
 ContentPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
     Discriminator(
         _kind_of_choice,
         custom_error_type="content_part",
-        custom_error_message="a part's type must be 'text' or 'image_url'",
+        custom_error_message="a part's type must be 'text' or 'image_url': models here read no files and hear no audio",
     ),
 ]
 Content = Annotated[
     Annotated[str, Tag("<str>")]
-    | Annotated[ListOf[ContentPart], Field(min_length=1), Tag("<list>")],
+    | Annotated[ListOf[ContentPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
 ]
 
@@ -270,27 +328,30 @@ class ToolCall(_Body):
     index: int | None = Field(None, description="Streams number calls; the order says the same.")
 
 
-class Message(_Body):
+class Message(RefusingBody):
     """One turn of a conversation."""
+
+    # What an answer's message holds beside its text comes back from clients, mostly null.
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "annotations": Refusal("answers here cite nothing", ([],)),
+        "audio": Refusal("models here neither hear nor speak"),
+        "function_call": Refusal("OpenAI has replaced it by 'tool_calls'; send that"),
+        "refusal": Refusal("chat templates have no place for it; send it as 'content'"),
+    }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = Field(None, max_length=64)
-    tool_calls: ListOf[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = Field(None, max_length=MAX_TOOL_CALLS)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     parsed: Any = Field(None, exclude=True, description="SDKs' reading of the content; not used.")
 
-    @model_validator(mode="before")
+    @field_validator("tool_calls", mode="before")
     @classmethod
-    def _without_empty_answer_fields(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: field
-            for name, field in value.items()
-            if name not in _ANSWER_FIELDS or field not in (None, [])
-        }
+    def _no_calls(cls, value: Any) -> Any:
+        # Clients send an answer back as it came; some list the calls that it does not have.
+        return None if value == [] else value
 
     @model_validator(mode="after")
     def _fields_suit_the_role(self) -> Self:
@@ -321,28 +382,42 @@ class Message(_Body):
         )
 
 
+Messages = Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class ChatCompletionRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     path = "/v1/chat/completions"
-    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "audio": (),
-        "function_call": ("none",),
-        "functions": ([],),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-        "safety_identifier": (),
-        "store": (False,),
-        "verbosity": (),
-        "web_search_options": (),
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "audio": Refusal("models here do not speak"),
+        "function_call": Refusal("OpenAI has replaced it by 'tool_choice'; send that", ("none",)),
+        "functions": Refusal("OpenAI has replaced it by 'tools'; send that", ([],)),
+        "metadata": Refusal(
+            "chat completions are never stored here, so there is nothing to attach it to", ({},)
+        ),
+        "modalities": Refusal("models here answer with text only", (["text"],)),
+        "moderation": Refusal("rigserve has no moderation models"),
+        "prediction": Refusal(
+            "engines take no predictions; with the config's speculation: prompt_lookup they guess "
+            "from the prompt"
+        ),
+        "prompt_cache_options": Refusal(
+            "prefixes are cached by themselves, for as long as there is room; "
+            "no lifetime can be promised",
+            ({}, {"mode": "implicit"}),
+        ),
+        "prompt_cache_retention": Refusal(
+            "prefixes are cached in memory only, for as long as there is room", ("in_memory",)
+        ),
+        "store": Refusal("chat completions are never stored here", (False,)),
+        "verbosity": Refusal(
+            "models here have no such setting; ask for it in the system message", ("medium",)
+        ),
+        "web_search_options": Refusal("models here cannot search the web"),
     }
 
-    messages: ListOf[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -350,21 +425,56 @@ class ChatCompletionRequest(GenerationRequest):
     service_tier: Literal["auto", "default", "flex"] | None = Field(
         None, description="flex gives way to requests that are not."
     )
-    tools: ListOf[Tool] | None = None
+    tools: ListOf[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="Variables of the model's chat template, such as enable_thinking."
     )
+    safety_identifier: str | None = Field(
+        None,
+        max_length=_MAX_IDENTIFIER,
+        exclude=True,
+        description="OpenAI's new name of 'user'; counts where that is not sent.",
+    )
+    prompt_cache_key: str | None = Field(
+        None,
+        max_length=256,
+        exclude=True,
+        description="Accepted; what it is for is done without: prefixes are found by their text, whoever sends them.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _user_has_a_new_name(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("user") is not None:
+            return fields
+        identifier = fields.get("safety_identifier")
+        # One that is no good is left for its own check to name.
+        if not isinstance(identifier, str) or len(identifier) > _MAX_IDENTIFIER:
+            return fields
+        return {**fields, "user": identifier}
+
+    @model_validator(mode="after")
+    def _results_answer_calls(self) -> Self:
+        called: set[str] = set()
+        for index, message in enumerate(self.messages):
+            called.update(call.id for call in message.tool_calls or ())
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise _conflict(
+                    f"messages[{index}].tool_call_id",
+                    f"'messages[{index}].tool_call_id' is that of no call in an earlier message",
+                )
+        return self
 
     @model_validator(mode="after")
     def _tools_are_known(self) -> Self:
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise _conflict("tools", "two functions in 'tools' have the same name")
+        # Not as strict as OpenAI, where 'auto' and 'parallel_tool_calls' need tools: agent frameworks
+        # send them along without, and they then ask for nothing.
         if not names and self.tool_choice not in (None, "none", "auto"):
             raise _conflict("tool_choice", "'tool_choice' asks for a call, but 'tools' has none")
         for name in self._chosen or ():
@@ -445,7 +555,9 @@ class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
     path = "/v1/completions"
-    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (1,)}
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "best_of": Refusal("completions are not ranked here; ask for several with 'n'", (1,))
+    }
 
     prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32)
@@ -508,14 +620,49 @@ _Request = TypeVar("_Request", bound=_Body)
 def read_object(body: bytes) -> dict[str, Any]:
     """A request's body, a JSON object; raises :class:`ApiError` (400)."""
     try:
+        json.loads(body, object_pairs_hook=_Objects().check, parse_float=_finite)
+        # The stricter parser: no NaN, no halves of surrogate pairs, no encoding but UTF-8.
         fields = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(
             400, f"The request body is not valid JSON: {error}.", code="invalid_json"
         ) from error
     if not isinstance(fields, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
     return fields
+
+
+class _Objects:
+    """Checks the objects of a body while it is parsed.
+
+    Parsers differ in which of several fields of one name counts: nobody should rely on theirs.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def check(self, pairs: list[tuple[str, Any]]) -> None:
+        """Raise :class:`ApiError` or :class:`ValueError` for an object that should not be there."""
+        self._count += 1
+        if self._count > MAX_OBJECTS or len(pairs) > MAX_FIELDS:
+            raise ApiError(
+                400,
+                f"The request body has too many parts: at most {MAX_OBJECTS} objects, "
+                f"each of {MAX_FIELDS} fields, are allowed.",
+                code="request_too_complex",
+            )
+        names = set()
+        for name, _ in pairs:
+            if name in names:
+                raise ValueError(f"an object has two fields named {name[:64]!r}")
+            names.add(name)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:32]} is out of range")
+    return number
 
 
 def validated(kind: type[_Request], fields: dict[str, Any]) -> _Request:

@@ -67,13 +67,17 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class Choice:
-    """One completion, gathered from its deltas. Of a chat, ``text`` is the message's content."""
+    """One completion, gathered from its deltas. Of a chat, ``text`` is the message's content.
+
+    ``stopped_by``: the stop string that ended it, if one did; clients get it as vLLM's ``stop_reason``.
+    """
 
     index: int
     text: str = ""
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stopped_by: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def add(self, delta: str | Mapping[str, Any]) -> None:
@@ -159,6 +163,7 @@ class Envelope:
             **({"message": choice.message} if self.chat else {"text": choice.text}),
             "logprobs": self._logprobs(choice.logprobs, 0) if choice.logprobs else None,
             "finish_reason": choice.finish_reason,
+            **({} if choice.stopped_by is None else {"stop_reason": choice.stopped_by}),
         }
 
     def role_event(self, index: int) -> bytes:
@@ -178,9 +183,14 @@ class Envelope:
             details = orjson.dumps(self._logprobs(logprobs, offset))
         return self._chunk(index, content, details, b"null")
 
-    def finish_event(self, index: int, reason: FinishReason) -> bytes:
-        """The last event of a choice: why it ended."""
-        return self._chunk(index, {} if self.chat else "", b"null", orjson.dumps(reason))
+    def finish_event(
+        self, index: int, reason: FinishReason, stopped_by: str | None = None
+    ) -> bytes:
+        """The last event of a choice: why it ended, and which stop string ended it if one did."""
+        reasons = orjson.dumps(reason)
+        if stopped_by is not None:
+            reasons += b',"stop_reason":' + orjson.dumps(stopped_by)
+        return self._chunk(index, {} if self.chat else "", b"null", reasons)
 
     def _chunk(
         self, index: int, content: str | Mapping[str, Any], logprobs: bytes, reason: bytes

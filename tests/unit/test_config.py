@@ -12,7 +12,14 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from serving.config import Config, ConfigError, LlamaCppModel, config_json_schema, load_config
+from serving.config import (
+    Config,
+    ConfigError,
+    FiltersConfig,
+    LlamaCppModel,
+    config_json_schema,
+    load_config,
+)
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 GOOD = """\
@@ -46,6 +53,7 @@ def test_the_default_config_loads_and_shows_every_key() -> None:
     sections: list[tuple[type[BaseModel], Any]] = [
         (Config, written),
         (LlamaCppModel, written["models"][0]),
+        (FiltersConfig, written["models"][0]["filters"]),
         *((type(getattr(config, key)), written[key]) for key in ("server", "storage", "cost")),
         (type(config.cost.power), written["cost"]["power"]),
     ]
@@ -91,6 +99,8 @@ def test_the_schema_accepts_the_default_config() -> None:
         ("8001", "${NOT_SET_ANYWHERE}", "rig.yaml:2: server.port: the environment variable NOT_SET_ANYWHERE is not set"),
         ("Q8_0", "Q8_0\ncost:\n  compare_to: [gpt]", "rig.yaml:9: cost.compare_to: 'gpt' is not of the form"),
         ("Q8_0", "Q8_0\ncost:\n  power: {idle_watts: 9, load_watts: 3}", "below idle_watts"),
+        ("Q8_0", "Q8_0\n    filters: {force: {seed: 1}}", "rig.yaml:8: models[0].filters.force: unknown key; did you mean 'forced'?"),
+        ("Q8_0", "Q8_0\n    filters: {max_tokens_default: 9, max_tokens_ceiling: 8}", "rig.yaml:8: models[0].filters: max_tokens_default (9) is above"),
         ("models:", "models: {", "rig.yaml:"),
     ],
 )  # fmt: skip

@@ -1,0 +1,76 @@
+"""Opening a SQLite database that other processes may be opening, too."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_BUSY_SECONDS = 5.0
+
+
+class DatabaseError(Exception):
+    """A database cannot be opened; the message says where it is and what to do."""
+
+
+def open_database(path: Path, *, version: int, create: Iterable[str]) -> sqlite3.Connection:
+    """The database at ``path``, in WAL mode; a new one is made with the statements of ``create``.
+
+    Only its owner can read its file. The connection may be used by any thread, one at a time. Raises
+    :class:`DatabaseError`, also when a later ``version`` of rigserve has written it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        connection = sqlite3.connect(
+            path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(connection, path, version, create)
+        except BaseException:
+            connection.close()
+            raise
+    except OSError as error:
+        raise DatabaseError(
+            f"cannot open {path}: {error.strerror}; see storage.data_dir"
+        ) from error
+    except sqlite3.Error as error:
+        raise DatabaseError(
+            f"{path} cannot be used: {error}; "
+            "check the disk and its permissions, or move the file away to begin anew"
+        ) from error
+    return connection
+
+
+def _prepare(
+    connection: sqlite3.Connection, path: Path, version: int, create: Iterable[str]
+) -> None:
+    _switch_to_wal(connection)
+    connection.execute("PRAGMA synchronous=NORMAL")
+    # Two processes may open a new database at once: look and create under one lock.
+    connection.execute("BEGIN IMMEDIATE")
+    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if found > version:
+        raise DatabaseError(
+            f"{path} was written by a newer rigserve (format {found}); upgrade, or move it away"
+        )
+    if found == 0:
+        for statement in create:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={version}")
+    connection.execute("COMMIT")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # While another process makes the same switch, SQLite fails at once instead of waiting.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -1,0 +1,324 @@
+"""Writes docs/api.md from the code: `make api-docs`.
+
+What is honoured, what is refused and why, and within which limits is read from the request types that
+the server itself checks bodies with; which fields are OpenAI's, from its SDK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+from unittest.mock import Mock
+
+import orjson
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
+from pydantic import BaseModel
+
+from serving.config import ModelConfig
+from serving.gateway.app import create_app
+from serving.gateway.intake import Gateway
+from serving.protocol.requests import ModelRequest, RefusingBody
+
+FILE = Path(__file__).parents[1] / "docs" / "api.md"
+
+# OpenAI's request types, as its SDK has them.
+CONTRACTS: Mapping[str, tuple[type, ...]] = {
+    "/v1/chat/completions": (
+        chat_create_params.CompletionCreateParamsBase,
+        chat_create_params.CompletionCreateParamsStreaming,
+    ),
+    "/v1/completions": (
+        completion_create_params.CompletionCreateParamsBase,
+        completion_create_params.CompletionCreateParamsStreaming,
+    ),
+    "/v1/embeddings": (embedding_create_params.EmbeddingCreateParams,),
+    "/v1/responses": (
+        response_create_params.ResponseCreateParamsBase,
+        response_create_params.ResponseCreateParamsStreaming,
+    ),
+}
+ENGINES: tuple[str, ...] = get_args(ModelConfig.model_fields["engine"].annotation)
+
+_ENFORCEABLE = "what can be enforced to the letter"
+_REASONING = "where the model's chat template knows it"
+_SEEING = "where the model has a `projector`"
+# What depends on the model or on the engine's settings; the engine refuses it by name.
+_CONDITIONS: Mapping[str, Mapping[str, str]] = {
+    "llama_cpp": {
+        "chat_template_kwargs": "variables that the model's chat template has",
+        "dimensions": "up to the length of the model's vectors",
+        "input[].content[].image_url": _SEEING,
+        "messages[].content[].image_url": _SEEING,
+        "guided_choice": _ENFORCEABLE,
+        "guided_grammar": _ENFORCEABLE,
+        "guided_json": _ENFORCEABLE,
+        "guided_regex": _ENFORCEABLE,
+        "n": "times prompts, up to the model's `max_sequences` + `max_queue`",
+        "reasoning.effort": _REASONING,
+        "reasoning_effort": _REASONING,
+        "response_format": _ENFORCEABLE,
+        "structured_outputs": _ENFORCEABLE,
+        "suffix": "where the model was trained to fill in the middle",
+        "text.format": _ENFORCEABLE,
+    }
+}
+# What an engine refuses at one endpoint only.
+_REFUSALS: Mapping[str, Mapping[tuple[str, str], str]] = {
+    "llama_cpp": {
+        ("/tokenize", "messages[].content[].image_url"): "only text can be tokenized",
+    }
+}
+
+_HEAD = """\
+# The API
+
+Written by `make api-docs` from the code; a test keeps it current. The server shows the same, to try out, at `/docs`.
+
+A field is honoured, or the request is refused with a 400 whose `param` names the field and whose message says why; so are
+fields that nobody knows. Values that ask for nothing (null, or what is listed as such) are taken. With `lenient: true`,
+in the config under `server` or for one model, such fields are dropped instead, and the response header
+`x-rigserve-ignored` lists them; it also lists what a model's `filters` overrule.
+"""
+
+_FILTERS = """\
+## Filters
+
+For each model the config may change what its engine gets, whichever API the request came by:
+
+```yaml
+models:
+  - name: my-model
+    lenient: true                 # drop unknown and unsupported fields; unset: as server.lenient
+    filters:
+      stripped: [metadata, store] # taken out before the request is checked
+      defaults: {temperature: 0.7} # where the request is silent
+      forced: {seed: 7}           # whatever the request says
+      system_prompt: Be brief.    # before the conversation's own system message, in one message with it
+      max_tokens_default: 512     # where the request is silent
+      max_tokens_ceiling: 2048    # of each choice; more is cut down to it
+```
+
+A parameter applies to the endpoints that have it. One that no endpoint has, or a value that none takes, ends the start with an error
+that names the key. What a request says in vain is listed in `x-rigserve-ignored`. In a batch, where lines have no headers, it is not.
+"""
+
+_ERRORS = """\
+## Errors
+
+Every error has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, and an `x-request-id`. OpenAI's SDKs turn each
+status into an exception of its own, and by themselves try again after 408, 409, 429 and all from 500 up.
+
+| status | when | |
+|---|---|---|
+| 400 | the body is no JSON (also NaN, halves of surrogate pairs, two fields of one name in an object, nesting too deep), or a field is missing, wrong, unknown or not supported | `param` names the field |
+| 404 | there is no such model, or nothing at this path | near names are listed |
+| 405 | the path does not take this method | `Allow` lists those it takes |
+| 408 | the body was not complete within `server.body_timeout_seconds` | the connection is closed |
+| 413 | the body is larger than `server.max_body_bytes` | |
+| 415 | the body says it is not plain JSON in UTF-8; one without a content type is taken | |
+| 499 | the client left before its answer was complete | in the ledger and in metrics only |
+| 500 | something failed here; the log has more under the request's id | |
+| 503 | the model is loading, its engine has stopped, its queue is full, or the server is shutting down | `Retry-After` |
+
+A stream that fails after it has begun sends an event `{"error": {...}}`, and ends. What is no HTTP gets a 400 in plain text. An
+engine that is stuck is noticed by its own watchdog (`step_timeout_seconds`) and started again, which is a 503: there is no 504.
+"""
+
+
+def main() -> None:
+    """Write the file."""
+    FILE.write_text(api_docs(), encoding="utf-8")
+
+
+def api_docs() -> str:
+    """The text of docs/api.md."""
+    # Routes are made here, and never called.
+    app = create_app(cast(Gateway, Mock(spec=Gateway)))
+    paths: dict[str, dict[str, dict[str, Any]]] = app.openapi()["paths"]
+    endpoints = _table(
+        ("endpoint", ""),
+        (
+            (f"`{method.upper()} {path}`", operation.get("description", ""))
+            for path, operations in paths.items()
+            for method, operation in operations.items()
+        ),
+    )
+    kinds = {kind.path: kind for kind in _kinds(ModelRequest)}
+    bodies = (_body(path, kinds[path]) for path in paths if path in kinds)
+    return "\n".join([_HEAD, "## Endpoints\n", endpoints, *bodies, _FILTERS, _ERRORS])
+
+
+def contract_fields(path: str) -> set[str]:
+    """The names of the fields that OpenAI's request type for an endpoint has; empty if it has none."""
+    return {name for part in CONTRACTS.get(path, ()) for name in part.__annotations__}
+
+
+def _kinds(kind: type[ModelRequest]) -> Iterator[type[ModelRequest]]:
+    for each in kind.__subclasses__():
+        if "path" in each.__dict__:
+            yield each
+        yield from _kinds(each)
+
+
+def _body(path: str, kind: type[ModelRequest]) -> str:
+    openais = contract_fields(path)
+    rows = {
+        name: _row(kind, name) for name in sorted(kind.model_fields.keys() | kind.refused.keys())
+    }
+    header = ("field", "takes", *(f"`{engine}`" for engine in ENGINES))
+    parts = [f"## `POST {path}`\n"]
+    if openais:
+        theirs = [row for name, row in rows.items() if name in openais]
+        ours = [row for name, row in rows.items() if name not in openais]
+        parts += ["OpenAI's fields:\n", _table(header, theirs)]
+        if ours:
+            parts += ["Fields that OpenAI does not have:\n", _table(header, ours)]
+    else:
+        parts.append(_table(header, rows.values()))
+    if nested := _nested(kind):
+        parts += ["Within them:\n", _table(header, nested)]
+    return "\n".join(parts)
+
+
+def _row(kind: type[ModelRequest], name: str) -> tuple[str, ...]:
+    if refusal := kind.refused.get(name):
+        nothing = " or ".join(f"`{_json(value)}`" for value in refusal.nothing)
+        takes = f"nothing but {nothing}" if nothing else ""
+        return (f"`{name}`", takes, *(f"refused: {refusal.reason}" for _ in ENGINES))
+    schema = kind.model_json_schema()
+    takes = _takes(schema["properties"][name])
+    if name in schema.get("required", ()):
+        takes = f"required; {takes}"
+    return (f"`{name}`", takes, *(_answer(engine, kind.path, name) for engine in ENGINES))
+
+
+def _nested(kind: type[ModelRequest]) -> list[tuple[str, ...]]:
+    """Rows for what the objects in a body hold, and what they refuse."""
+    schema = kind.model_json_schema()
+    bodies = {body.__name__: body for body in _bodies(kind, set())}
+    taken: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}
+
+    def walk(at: str, part: Mapping[str, Any], within: tuple[str, ...]) -> None:
+        for form in _forms(part):
+            if form.get("type") == "array":
+                walk(f"{at}[]", form.get("items", {}), within)
+            name = str(form.get("$ref", "")).rpartition("/")[2]
+            if not name or name in within:
+                continue
+            for field, inner in schema["$defs"][name].get("properties", {}).items():
+                taken.setdefault(f"{at}.{field}", []).append(_takes(inner))
+                walk(f"{at}.{field}", inner, (*within, name))
+            for field, refusal in bodies[name].refused.items() if name in bodies else ():
+                refused[f"{at}.{field}"] = refusal.reason
+
+    for field, part in schema["properties"].items():
+        walk(field, part, ())
+    rows = [
+        (f"`{path}`", _either(forms), *(_answer(engine, kind.path, path) for engine in ENGINES))
+        for path, forms in taken.items()
+    ]
+    rows += [
+        (f"`{path}`", "", *(f"refused: {reason}" for _ in ENGINES))
+        for path, reason in refused.items()
+        if path not in taken
+    ]
+    return rows
+
+
+def _bodies(annotation: Any, found: set[type[RefusingBody]]) -> set[type[RefusingBody]]:
+    """The types of objects with refused fields that a field's type, or an object's fields, are made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if issubclass(annotation, RefusingBody):
+            found.add(annotation)
+        for field in annotation.model_fields.values():
+            _bodies(field.annotation, found)
+    for part in get_args(annotation):
+        _bodies(part, found)
+    return found
+
+
+def _answer(engine: str, path: str, field: str) -> str:
+    if reason := _REFUSALS.get(engine, {}).get((path, field)):
+        return f"refused: {reason}"
+    condition = _CONDITIONS.get(engine, {}).get(field)
+    return f"honoured: {condition}" if condition else "honoured"
+
+
+def _forms(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The forms that a value may have, without null."""
+    forms = part.get("anyOf") or part.get("oneOf") or [part]
+    if forms == [part]:
+        return [part]
+    return [each for form in forms for each in _forms(form) if each.get("type") != "null"]
+
+
+def _takes(part: Mapping[str, Any]) -> str:
+    text = _either(_form(form) for form in _forms(part))
+    return f"{text}. {part['description']}" if "description" in part else text
+
+
+def _either(texts: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(texts))
+
+
+def _form(form: Mapping[str, Any]) -> str:
+    if "$ref" in form:
+        return "an object, below"
+    for key in ("enum", "const"):
+        if key in form:
+            values = form[key] if key == "enum" else [form[key]]
+            return ", ".join(f"`{_json(value)}`" for value in values)
+    kind = form.get("type")
+    if kind == "array":
+        items = _either(_form(each) for each in _forms(form.get("items", {})))
+        limits = _between(form.get("minItems"), form.get("maxItems"), "items")
+        return f"a list{limits} of: {items}"
+    if kind == "string":
+        pattern = f" like `{form['pattern']}`" if "pattern" in form else ""
+        return (
+            f"text{pattern}{_between(form.get('minLength'), form.get('maxLength'), 'characters')}"
+        )
+    if kind in ("integer", "number"):
+        low = (
+            f"above {form['exclusiveMinimum']}"
+            if "exclusiveMinimum" in form
+            else form.get("minimum")
+        )
+        word = "a whole number" if kind == "integer" else "a number"
+        return f"{word}{_between(low, form.get('maximum'), '')}"
+    return {"boolean": "true or false", "object": "an object"}.get(str(kind), "anything")
+
+
+def _between(low: object, high: object, unit: str) -> str:
+    if low is None and high is None:
+        return ""
+    if isinstance(low, str):
+        text = low if high is None else f"{low}, at most {high}"
+    elif high is None:
+        text = f"at least {low}"
+    elif low is None:
+        text = f"at most {high}"
+    else:
+        text = f"{low} to {high}"
+    return f" ({text} {unit}".rstrip() + ")"
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(text) for text in row)} |" for row in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+if __name__ == "__main__":
+    main()
