@@ -424,7 +424,9 @@ def test_a_server_without_usage_gets_no_invented_tokens(tmp_path: Path) -> None:
 def test_a_bench_that_is_stopped_still_reports(tmp_path: Path, how: str) -> None:
     with serving("slow") as (url, server):
         code = (
-            "import sys; from loadtest.options import BenchOptions as B; "
+            # A shell starts what it runs in the background with SIGINT ignored.
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from loadtest.options import BenchOptions as B; "
             "from loadtest.run import run_bench; sys.exit(run_bench(B.from_json(sys.argv[1])))"
         )
         asked = options(url, tmp_path, duration_seconds=3600).to_json()
