@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import aiohttp
 import uvicorn
@@ -25,7 +26,10 @@ from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import EngineStartError, Supervisor
 from serving.gateway.app import create_app
 from serving.gateway.background import BackgroundResponses
+from serving.gateway.batch_runner import BatchRunner
+from serving.gateway.batch_store import BatchStore
 from serving.gateway.database import DatabaseError
+from serving.gateway.file_store import FileStore
 from serving.gateway.intake import Gateway
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
@@ -37,6 +41,8 @@ from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
 
+_Store = TypeVar("_Store")
+
 # After the drain: how long requests may take to notice that their engines are gone.
 _LAST_WORDS_SECONDS = 6.0
 
@@ -47,7 +53,7 @@ class ServeError(Exception):
 
 def ledger_path(config: Config) -> Path:
     """Where a config's usage ledger is."""
-    return Path(config.storage.data_dir) / "ledger.sqlite"
+    return _data_dir(config) / "ledger.sqlite"
 
 
 def serve(config: Config) -> None:
@@ -56,18 +62,24 @@ def serve(config: Config) -> None:
     with (
         closing(_listen(config.server.host, config.server.port)) as listener,
         closing(Ledger(ledger_path(config))) as ledger,
-        closing(_response_store(config)) as responses,
+        closing(_store(ResponseStore, _data_dir(config) / "responses.sqlite")) as responses,
+        closing(_store(FileStore, _data_dir(config))) as files,
+        closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(open_meter(config.cost.power)) as power,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power)
-        runner.run(_serve(config, listener, meter, metrics, responses))
+        runner.run(_serve(config, listener, meter, metrics, responses, files, batches))
 
 
-def _response_store(config: Config) -> ResponseStore:
+def _data_dir(config: Config) -> Path:
+    return Path(config.storage.data_dir)
+
+
+def _store(kind: Callable[[Path], _Store], path: Path) -> _Store:
     try:
-        return ResponseStore(Path(config.storage.data_dir) / "responses.sqlite")
+        return kind(path)
     except DatabaseError as error:
         raise ServeError(str(error)) from error
 
@@ -94,6 +106,8 @@ async def _serve(
     meter: Meter,
     metrics: Metrics,
     response_store: ResponseStore,
+    files: FileStore,
+    batches: BatchStore,
 ) -> None:
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
@@ -114,7 +128,10 @@ async def _serve(
             body_timeout_seconds=config.server.body_timeout_seconds,
             lenient=config.server.lenient,
             responses=responses,
+            files=files,
+            batches=batches,
         )
+        batch_runner = BatchRunner(gateway)
         signals = asyncio.Queue[int]()
         loop = asyncio.get_running_loop()
         server = _Server(
@@ -128,6 +145,7 @@ async def _serve(
         _log.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
         await asyncio.wait((serving, engines, stopping), return_when=asyncio.FIRST_COMPLETED)
         gateway.draining = True
+        batch_runner.stop()
         if stopping.done():
             await _drain(relay, engines, signals, config.server.drain_timeout_seconds)
         stopping.cancel()
@@ -140,6 +158,8 @@ async def _serve(
         await _settle(relay)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(responses.settled(), _LAST_WORDS_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(batch_runner.stopped(), _LAST_WORDS_SECONDS)
     if isinstance(ended, BaseExceptionGroup):
         raise _readable(ended) from ended
 

@@ -211,7 +211,7 @@ class StorageConfig(Section):
         "~/.cache/rigserve", description="Prepared (requantized) models; safe to delete."
     )
     data_dir: str = Field(
-        "~/.local/share/rigserve", description="The usage ledger, and stored responses."
+        "~/.local/share/rigserve", description="The usage ledger, stored responses, files and batches."
     )
 
 

@@ -20,7 +20,7 @@ from serving import __version__
 from serving.engines.supervisor import Engine
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.intake import Gateway, json_response
-from serving.gateway.routes import inference, messages, responses
+from serving.gateway.routes import batches, files, inference, messages, responses
 from serving.gateway.routing import adapters_of
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
@@ -76,6 +76,8 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     app.include_router(inference.routes(gateway))
     app.include_router(responses.routes(gateway))
+    app.include_router(files.routes(gateway))
+    app.include_router(batches.routes(gateway))
     app.include_router(messages.routes(gateway))
     return app
 

@@ -123,13 +123,11 @@ class BatchRunner:
     async def _validate(self, batch: dict[str, Any]) -> None:
         file = await self._files.open(batch["input_file_id"])
         if file is None:
-            lines, model = [], None
+            lines, model = list[Line](), None
             errors = [_error("file_not_found", "The input file is gone.", "input_file_id")]
         else:
             with file:
-                lines, model, errors = await asyncio.to_thread(
-                    read_lines, file, batch["endpoint"]
-                )
+                lines, model, errors = await asyncio.to_thread(read_lines, file, batch["endpoint"])
         if not errors:
             assert model is not None
             try:
@@ -162,19 +160,19 @@ class BatchRunner:
     async def _run_line(self, job: _Job, line: Line) -> None:
         """Run a line until it has a result that is kept, or the batch shall not go on."""
         retry_seconds, deaths = _SHORTEST_RETRY_SECONDS, 0
-        while not job.unwanted.is_set():
+        while not (job.unwanted.is_set() or self._stopping.is_set()):
             request_id = new_id("req")
             try:
                 status, body = await self._answer(job, line, request_id)
             except ClientDisconnected:
                 return
             deaths += _code_of(body) == "engine_stopped"
+            if status >= 500 and self._stopping.is_set():
+                return
             if status not in _RETRIED_STATUSES or deaths == _MAX_ENGINE_DEATHS:
                 line_id = new_id("batch_req")
                 result = output_line(line_id, line.custom_id, request_id, status, body)
                 await self._keep(job, line, result, failed=status != 200)
-                return
-            if self._stopping.is_set():
                 return
             await _wait(job.unwanted, retry_seconds, self._stopping)
             retry_seconds = min(2 * retry_seconds, _LONGEST_RETRY_SECONDS)
@@ -214,7 +212,7 @@ class BatchRunner:
             outcome = "cancelled"
         elif source == "finalizing":
             outcome = "completed"
-        elif time.time() >= batch["expires_at"]:
+        elif time.time() >= now["expires_at"]:
             outcome = "expired"
         else:
             return

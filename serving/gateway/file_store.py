@@ -72,15 +72,13 @@ class FileStore:
         keep_seconds: int | None,
     ) -> dict[str, Any]:
         """Keep what ``write`` writes, in place of an older file of that id; gives OpenAI's file object."""
-        return await self._run(
-            lambda: self._add(file_id, write, filename, purpose, keep_seconds)
-        )
+        return await self._run(lambda: self._add(file_id, write, filename, purpose, keep_seconds))
 
     async def get(self, file_id: str) -> dict[str, Any] | None:
         """A file's object; None if there is none of that id."""
         return await self._run(lambda: self._get(file_id))
 
-    async def list(
+    async def page(
         self, *, after: str | None, limit: int, order: str, purpose: str | None
     ) -> list[dict[str, Any]]:
         """Up to ``limit`` files, from the one behind ``after`` on; raises :class:`ApiError` if that is gone."""

@@ -15,6 +15,8 @@ from starlette.responses import Response
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.background import BackgroundResponses
+from serving.gateway.batch_store import BatchStore
+from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
@@ -43,6 +45,8 @@ class Gateway:
     max_body_bytes: int
     body_timeout_seconds: float
     responses: BackgroundResponses
+    files: FileStore
+    batches: BatchStore
     lenient: bool = False
     draining: bool = False
     started_unix: int = field(default_factory=lambda: int(time.time()))

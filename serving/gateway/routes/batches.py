@@ -35,7 +35,7 @@ def routes(gateway: Gateway) -> APIRouter:
                 param="input_file_id",
                 code="invalid_value",
             )
-        batch = begun(f"batch_{new_id('')[1:]}", asked, int(time.time()))
+        batch = begun(new_id("batch").replace("-", "_"), asked, int(time.time()))
         kept = asked.output_expires_after
         await store.add(batch, kept.seconds if kept else None)
         return json_response(await _batch(batch["id"]))
@@ -44,7 +44,7 @@ def routes(gateway: Gateway) -> APIRouter:
     async def listed(http: Request) -> Response:
         """The batches there are, the newest first."""
         query = validated(PageQuery, dict(http.query_params))
-        return json_response(page(await store.list(query.after, query.limit + 1), query.limit))
+        return json_response(page(await store.page(query.after, query.limit + 1), query.limit))
 
     @router.get("/v1/batches/{batch_id}")
     async def retrieve(batch_id: str) -> Response:

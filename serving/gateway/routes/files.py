@@ -66,7 +66,7 @@ def routes(gateway: Gateway) -> APIRouter:
     async def listed(http: Request) -> Response:
         """The files there are."""
         query = validated(FilesQuery, dict(http.query_params))
-        files = await store.list(
+        files = await store.page(
             after=query.after, limit=query.limit + 1, order=query.order, purpose=query.purpose
         )
         return json_response(page(files, query.limit))
@@ -116,7 +116,9 @@ async def _form_of(gateway: Gateway, http: Request) -> FormData:
             code="request_timeout",
         ) from None
     except MultiPartException as error:
-        raise ApiError(400, f"The form is not valid: {error.message}", code="invalid_form") from error
+        raise ApiError(
+            400, f"The form is not valid: {error.message}", code="invalid_form"
+        ) from error
     except OSError as error:
         raise storage_error(error) from error
 
@@ -154,9 +156,7 @@ def _parts_of(form: FormData) -> tuple[UploadFile, dict[str, Any]]:
         else:
             target[key] = value
     if file is None:
-        raise ApiError(
-            400, "'file' is required.", param="file", code="missing_required_parameter"
-        )
+        raise ApiError(400, "'file' is required.", param="file", code="missing_required_parameter")
     return file, fields
 
 
