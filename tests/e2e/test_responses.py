@@ -554,4 +554,4 @@ def test_a_kill_loses_nothing_and_leaves_nothing_in_progress(own_rig: RigServer)
         query = "SELECT status FROM responses WHERE id = ?"
         assert connection.execute(query, (running.id,)).fetchone()[0] in ("completed", "incomplete")
     assert path.stat().st_mode & 0o077 == 0
-    assert not list(path.parent.glob("*.lock"))
+    assert not list(path.parent.glob(f"{path.name}.*.lock"))
