@@ -211,7 +211,8 @@ class StorageConfig(Section):
         "~/.cache/rigserve", description="Prepared (requantized) models; safe to delete."
     )
     data_dir: str = Field(
-        "~/.local/share/rigserve", description="The usage ledger, stored responses, files and batches."
+        "~/.local/share/rigserve",
+        description="The usage ledger, stored responses, files and batches.",
     )
 
 
