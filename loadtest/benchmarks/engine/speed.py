@@ -24,6 +24,7 @@ from loadtest.benchmarks.engine.servers import (
 from loadtest.benchmarks.engine.table import Figures, Results, percentile
 
 _PROMPT_TOKENS = 78
+_WAKING_TOKENS = 8
 _BATCHED_BENCH = "llama-batched-bench"
 _WANTED = {
     "16 clients: output tok/s": "llama-server ≥ 1.00, example-server ≥ 1.25, batched-bench ≥ 0.92",
@@ -52,7 +53,7 @@ def measure(
         "Speed",
         _WANTED,
         f"{_PROMPT_TOKENS} prompt tokens, {output_tokens} generated a stream, all streams of a round started at once; "
-        "tokens over the time until the last has ended, prompts included. "
+        "tokens over the time until the last has ended, prompts included; each server has answered something just before. "
         f"{rounds} rounds; {rig.slots} slots of {rig.context_length} tokens.",
     )
 
@@ -62,6 +63,9 @@ async def _wave(server: Server, prompts: Sequence[list[int]], output_tokens: int
         server.complete(prompt, max_tokens=output_tokens, **server.endless) for prompt in prompts
     ]
     async with server.awake() as session:
+        # A process that was stopped for a minute may have lost pages and caches.
+        waking = server.complete(prompts[0][::-1], max_tokens=_WAKING_TOKENS, **server.endless)
+        await waking.run(session)
         before = await server.statistics(session)
         started = time.perf_counter()
         await asyncio.gather(*(stream.run(session) for stream in streams))
