@@ -21,6 +21,7 @@ from serving.config import Config
 from serving.cost.ledger import Ledger
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
+from serving.database import DatabaseError
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import EngineStartError, Supervisor
@@ -28,7 +29,6 @@ from serving.gateway.app import create_app
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
-from serving.gateway.database import DatabaseError
 from serving.gateway.file_store import FileStore
 from serving.gateway.intake import Gateway
 from serving.gateway.metering import Meter

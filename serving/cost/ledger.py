@@ -13,12 +13,12 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from serving.cost.traffic import Traffic
+from serving.database import DatabaseError, check_version, open_database
 
 _log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 1
 _COMMIT_SECONDS = 0.5
-_BUSY_SECONDS = 5.0
 _LONGEST_RETRY_SECONDS = 10.0
 _COMPLAINT_SECONDS = 60.0
 _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
@@ -62,10 +62,13 @@ class UsageRecord:
 
 
 _COLUMNS = [field.name for field in fields(UsageRecord)]
-_CREATE = "CREATE TABLE usage (id INTEGER PRIMARY KEY, {})".format(
-    ", ".join(
-        f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord)
-    )
+_CREATE = (
+    "CREATE TABLE usage (id INTEGER PRIMARY KEY, {})".format(
+        ", ".join(
+            f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord)
+        )
+    ),
+    "CREATE INDEX usage_started_at ON usage (started_at)",
 )
 _INSERT = "INSERT INTO usage ({}) VALUES ({})".format(
     ", ".join(_COLUMNS), ", ".join("?" for _ in _COLUMNS)
@@ -84,21 +87,10 @@ class Ledger:
         """Open or create the database; raises :class:`LedgerError`."""
         self._path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Opened here for its errors, used by the writer's thread alone.
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                with _readable_errors(path):
-                    _prepare(self._connection, path)
-            except BaseException:
-                self._connection.close()
-                raise
-        except OSError as error:
-            raise LedgerError(
-                f"cannot create {path.parent}: {error.strerror}; see storage.data_dir"
-            ) from error
+            self._connection = open_database(path, version=_SCHEMA_VERSION, create=_CREATE)
+        except DatabaseError as error:
+            raise LedgerError(f"the ledger: {error}") from error
         self._records: queue.SimpleQueue[UsageRecord] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unwritten: list[UsageRecord] = []
@@ -186,7 +178,7 @@ def read_traffic(path: Path, *, since: float | None = None, model: str | None = 
     """
     uri = f"{path.resolve().as_uri()}?mode=ro"
     with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
-        _check_version(connection, path)
+        check_version(connection, path, _SCHEMA_VERSION)
         row = connection.execute(query, (since or 0.0, model, model)).fetchone()
     if not row[0]:
         raise LedgerError(f"the ledger {path} has no such requests")
@@ -198,45 +190,12 @@ def _joined(sources: str) -> str:
     return "mixed" if "," in sources else sources
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    _switch_to_wal(connection)
-    connection.execute("PRAGMA synchronous=NORMAL")
-    # Two processes may open a new ledger at once: look and create under one lock.
-    connection.execute("BEGIN IMMEDIATE")
-    if _check_version(connection, path) == 0:
-        connection.execute(_CREATE)
-        connection.execute("CREATE INDEX usage_started_at ON usage (started_at)")
-        connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-    connection.execute("COMMIT")
-
-
-def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            # While another process makes the same switch, SQLite fails at once instead of waiting.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _check_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The format of the database, 0 if it is new."""
-    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if found > _SCHEMA_VERSION:
-        raise LedgerError(
-            f"the ledger {path} was written by a newer rigserve (format {found}); upgrade, or move it away"
-        )
-    return found
-
-
 @contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except DatabaseError as error:
+        raise LedgerError(f"the ledger: {error}") from error
     except sqlite3.Error as error:
         raise LedgerError(
             f"the ledger {path} cannot be used: {error}; "

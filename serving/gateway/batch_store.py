@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import filelock
 import orjson
 
-from serving.gateway.database import open_database
+from serving.database import open_database
 from serving.gateway.file_store import storage_error
 from serving.protocol.batches import ENDED, Line
 from serving.protocol.errors import ApiError

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from serving.gateway.database import open_database
+from serving.database import open_database
 from serving.protocol.errors import ApiError
 
 _log = logging.getLogger(__name__)

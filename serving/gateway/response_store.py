@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import filelock
 import orjson
 
-from serving.gateway.database import DatabaseError, open_database
+from serving.database import DatabaseError, open_database
 from serving.protocol.errors import ApiError
 
 _log = logging.getLogger(__name__)

@@ -171,7 +171,7 @@ def test_a_killed_process_loses_at_most_the_last_second(tmp_path: Path) -> None:
 def test_a_locked_database_delays_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.cost.ledger._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("serving.database._BUSY_SECONDS", 0.1)
     path = tmp_path / "l.sqlite"
     with closing(Ledger(path)) as ledger:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -197,7 +197,7 @@ def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path) -> None:
 def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.cost.ledger._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("serving.database._BUSY_SECONDS", 0.1)
     path = tmp_path / "l.sqlite"
     ledger = Ledger(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from serving.gateway.database import DatabaseError
+from serving.database import DatabaseError
 from serving.gateway.response_store import ResponseStore, StoredResponse
 from serving.protocol.errors import ApiError
 

@@ -51,16 +51,21 @@ def _prepare(
     connection.execute("PRAGMA synchronous=NORMAL")
     # Two processes may open a new database at once: look and create under one lock.
     connection.execute("BEGIN IMMEDIATE")
+    if check_version(connection, path, version) == 0:
+        for statement in create:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={version}")
+    connection.execute("COMMIT")
+
+
+def check_version(connection: sqlite3.Connection, path: Path, version: int) -> int:
+    """The format of a database, 0 if it is new; raises :class:`DatabaseError` if it is beyond ``version``."""
     found = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if found > version:
         raise DatabaseError(
             f"{path} was written by a newer rigserve (format {found}); upgrade, or move it away"
         )
-    if found == 0:
-        for statement in create:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version={version}")
-    connection.execute("COMMIT")
+    return found
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
