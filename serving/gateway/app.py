@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import __version__
 from serving.engines.supervisor import Engine
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
+from serving.gateway.identity import ANYBODY
 from serving.gateway.intake import Gateway, json_response
 from serving.gateway.routes import batches, files, inference, messages, responses
 from serving.gateway.routing import adapters_of
@@ -184,6 +185,7 @@ class _RequestHeaders:
         request_id = given if _ACCEPTED_REQUEST_ID.fullmatch(given) else new_id("req")
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["identity"] = ANYBODY
         header = (REQUEST_ID_HEADER.encode(), request_id.encode())
 
         async def send_with_headers(message: Message) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import orjson
 from starlette.types import Message
 
-from serving.engines.supervisor import Endpoint, Engine
+from serving.engines.supervisor import Engine
 from serving.gateway.relay import Caller, Relay
 from serving.gateway.response_store import ResponseStore
 from serving.protocol.errors import ApiError
@@ -37,13 +38,15 @@ class BackgroundResponses:
 
     def begin(
         self,
-        request_id: str,
+        asker: Caller,
         engine: Engine,
-        endpoint: Endpoint,
         asked: ChatCompletionRequest,
         translation: ResponseTranslation,
     ) -> None:
-        """Make a response that has been stored. It ends early once it is cancelled or deleted."""
+        """Make a response that has been stored, whether or not its asker stays.
+
+        It ends early once it is cancelled or deleted.
+        """
         unwanted = self._unwanted[translation.response["id"]] = asyncio.Event()
         if self._looking is None or self._looking.done():
             self._looking = self._keep(self._look())
@@ -52,8 +55,8 @@ class BackgroundResponses:
             await unwanted.wait()
             return {"type": "http.disconnect"}
 
-        caller = Caller(request_id, "/v1/responses", hang_up)
-        self._keep(self._make(caller, engine, endpoint, asked, translation))
+        caller = replace(asker, receive=hang_up)
+        self._keep(self._make(caller, engine, asked, translation))
 
     async def settled(self) -> None:
         """Wait until all that was begun has ended and is stored."""
@@ -64,12 +67,11 @@ class BackgroundResponses:
         self,
         caller: Caller,
         engine: Engine,
-        endpoint: Endpoint,
         asked: ChatCompletionRequest,
         translation: ResponseTranslation,
     ) -> None:
         try:
-            answer = await self._relay.forward(caller, engine, endpoint, asked, translation)
+            answer = await self._relay.forward(caller, engine, asked, translation)
             if answer.status_code != 200:
                 translation.fail(orjson.loads(answer.body))
         except ApiError as error:

@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import orjson
@@ -15,6 +16,7 @@ from starlette.types import Message
 
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.file_store import FileStore, copying
+from serving.gateway.identity import ANYBODY
 from serving.gateway.intake import Gateway
 from serving.gateway.relay import Caller
 from serving.protocol.batches import ENDPOINTS, Line, output_line, read_lines, unanswered_line
@@ -34,6 +36,7 @@ _RETRIED_STATUSES = (429, 502, 503, 504)
 # A line over which the engine dies again and again is the reason for it.
 _MAX_ENGINE_DEATHS = 5
 _PAGE_LINES = 256
+_OWNER = replace(ANYBODY, priority="batch")
 
 
 class BatchRunner:
@@ -180,7 +183,7 @@ class BatchRunner:
     async def _answer(self, job: _Job, line: Line, request_id: str) -> tuple[int, Any]:
         endpoint_name = job.batch["endpoint"]
         fields: dict[str, Any] = orjson.loads(line.body)
-        caller = Caller(request_id, endpoint_name, job.hang_up, "batch")
+        caller = Caller(request_id, endpoint_name, _OWNER, job.hang_up)
         try:
             admitted = self._gateway.admit(endpoint_name, fields, ENDPOINTS[endpoint_name].of)
             answer = await self._gateway.relay.forward(caller, *admitted)

@@ -13,14 +13,14 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serving.engines.supervisor import Endpoint, Engine
+from serving.engines.supervisor import Engine
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
-from serving.gateway.routing import Router, endpoint_of
+from serving.gateway.routing import Router
 from serving.metrics import UNKNOWN_MODEL, Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ModelRequest, read_object
@@ -61,7 +61,7 @@ class Gateway:
 
     async def take(
         self, http: Request, read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Endpoint, Asked]:
+    ) -> tuple[Engine, Asked]:
         """Where an HTTP request goes, and what ``read`` makes of its body's fields.
 
         The model's filters are applied; what of the request thereby does not count is left in
@@ -71,10 +71,10 @@ class Gateway:
 
     def take_fields(
         self, http: Request, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Endpoint, Asked]:
+    ) -> tuple[Engine, Asked]:
         """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
-        engine, endpoint, asked, http.state.ignored = self._admit(http.url.path, fields, read)
-        return engine, endpoint, asked
+        engine, asked, http.state.ignored = self._admit(http.url.path, fields, read)
+        return engine, asked
 
     async def fields_of(self, http: Request) -> dict[str, Any]:
         """The fields of an HTTP request's body; raises :class:`ApiError`, and counts what it turns away."""
@@ -93,13 +93,13 @@ class Gateway:
 
     def admit(
         self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Endpoint, Asked]:
+    ) -> tuple[Engine, Asked]:
         """As :meth:`take`, for a body that is there already."""
-        return self._admit(path, fields, read)[:3]
+        return self._admit(path, fields, read)[:2]
 
     def _admit(
         self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Endpoint, Asked, list[str]]:
+    ) -> tuple[Engine, Asked, list[str]]:
         model = UNKNOWN_MODEL
         try:
             asked, dropped = self._filters_for(fields.get("model")).read(fields, read)
@@ -110,11 +110,10 @@ class Gateway:
                 raise ApiError(
                     503, "The server is shutting down.", code="draining", retry_after_seconds=5
                 )
-            endpoint = endpoint_of(engine)
         except ApiError as error:
             self.meter.unmetered(model, path, error.status)
             raise
-        return engine, endpoint, asked, [*dropped, *overruled]
+        return engine, asked, [*dropped, *overruled]
 
     def _filters_for(self, name: object) -> Filters:
         """What is known to apply before a request has been read: the filters of the model it names."""

@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.identity import Identity
 from serving.gateway.metering import Meter, Request
-from serving.gateway.routing import adapters_of
+from serving.gateway.routing import adapters_of, endpoint_of
 from serving.gateway.stream import StreamTap
 from serving.gateway.translation import Translation, translated
 from serving.protocol.errors import ApiError
@@ -30,7 +31,7 @@ from serving.protocol.sse import (
     event,
     while_connected,
 )
-from serving.protocol.tenancy import Priority, Tenancy
+from serving.protocol.tenancy import Tenancy
 
 _log = logging.getLogger(__name__)
 
@@ -53,17 +54,18 @@ async def _never() -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who waits for an answer. ``endpoint`` is what it is metered as; ``batch`` gives way to others."""
+    """Who waits for an answer. ``endpoint`` is what it is metered as."""
 
     request_id: str
     endpoint: str
+    identity: Identity
     receive: Receive = _never
-    priority: Priority = "interactive"
 
     @staticmethod
     def of(http: HttpRequest) -> Caller:
         """The client of a request, whose body has been read."""
-        return Caller(http.state.request_id, http.url.path, http.receive)
+        state = http.state
+        return Caller(state.request_id, http.url.path, state.identity, http.receive)
 
 
 class Relay:
@@ -81,7 +83,6 @@ class Relay:
         self,
         caller: Caller,
         engine: Engine,
-        endpoint: Endpoint,
         body: ModelRequest,
         translation: Translation | None = None,
     ) -> Response:
@@ -89,7 +90,7 @@ class Relay:
 
         Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more.
         """
-        call = _Call(self._session, engine, endpoint, body, caller.priority)
+        call = self._call(caller, engine, body)
         request = Request(
             id=caller.request_id,
             endpoint=caller.endpoint,
@@ -106,14 +107,12 @@ class Relay:
             return await self._stream(caller, call, request, tap, translation)
         return await self._whole(caller, call, request, translation)
 
-    async def ask(
-        self, caller: Caller, engine: Engine, endpoint: Endpoint, body: ModelRequest
-    ) -> Response:
+    async def ask(self, caller: Caller, engine: Engine, body: ModelRequest) -> Response:
         """Answer a request that uses no tokens through its engine: it is counted, but not in the ledger.
 
         Raises as :meth:`forward` does.
         """
-        call = _Call(self._session, engine, endpoint, body, caller.priority)
+        call = self._call(caller, engine, body)
         status = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
@@ -128,6 +127,14 @@ class Relay:
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
         await self._idle.wait()
+
+    def _call(self, caller: Caller, engine: Engine, body: ModelRequest) -> _Call:
+        try:
+            endpoint = endpoint_of(engine)
+        except ApiError as error:
+            self._meter.unmetered(engine.model.name, caller.endpoint, error.status)
+            raise
+        return _Call(self._session, engine, endpoint, body, caller.identity)
 
     async def _whole(
         self, caller: Caller, call: _Call, request: Request, translation: Translation | None
@@ -264,7 +271,7 @@ class _Call:
         engine: Engine,
         endpoint: Endpoint,
         body: ModelRequest,
-        priority: Priority,
+        identity: Identity,
     ) -> None:
         self.engine = engine
         self._session = session
@@ -277,7 +284,7 @@ class _Call:
             "authorization": f"Bearer {self._endpoint.api_key}",
             "content-type": "application/json",
             "x-request-id": self._engine_request_id,
-            **_tenancy_of(body, priority).to_headers(),
+            **_tenancy_of(body, identity).to_headers(),
         }
 
     async def open(self) -> aiohttp.ClientResponse:
@@ -312,11 +319,14 @@ def _is_streamed(body: ModelRequest) -> bool:
     return isinstance(body, GenerationRequest) and bool(body.stream)
 
 
-def _tenancy_of(body: ModelRequest, priority: Priority) -> Tenancy:
-    """Requests of one ``user`` stand in one line; one may ask for less ``priority`` than it could have."""
-    if isinstance(body, GenerationRequest) and body.priority == "batch":
-        priority = "batch"
-    return Tenancy(tenant=body.user or "-", priority=priority)
+def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
+    """A request may ask for less priority than its owner could have."""
+    asks_for_less = isinstance(body, GenerationRequest) and body.priority == "batch"
+    return Tenancy(
+        tenant=identity.tenant if identity.key_id else body.user or "-",
+        weight=identity.weight,
+        priority="batch" if asks_for_less else identity.priority,
+    )
 
 
 def _for_engine(engine: Engine, body: ModelRequest) -> bytes:

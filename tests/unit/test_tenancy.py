@@ -22,6 +22,7 @@ from serving.cost.prices import PriceBook
 from serving.engines.launch import free_port
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.identity import ANYBODY
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Caller, Relay
 from serving.hardware.energy import open_meter
@@ -32,6 +33,18 @@ from serving.protocol.responses import Timings, Usage
 from serving.protocol.tenancy import Priority, Tenancy
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+class Elsewhere(Engine):
+    """An engine that somebody else runs."""
+
+    def __init__(self, endpoint: Endpoint, model: LlamaCppModel, folder: Path) -> None:
+        super().__init__(model, LlamaCppLauncher(folder))
+        self._elsewhere = endpoint
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._elsewhere
 
 
 def engine_sees(folder: Path, body: dict[str, Any], client_headers: dict[str, str]) -> Any:
@@ -60,8 +73,7 @@ def engine_sees(folder: Path, body: dict[str, Any], client_headers: dict[str, st
             async with aiohttp.ClientSession() as session:
                 response = await Relay(session, meter).forward(
                     Caller.of(from_client(client_headers)),
-                    Engine(model, LlamaCppLauncher(folder)),
-                    Endpoint(f"http://127.0.0.1:{port}", "key"),
+                    Elsewhere(Endpoint(f"http://127.0.0.1:{port}", "key"), model, folder),
                     ChatCompletionRequest.parse(json.dumps(body).encode()),
                 )
             assert response.status_code == 200
@@ -82,7 +94,7 @@ def from_client(headers: dict[str, str]) -> Request:
             "path": "/v1/chat/completions",
             "query_string": b"",
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-            "state": {"request_id": "r"},
+            "state": {"request_id": "r", "identity": ANYBODY},
             "server": ("gateway", 80),
             "scheme": "http",
         },

@@ -22,12 +22,12 @@ def routes(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     async def complete(http: Request, kind: type[ModelRequest]) -> Response:
-        engine, endpoint, asked = await gateway.take(http, kind.of)
-        return await gateway.relay.forward(Caller.of(http), engine, endpoint, asked)
+        engine, asked = await gateway.take(http, kind.of)
+        return await gateway.relay.forward(Caller.of(http), engine, asked)
 
     async def ask(http: Request, kind: type[ModelRequest]) -> Response:
-        engine, endpoint, asked = await gateway.take(http, kind.of)
-        return await gateway.relay.ask(Caller.of(http), engine, endpoint, asked)
+        engine, asked = await gateway.take(http, kind.of)
+        return await gateway.relay.ask(Caller.of(http), engine, asked)
 
     @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:

@@ -50,7 +50,7 @@ def routes(gateway: Gateway) -> APIRouter:
             await _history(store, fields.get("previous_response_id")),
             await _referenced(store, fields.get("input")),
         )
-        engine, endpoint, asked = gateway.take_fields(http, fields, reading.read)
+        engine, asked = gateway.take_fields(http, fields, reading.read)
         http.state.ignored = list(map(own_name, http.state.ignored))
         request = reading.request
         response = begun(request, asked, _resolved(engine, asked.model))
@@ -64,9 +64,9 @@ def routes(gateway: Gateway) -> APIRouter:
 
         if request.background:
             await keep()
-            gateway.responses.begin(http.state.request_id, engine, endpoint, asked, translation)
+            gateway.responses.begin(Caller.of(http), engine, asked, translation)
             return json_response(response)
-        answer = await gateway.relay.forward(Caller.of(http), engine, endpoint, asked, translation)
+        answer = await gateway.relay.forward(Caller.of(http), engine, asked, translation)
         if answer.status_code != 200:
             return answer
         if request.stream:
