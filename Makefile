@@ -11,11 +11,12 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak lint api-docs bench-engine bench-peers setup setup-dev python clean
+.PHONY: help serve test soak chaos lint api-docs bench-engine bench-peers setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
+	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
 	@echo 'make lint    set up, then check style, types and import rules'
 	@echo 'make api-docs   write docs/api.md from the code'
 	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
@@ -31,6 +32,10 @@ test: setup-dev
 # Thousands of requests of all kinds; `make test` has a short one.
 soak: setup-dev
 	RIGSERVE_SOAK_REQUESTS=$(or $(SOAK_REQUESTS),3000) .venv/bin/python -m pytest -n $(TEST_PROCESSES) -k soak tests/engine
+
+# Engines are killed at random under load; `make test` has a short one.
+chaos: setup-dev
+	RIGSERVE_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),300) .venv/bin/python -m pytest tests/e2e/test_chaos.py
 
 lint: setup-dev
 	.venv/bin/ruff check .
