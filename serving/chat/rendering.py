@@ -45,8 +45,9 @@ class Reply:
         self._length += len(text)
         return text
 
-    def finish(self) -> str | dict[str, Any]:
-        """What is left to send at the end."""
+    def finish(self, reason: FinishReason) -> str | dict[str, Any]:
+        """What is left to send when generation has ended for ``reason``."""
+        del reason
         return ""
 
     def reason(self, reason: FinishReason) -> FinishReason:
@@ -64,8 +65,8 @@ class ChatReply(Reply):
     def push(self, text: str) -> dict[str, Any]:
         return _wire(self._parser.push(text))
 
-    def finish(self) -> dict[str, Any]:
-        return _wire(self._parser.finish())
+    def finish(self, reason: FinishReason) -> dict[str, Any]:
+        return _wire(self._parser.finish(cut_off=reason == "length"))
 
     def reason(self, reason: FinishReason) -> FinishReason:
         return "tool_calls" if reason == "stop" and self._parser.made_tool_calls else reason

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import is_lark_syntax
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
@@ -22,6 +22,7 @@ from serving.chat.json_schema import (
     make_enforceable,
     with_options,
 )
+from serving.llamacpp.gbnf import to_lark
 from serving.llamacpp.runtime import Model
 from serving.llamacpp.runtime.vocabulary import grammar_tokenizer
 from serving.protocol.errors import ApiError, dotted
@@ -182,7 +183,7 @@ def _grammar_text(spec: ConstraintSpec) -> str:
     if "::=" not in source or is_lark_syntax(source):
         return source
     try:
-        return gbnf_to_lark(source)
+        return to_lark(source)
     except Exception as error:  # it has no exception of its own for all that may be wrong
         raise refusal(spec.param, f"is not a grammar in Lark or GBNF: {error}") from error
 

@@ -15,8 +15,8 @@ import requests
 from anthropic.types import Message
 
 from tests.e2e.test_lifecycle import engine_processes
-from tests.engine.test_reasoning import SHOWN, TEMPLATE, with_template
 from tests.processes import RigServer, wait_for, write_config
+from tests.thinking import SHOWN, TEMPLATE, with_template
 
 MODEL = "smollm2-135m"
 # Anthropic's newest models take no temperature, and their SDK has no such argument any more.

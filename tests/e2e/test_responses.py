@@ -19,8 +19,8 @@ import requests
 from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_item import ResponseItem
 
-from tests.engine.test_reasoning import SHOWN, TEMPLATE, with_template
 from tests.processes import RigServer, wait_for, write_config
+from tests.thinking import SHOWN, TEMPLATE, with_template
 
 MODEL = "smollm2-135m"
 PLACE = {
@@ -66,7 +66,8 @@ def events_of(rig: RigServer, **fields: Any) -> list[dict[str, Any]]:
     answer = post(rig, stream=True, **fields)
     assert answer.headers["content-type"].startswith("text/event-stream")
     events = []
-    for block in answer.text.removesuffix("\n\n").split("\n\n"):
+    blocks = answer.text.removesuffix("\n\n").split("\n\n")
+    for block in (each for each in blocks if not each.startswith(":")):
         kind, data = block.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert kind == f"event: {event['type']}"

@@ -112,7 +112,7 @@ def test_a_prompt_that_opens_a_reasoning_block_is_noticed() -> None:
 
 
 def deltas(reply: ChatReply, *pieces: str) -> list[dict[str, Any]]:
-    return [delta for delta in (*map(reply.push, pieces), reply.finish()) if delta]
+    return [delta for delta in (*map(reply.push, pieces), reply.finish("stop")) if delta]
 
 
 def test_text_becomes_deltas_and_deltas_a_message() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import (
@@ -329,6 +329,30 @@ def told(
         yield event
 
 
+def test_reasoning_that_clients_keep_unread_comes_back() -> None:
+    fields: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "store": False}
+    request = ask(**fields)
+    assert request.wants_sealed_reasoning
+    message = {"content": "Ja.", "reasoning_content": "Größer."}
+    completion = {
+        "choices": [{"message": message, "finish_reason": "stop"}],
+        "usage": USAGE["usage"],
+    }
+    bare = begun(request, request.chat([]), "m")
+    whole = ResponseTranslation(bare, seal_reasoning=True).answer(completion)["output"][0]
+    way_back = ResponseTranslation(bare, seal_reasoning=True)
+    for chunk in (delta(reasoning_content="Größer."), delta(content="Ja."), ending("stop")):
+        way_back.chunk(chunk)
+    way_back.end()
+    for item in (whole, way_back.response["output"][0]):
+        kept = {name: item[name] for name in ("type", "id", "summary", "encrypted_content")}
+        sent = ask(
+            input=[kept, {"role": "assistant", "content": "Ja."}, {"role": "user", "content": "?"}]
+        )
+        assert sent.chat([]).messages[0].reasoning_content == "Größer."
+    assert "encrypted_content" not in ResponseTranslation(bare).answer(completion)["output"][0]
+
+
 def test_a_stream_with_everything() -> None:
     events = list(
         told(
@@ -492,6 +516,7 @@ JUNK = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(sorted(ResponseRequest.model_fields)), JUNK, max_size=4),
     st.lists(

@@ -396,6 +396,38 @@ def test_arguments_cut_off_are_what_came() -> None:
     assert read(FORMATS["qwen_coder"], text) == Reply("", "", (("get_weather", '{"city": "Par'),))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, text in TEXTS if name not in ("llama3", "generic")]
+)
+def test_what_is_cut_off_leaks_no_tags(name: str, text: str) -> None:
+    form = FORMATS[name]
+    whole = read(form, text)
+    for place in range(len(text)):
+        parser = form.parser(tools=True, thinking=False, functions=FUNCTIONS)
+        early = join([*parser.push(text[:place]), *parser.finish(cut_off=True)])
+        # One character may be text that ends so, as well.
+        assert whole.content.startswith((early.content, early.content[:-1]))
+        assert whole.reasoning.startswith((early.reasoning, early.reasoning[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "content"),
+    [
+        ("hermes", "It is <tool_", "It is "),
+        ("hermes", '<tool_call>{"na', ""),
+        ("hermes", "a <", "a <"),
+        ("hermes", "a <b", "a <b"),
+        ("mistral", "[TOOL_CALLS]no", ""),
+        ("harmony", "<|channel|>anal", ""),
+        ("llama3", '{"answer": "all is', '{"answer": "all is'),
+        ("generic", '```json\n{"answer": "all is', '```json\n{"answer": "all is'),
+    ],
+)
+def test_what_is_cut_off_in_a_tag_is_no_text(name: str, text: str, content: str) -> None:
+    parser = FORMATS[name].parser(tools=True, thinking=False, functions=FUNCTIONS)
+    assert join([*parser.push(text), *parser.finish(cut_off=True)]).content == content
+
+
 def test_deep_nesting_is_no_recursion() -> None:
     deep = "[" * 20_000
     for start in ('<tool_call>{"arguments": ', '<tool_call>{"name": "f", "arguments": {"a": '):

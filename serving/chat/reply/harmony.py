@@ -31,6 +31,8 @@ class Harmony:
                 header = ""
                 continue
             rest, end = yield from text.before((_MESSAGE, _START, *_ENDS, "\n"))
+            if end != _MESSAGE and text.broke_off:
+                return
             if end != _MESSAGE:
                 # No header: what was read is text, up to the tag that shows it.
                 text.give_up(header, text.content)

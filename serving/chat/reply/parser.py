@@ -28,9 +28,13 @@ class ReplyParser:
         next(self._reader, None)
         return self._text.take_deltas()
 
-    def finish(self) -> list[ReplyDelta]:
-        """What was held back, at the end of generation."""
+    def finish(self, *, cut_off: bool = False) -> list[ReplyDelta]:
+        """What was held back, at the end of generation.
+
+        ``cut_off``: the reply was to go on. What has begun like a tag or a call then is no text.
+        """
         self._text.ended = True
+        self._text.cut_off = cut_off
         return self.push("")
 
 
@@ -52,6 +56,8 @@ def read_reply(
         if thinking or (yield from text.skip(opened)):
             sink, ends = text.reasoning, (f"\n{closed}", closed)
             yield from text.close()
+        elif text.broke_off:
+            return
         text.rewind()
     at_start = not ends
     while True:
@@ -66,6 +72,9 @@ def read_reply(
             try:
                 yield from syntax.read(text, tag, functions)
             except NotACall:
+                # What stands in a block of code may be the answer.
+                if tag and text.broke_off and not tag.startswith("```"):
+                    return
                 text.rewind()
                 if tag and text.calls == calls:
                     text.give_up(tag, sink)

@@ -22,6 +22,8 @@ _SPACES = re.compile(r"\s*")
 _WORD = re.compile(r"[\w.-]*")
 _SCALAR = re.compile(r"[\w.+-]*")
 _IN_STRING = re.compile(r'[^"\\]*')
+# In the middle of text, the first character of a tag may be just that.
+_CERTAIN = 2
 _BETWEEN_STRINGS = re.compile(r"[\s\w:,.+-]*")
 
 
@@ -34,6 +36,7 @@ class Scanner:
 
     def __init__(self) -> None:
         self.ended = False
+        self.cut_off = False
         self.calls = 0
         self._text = ""
         self._at = 0
@@ -46,6 +49,11 @@ class Scanner:
         self._text = self._text[self._mark :] + text
         self._at -= self._mark
         self._mark = 0
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether the end came in the middle of what is not dealt with."""
+        return self.cut_off and self._mark < self._at == len(self._text)
 
     def take_deltas(self) -> list[ReplyDelta]:
         """What was delivered since the last time."""
@@ -114,9 +122,15 @@ class Scanner:
             yield
 
     def skip(self, literal: str) -> Wait[bool]:
-        """Step over ``literal`` if it comes next; tells whether it did."""
+        """Step over ``literal`` if it comes next; tells whether it did.
+
+        If the end cuts it off, what there is of it is stepped over.
+        """
         while not self._text.startswith(literal, self._at):
-            if self.ended or not literal.startswith(self._text[self._at :]):
+            rest = self._text[self._at :]
+            if self.ended or not literal.startswith(rest):
+                if self.cut_off and literal.startswith(rest):
+                    self._at = len(self._text)
                 return False
             yield
         self._at += len(literal)
@@ -136,17 +150,22 @@ class Scanner:
         self.accept()
 
     def until(self, tags: tuple[str, ...], sink: Sink) -> Wait[str]:
-        """Give ``sink`` all text before the first of ``tags``, step over that; empty if none comes."""
+        """Give ``sink`` all text before the first of ``tags``, step over that; empty if none comes.
+
+        One that the end cuts off is stepped over, too.
+        """
         pattern = _first_of(tags)
         while True:
             match = pattern.search(self._text, self._at)
             tag = match[0] if match and match[0] in tags else ""
-            stop = match.start() if match and (tag or not self.ended) else len(self._text)
+            is_broken = self.cut_off and match is not None and len(match[0]) >= _CERTAIN
+            is_held = tag or is_broken or not self.ended
+            stop = match.start() if match and is_held else len(self._text)
             text = self._text[self._at : stop]
             self._at = stop
             if text:
                 sink(text)
-            self._at += len(tag)
+            self._at = len(self._text) if is_broken and not tag else stop + len(tag)
             if tag or self.ended:
                 return tag
             yield

@@ -68,6 +68,7 @@ class Tool(RefusingBody):
                 "type",
                 f"{str(kind)[:64]!r} is one of Anthropic's own tools, which models here do not know; "
                 "describe a tool of your own, with an input_schema",
+                tells_kind=True,
             )
         return value
 

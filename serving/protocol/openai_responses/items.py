@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from serving.protocol.errors import ApiError, conflict
+from serving.protocol.errors import ApiError, conflict, unsupported
 from serving.protocol.requests import (
     MAX_PARTS,
     FunctionCall,
@@ -199,17 +200,22 @@ def _output_json(part: ContentPart) -> dict[str, Any]:
 class ReasoningItem(_Part):
     """What the model thought before it spoke. A ``summary`` is read only where there is no more."""
 
-    refused: ClassVar[Mapping[str, Refusal]] = {
-        "encrypted_content": Refusal(
-            "what another server has encrypted cannot be read; send 'content', or leave the item out"
-        )
-    }
-
     type: Literal["reasoning"]
     id: str | None = Field(None, max_length=256)
     summary: ListOf[SummaryText] = Field(default=[])
     content: ListOf[ReasoningText] = Field(default=[])
+    encrypted_content: str | None = Field(
+        None, exclude=True, description="As rigserve gave it; read where there is no 'content'."
+    )
     status: _Status = "completed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unsealed(cls, value: Any) -> Any:
+        sealed = value.get("encrypted_content") if isinstance(value, dict) else None
+        if not isinstance(sealed, str) or value.get("content"):
+            return value
+        return {**value, "content": [{"type": "reasoning_text", "text": _unseal(sealed)}]}
 
     @property
     def text(self) -> str:
@@ -219,6 +225,26 @@ class ReasoningItem(_Part):
     def to_json(self) -> dict[str, Any]:
         """The item as lists of items show it."""
         return {**self.model_dump(exclude_none=True), "id": self.id or item_id("rs")}
+
+
+_SEAL = "rigserve:"
+
+
+def seal(text: str) -> str:
+    """Reasoning as ``encrypted_content``: opaque to clients, but no secret, as they get it in full, too."""
+    return _SEAL + base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def _unseal(sealed: str) -> str:
+    try:
+        if sealed.startswith(_SEAL):
+            return base64.b64decode(sealed.removeprefix(_SEAL), b"-_", validate=True).decode()
+    except ValueError:
+        pass
+    raise unsupported(
+        "encrypted_content",
+        "what another server has encrypted cannot be read; send 'content', or leave the item out",
+    )
 
 
 class FunctionCallItem(_Part):

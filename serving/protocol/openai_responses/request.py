@@ -30,12 +30,14 @@ _MAX_PAGE_ITEMS = 100
 
 LOGPROBS = "message.output_text.logprobs"
 _IMAGE_URLS = "message.input_image.image_url"  # they are always included
+SEALED_REASONING = "reasoning.encrypted_content"
+_INCLUDABLE = (LOGPROBS, SEALED_REASONING, _IMAGE_URLS)
 _NO_SUMMARIES = "reasoning is given in full, as 'content'; nothing here sums it up"
 
 
 def _includable(value: str) -> str:
-    if value not in (LOGPROBS, _IMAGE_URLS):
-        raise ValueError(f"only '{LOGPROBS}' and '{_IMAGE_URLS}' can be included here")
+    if value not in _INCLUDABLE:
+        raise ValueError(f"only {', '.join(_INCLUDABLE)} can be included here")
     return value
 
 
@@ -66,7 +68,9 @@ class FunctionTool(RefusingBody, Function):
     @classmethod
     def _only_functions(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("type") not in (None, "function"):
-            raise unsupported("type", "only tools of type 'function' can be used here")
+            raise unsupported(
+                "type", "only tools of type 'function' can be used here", tells_kind=True
+            )
         return value
 
 
@@ -253,6 +257,11 @@ class ResponseRequest(ModelRequest):
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities are asked for."""
         return LOGPROBS in (self.include or ())
+
+    @property
+    def wants_sealed_reasoning(self) -> bool:
+        """Whether reasoning is asked for in a form that clients keep without reading it."""
+        return SEALED_REASONING in (self.include or ())
 
     @property
     def items(self) -> list[Item]:

@@ -17,7 +17,7 @@ from serving.protocol.openai_responses.answer import (
     reasoning_part,
     text_part,
 )
-from serving.protocol.openai_responses.items import item_id
+from serving.protocol.openai_responses.items import item_id, seal
 from serving.protocol.openai_responses.names import renamed
 
 
@@ -28,8 +28,9 @@ class ResponseTranslation:
     tells that the response is there to be retrieved, so :meth:`terminal` gives it once that is true.
     """
 
-    def __init__(self, begun: dict[str, Any]) -> None:
+    def __init__(self, begun: dict[str, Any], *, seal_reasoning: bool = False) -> None:
         self.response = begun
+        self._seal_reasoning = seal_reasoning
         self._events = _Events()
         self._output: list[dict[str, Any]] = []
         self._open: _OpenItem | None = None
@@ -40,10 +41,16 @@ class ResponseTranslation:
     def answer(self, completion: dict[str, Any]) -> dict[str, Any]:
         """The body of a whole answer, from a chat completion's."""
         choice = completion["choices"][0]
-        self.response = finished(
-            self.response, output_of(choice), choice["finish_reason"], completion
-        )
+        output = list(map(self._sealed, output_of(choice)))
+        self.response = finished(self.response, output, choice["finish_reason"], completion)
         return self.response
+
+    def _sealed(self, item: dict[str, Any]) -> dict[str, Any]:
+        """A finished item; of reasoning, with its text once more if that is asked for."""
+        if item["type"] != "reasoning" or not self._seal_reasoning:
+            return item
+        text = "".join(part["text"] for part in item["content"])
+        return {**item, "encrypted_content": seal(text)}
 
     def refusal(self, status: int, error: dict[str, Any]) -> dict[str, Any]:
         """The body of an error response: OpenAI's, in the words of this API."""
@@ -131,6 +138,7 @@ class ResponseTranslation:
         if self._open is None:
             return b""
         closing = self._open.closing(status)
+        closing[-1]["item"] = self._sealed(closing[-1]["item"])
         told = self._events.write_all(closing, output_index=len(self._output))
         self._output.append(closing[-1]["item"])
         self._open = None
