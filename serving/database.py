@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 _BUSY_SECONDS = 5.0
 
@@ -15,20 +17,28 @@ class DatabaseError(Exception):
     """A database cannot be opened; the message says where it is and what to do."""
 
 
-def open_database(path: Path, *, version: int, create: Iterable[str]) -> sqlite3.Connection:
+def open_database(
+    path: Path,
+    *,
+    version: int,
+    create: Iterable[str],
+    upgrades: Mapping[int, Iterable[str]] = MappingProxyType({}),
+) -> sqlite3.Connection:
     """The database at ``path``, in WAL mode; a new one is made with the statements of ``create``.
+
+    One of an earlier version becomes the next by the statements that ``upgrades`` has for it.
 
     Only its owner can read its file. The connection may be used by any thread, one at a time. Raises
     :class:`DatabaseError`, also when a later ``version`` of rigserve has written it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         connection = sqlite3.connect(
             path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            _prepare(connection, path, version, create)
+            _prepare(connection, path, version, create, upgrades)
         except BaseException:
             connection.close()
             raise
@@ -45,15 +55,21 @@ def open_database(path: Path, *, version: int, create: Iterable[str]) -> sqlite3
 
 
 def _prepare(
-    connection: sqlite3.Connection, path: Path, version: int, create: Iterable[str]
+    connection: sqlite3.Connection,
+    path: Path,
+    version: int,
+    create: Iterable[str],
+    upgrades: Mapping[int, Iterable[str]],
 ) -> None:
     _switch_to_wal(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     # Two processes may open a new database at once: look and create under one lock.
     connection.execute("BEGIN IMMEDIATE")
-    if check_version(connection, path, version) == 0:
-        for statement in create:
-            connection.execute(statement)
+    found = check_version(connection, path, version)
+    statements = [upgrades[each] for each in range(found, version)] if found else [create]
+    for statement in chain.from_iterable(statements):
+        connection.execute(statement)
+    if found != version:
         connection.execute(f"PRAGMA user_version={version}")
     connection.execute("COMMIT")
 

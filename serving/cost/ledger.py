@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
+import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
+from itertools import chain
 from pathlib import Path
 
+from serving.cost.spool import Row, Spool
 from serving.cost.traffic import Traffic
 from serving.database import DatabaseError, check_version, open_database
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 3
 _COMMIT_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 10.0
 _COMPLAINT_SECONDS = 60.0
@@ -33,7 +37,8 @@ class UsageRecord:
     """One request, as it is written down: each field is a column of the table ``usage``.
 
     ``started_at`` is Unix time. ``request_id`` may repeat: clients can choose it. The sources tell who
-    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``.
+    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``. ``key_id`` and ``tenant`` are ``-`` for
+    requests without an API key.
     """
 
     started_at: float
@@ -59,18 +64,37 @@ class UsageRecord:
     energy_usd: float
     idle_usd: float
     hardware_usd: float
+    key_id: str = "-"
+    tenant: str = "-"
+
+    @property
+    def usd(self) -> float:
+        """What the request cost in all."""
+        return self.energy_usd + self.idle_usd + self.hardware_usd
 
 
 _COLUMNS = [field.name for field in fields(UsageRecord)]
 _CREATE = (
-    "CREATE TABLE usage (id INTEGER PRIMARY KEY, {})".format(
+    "CREATE TABLE usage (id INTEGER PRIMARY KEY, {}, uid TEXT)".format(
         ", ".join(
             f"{field.name} {_SQL_TYPES[str(field.type)]} NOT NULL" for field in fields(UsageRecord)
         )
     ),
     "CREATE INDEX usage_started_at ON usage (started_at)",
+    "CREATE UNIQUE INDEX usage_uid ON usage (uid)",
 )
-_INSERT = "INSERT INTO usage ({}) VALUES ({})".format(
+_UPGRADES = {
+    1: (
+        "ALTER TABLE usage ADD COLUMN key_id TEXT NOT NULL DEFAULT '-'",
+        "ALTER TABLE usage ADD COLUMN tenant TEXT NOT NULL DEFAULT '-'",
+    ),
+    2: (
+        "ALTER TABLE usage ADD COLUMN uid TEXT",
+        "CREATE UNIQUE INDEX usage_uid ON usage (uid)",
+    ),
+}
+# A row that was spooled may have been written all the same, when the process ended just then.
+_INSERT = "INSERT INTO usage ({}, uid) VALUES ({}, ?) ON CONFLICT (uid) DO NOTHING".format(
     ", ".join(_COLUMNS), ", ".join("?" for _ in _COLUMNS)
 )
 
@@ -78,9 +102,11 @@ _INSERT = "INSERT INTO usage ({}) VALUES ({})".format(
 class Ledger:
     """Appends records to a database that other processes may use too.
 
-    While the database cannot be written (disk full, locked) records wait in memory and are tried again:
-    none is dropped while the process lives. A killed process loses at most the last half second, a power
-    cut what the system had not written to disk yet; neither damages the database.
+    While the database cannot be written (disk full, locked, read-only) records wait in a spool beside it,
+    or in memory if that cannot be written either, and are tried again: none is dropped while the process
+    lives, none is written twice, and what is spooled outlives it. A killed process loses at most the last
+    half second, or what could not even be spooled; a power cut what the system had not written to disk
+    yet; neither damages the database.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,14 +114,22 @@ class Ledger:
         self._path = path
         try:
             # Opened here for its errors, used by the writer's thread alone.
-            self._connection = open_database(path, version=_SCHEMA_VERSION, create=_CREATE)
+            self._connection = open_database(
+                path, version=_SCHEMA_VERSION, create=_CREATE, upgrades=_UPGRADES
+            )
         except DatabaseError as error:
             raise LedgerError(f"the ledger: {error}") from error
         self._records: queue.SimpleQueue[UsageRecord] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._unwritten: list[UsageRecord] = []
+        self._unwritten: list[Row] = []
+        self._spool = Spool(path.with_suffix(".spool"))
+        self._uid_prefix, self._uid_numbers = secrets.token_hex(8), itertools.count()
         self._closing = threading.Event()
         self._last_complaint = float("-inf")
+        # Whether the last commit failed.
+        self.is_failing = False
+        # What is spooled counts for limits, which are read from the database.
+        self._try_to_commit()
         self._writer = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._writer.start()
 
@@ -103,63 +137,108 @@ class Ledger:
         """Take a record; it is committed within half a second. Never blocks, never raises."""
         self._records.put(record)
 
+    @property
+    def waiting(self) -> int:
+        """Records that should be in the database and are not, in memory and spooled."""
+        return self._records.qsize() + len(self._unwritten) + self._spool.rows
+
     def flush(self) -> None:
         """Commit everything appended so far; raises :class:`LedgerError` if that cannot be done now."""
         with _readable_errors(self._path):
             self._commit()
 
     def close(self) -> None:
-        """Commit and close; raises :class:`LedgerError` when records had to be left unwritten."""
+        """Commit, or else spool, and close; raises :class:`LedgerError` when records are lost."""
         self._closing.set()
         self._writer.join()
         try:
             self.flush()
         except LedgerError:
-            _log.error("%d usage records could not be written and are lost", len(self._unwritten))
-            raise
+            if not self._spooled():
+                _log.error(
+                    "%d usage records could not be written and are lost", len(self._unwritten)
+                )
+                raise
+            _log.error(
+                "%d usage records wait in %s for the next start",
+                self._spool.rows,
+                self._spool.folder,
+            )
         finally:
             self._connection.close()
 
     def _run(self) -> None:
         wait_seconds = _COMMIT_SECONDS
         while not self._closing.wait(wait_seconds):
-            try:
-                self._commit()
+            if self._try_to_commit():
                 wait_seconds = _COMMIT_SECONDS
-            except sqlite3.Error as error:
+            else:
                 wait_seconds = min(2 * wait_seconds, _LONGEST_RETRY_SECONDS)
-                self._complain(error)
+
+    def _try_to_commit(self) -> bool:
+        """Commit; what cannot be committed is spooled."""
+        try:
+            self._commit()
+        except (sqlite3.Error, OSError) as error:
+            self._spooled()
+            self._complain(error)
+            return False
+        if self.is_failing:
+            self.is_failing = False
+            _log.warning("the ledger %s can be written again; nothing is lost", self._path)
+        return True
+
+    def _spooled(self) -> bool:
+        """Move what waits in memory to the spool; false if it cannot be written either."""
+        with self._lock:
+            self._take()
+            if not self._spool.add(self._unwritten):
+                return False
+            self._unwritten.clear()
+            return True
+
+    def _take(self) -> None:
+        while not self._records.empty():
+            uid = f"{self._uid_prefix}-{next(self._uid_numbers)}"
+            self._unwritten.append((*astuple(self._records.get()), uid))
 
     def _commit(self) -> None:
         with self._lock:
-            while not self._records.empty():
-                self._unwritten.append(self._records.get())
-            if not self._unwritten:
+            self._take()
+            files = self._spool.files()
+            if not self._unwritten and not files:
                 return
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                for record in self._unwritten:
-                    self._insert(record)
+                for row in chain(self._spool.read(files), self._unwritten):
+                    self._insert(row)
                 self._connection.execute("COMMIT")
-            except sqlite3.Error:
+            except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
             self._unwritten.clear()
+            self._spool.remove(files)
 
-    def _insert(self, record: UsageRecord) -> None:
+    def _insert(self, row: Row) -> None:
         try:
-            self._connection.execute(_INSERT, astuple(record))
-        except (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError) as error:
+            self._connection.execute(_INSERT, row)
+        except (
+            sqlite3.IntegrityError,
+            sqlite3.ProgrammingError,
+            OverflowError,
+            UnicodeEncodeError,
+        ) as error:
             # Tried again it would fail again, and keep all that come after it from the ledger.
-            _log.error("a usage record cannot be stored (%s): %r", error, record)
+            _log.error("a usage record cannot be stored (%s): %r", error, row)
 
-    def _complain(self, error: sqlite3.Error) -> None:
+    def _complain(self, error: Exception) -> None:
+        self.is_failing = True
         if time.monotonic() - self._last_complaint > _COMPLAINT_SECONDS:
             self._last_complaint = time.monotonic()
             _log.error(
-                "cannot write the ledger %s (%s); %d records wait in memory",
-                *(self._path, error, len(self._unwritten)),
+                "cannot write the ledger %s (%s); %d records wait in %s, %d in memory",
+                *(self._path, error, self._spool.rows, self._spool.folder, len(self._unwritten)),
             )
 
 
@@ -186,6 +265,37 @@ def read_traffic(path: Path, *, since: float | None = None, model: str | None = 
     return Traffic(*[*sums, _joined(energy_sources), _joined(timing_sources)])
 
 
+@dataclass(frozen=True, slots=True)
+class KeyUsage:
+    """What requests of an API key used: one request, begun at Unix time ``started_at``, or all of a period."""
+
+    key_id: str
+    started_at: float
+    tokens: int
+    usd: float
+
+
+def read_requests_of_keys(path: Path, since: float) -> list[KeyUsage]:
+    """Each request with an API key from Unix time ``since`` on. Raises :class:`LedgerError`."""
+    return _usage_of_keys(path, since, group_by="id")
+
+
+def read_usage_of_keys(path: Path, since: float) -> list[KeyUsage]:
+    """What was used with each API key from Unix time ``since`` on. Raises :class:`LedgerError`."""
+    return _usage_of_keys(path, since, group_by="key_id")
+
+
+def _usage_of_keys(path: Path, since: float, *, group_by: str) -> list[KeyUsage]:
+    query = f"""
+        SELECT key_id, min(started_at), sum(prompt_tokens + completion_tokens),
+               sum(energy_usd + idle_usd + hardware_usd)
+        FROM usage WHERE started_at >= ? AND key_id != '-' GROUP BY {group_by} ORDER BY 2
+    """
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+        return [KeyUsage(*row) for row in connection.execute(query, (since,))]
+
+
 def _joined(sources: str) -> str:
     return "mixed" if "," in sources else sources
 
@@ -196,7 +306,7 @@ def _readable_errors(path: Path) -> Iterator[None]:
         yield
     except DatabaseError as error:
         raise LedgerError(f"the ledger: {error}") from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise LedgerError(
             f"the ledger {path} cannot be used: {error}; "
             "check the disk and its permissions, or move the file away to begin anew"

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,15 @@ for count in itertools.count():
     time.sleep(0.002)
 """
 
+# Keeps a database locked until its input ends.
+LOCKER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
 # Fills what it may write of a file, then gets more room.
 FULL_DISK_WRITER = """
 import resource, sys
@@ -74,7 +84,21 @@ ledger.close()
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@contextmanager
+def locked_by_another_process(path: Path) -> Iterator[None]:
+    with start(LOCKER, path) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        try:
+            yield
+        finally:
+            process.stdin.close()
 
 
 def rows(path: Path) -> int:
@@ -113,7 +137,7 @@ def test_every_field_is_a_column(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "l.sqlite")) as connection:
         connection.row_factory = sqlite3.Row
         row = dict(connection.execute("SELECT * FROM usage").fetchone())
-    del row["id"]
+    del row["id"], row["uid"]
     assert UsageRecord(**row) == RECORD
 
 
@@ -194,19 +218,90 @@ def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
+def test_what_cannot_be_written_is_spooled_and_outlives_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("serving.database._BUSY_SECONDS", 0.1)
     path = tmp_path / "l.sqlite"
     ledger = Ledger(path)
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with locked_by_another_process(path):
+        ledger.append(RECORD)
+        spool = tmp_path / "l.spool"
+        wait_for(lambda: list(spool.glob("*.jsonl")), "the first is spooled")
+        assert ledger.waiting == 1
+        ledger.append(replace(RECORD, user="\ud800"))  # as no database takes it
+        ledger.append(RECORD)
+        ledger.close()
+        assert {each.stat().st_mode & 0o777 for each in spool.iterdir()} == {0o600}
+        assert spool.stat().st_mode & 0o777 == 0o700
+    assert "3 usage records wait in" in caplog.text
+    assert rows(path) == 0
+    with closing(Ledger(path)) as again:
+        assert rows(path) == 2
+        assert again.waiting == 0
+    assert not list(spool.iterdir())
+    assert "cannot be stored" in caplog.text
+
+
+def test_a_spool_that_was_written_already_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.database._BUSY_SECONDS", 0.1)
+    path = tmp_path / "l.sqlite"
+    ledger = Ledger(path)
+    with locked_by_another_process(path):
+        for _ in range(5):
+            ledger.append(RECORD)
+        ledger.close()
+    (file,) = (tmp_path / "l.spool").iterdir()
+    spooled = file.read_bytes()
+    Ledger(path).close()
+    assert rows(path) == 5
+    # The process that wrote it ended before it could remove it.
+    file.write_bytes(spooled)
+    Ledger(path).close()
+    assert rows(path) == 5
+    assert not file.exists()
+
+
+def test_a_database_that_becomes_read_only_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with closing(Ledger(path)) as ledger:
+        ledger._connection.execute("PRAGMA query_only=ON")  # permissions do not stop root
+        ledger.append(RECORD)
+        wait_for(lambda: list((tmp_path / "l.spool").glob("*.jsonl")), "the record is spooled")
+        ledger.append(RECORD)
+        ledger._connection.execute("PRAGMA query_only=OFF")
+        wait_for(lambda: rows(path) == 2, "the writer's next try")
+        assert ledger.waiting == 0
+
+
+def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serving.database._BUSY_SECONDS", 0.1)
+    path = tmp_path / "l.sqlite"
+    (tmp_path / "l.spool").write_text("no folder")
+    ledger = Ledger(path)
+    with locked_by_another_process(path):
         ledger.append(RECORD)
         ledger.append(RECORD)
         with pytest.raises(LedgerError, match="locked"):
             ledger.close()
-    assert "2 usage records" in caplog.text
+    assert "2 usage records could not be written and are lost" in caplog.text
+
+
+def test_a_ledger_of_the_format_before_is_taken_on(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    with closing(Ledger(path)) as ledger:
+        ledger.append(RECORD)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP INDEX usage_uid")
+        connection.execute("ALTER TABLE usage DROP COLUMN uid")
+        connection.execute("PRAGMA user_version=2")
+    with closing(Ledger(path)) as ledger:
+        ledger.append(RECORD)
+    assert rows(path) == 2
 
 
 def test_a_record_that_cannot_be_stored_does_not_hold_up_the_others(
