@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from serving.config import ModelConfig
 
@@ -17,6 +17,35 @@ class Files:
     model: Path
     projector: Path | None = None
     draft_model: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Memory of one engine in MiB, in main memory and on GPUs; ``source`` says how it is known.
+
+    ``growth_mib`` of the main memory is taken only as time goes by, and may not be there when it is measured.
+    """
+
+    host_mib: int
+    gpu_mib: int = 0
+    growth_mib: int = 0
+    source: Literal["estimated", "measured", "configured"] = "estimated"
+
+    def corrected(self, host_mib: int, gpu_mib: int | None) -> Footprint:
+        """This, with what the engine was measured to use; ``gpu_mib`` None keeps what is said of GPUs.
+
+        What can still grow is added as long as the estimate has room for it. Memory an operator set stays.
+        """
+        if self.source == "configured":
+            return self
+        if gpu_mib is None:
+            gpu_mib = self.gpu_mib
+        if self.source == "measured":
+            # What it once needed it may need again.
+            most_host_mib, most_gpu_mib = max(host_mib, self.host_mib), max(gpu_mib, self.gpu_mib)
+            return replace(self, host_mib=most_host_mib, gpu_mib=most_gpu_mib)
+        grown_mib = max(host_mib, min(self.host_mib, host_mib + self.growth_mib))
+        return replace(self, host_mib=grown_mib, gpu_mib=gpu_mib, source="measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +62,28 @@ class Launcher(Protocol):
     def prepare(self, model: ModelConfig) -> Files:
         """Fetch and convert the model's files; may take long. Raises ``ModelError``."""
 
-    def launch(self, model: ModelConfig, files: Files, port: int, api_key: str) -> Launch:
-        """The process that serves ``files`` on a loopback port to holders of ``api_key``."""
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether its engines, as they are installed here, can use NVIDIA's cards."""
+
+    def differ(self, old: ModelConfig, new: ModelConfig) -> bool:
+        """Whether two configs of a model make different engines."""
+
+    def footprint(self, model: ModelConfig, files: Files, *, on_gpu: bool) -> Footprint:
+        """An upper estimate of an engine's memory; ``on_gpu`` if it has any. Raises ``ModelError``."""
+
+    def launch(
+        self,
+        model: ModelConfig,
+        files: Files,
+        port: int,
+        api_key: str,
+        gpus: tuple[str, ...] | None,
+    ) -> Launch:
+        """The process that serves ``files`` on a loopback port to holders of ``api_key``.
+
+        It sees no other cards than ``gpus`` (UUIDs), where that is not None.
+        """
 
 
 def free_port() -> int:

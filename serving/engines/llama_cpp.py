@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import sys
 from pathlib import Path
 
 from serving.config import ModelConfig
-from serving.engines.launch import Files, Launch
+from serving.engines.footprint import of_llama_cpp
+from serving.engines.launch import Files, Footprint, Launch
 from serving.hardware.cpu import physical_cores
+from serving.models.gguf import GgufError
 from serving.models.requantize import prepare
-from serving.models.sources import resolve
+from serving.models.sources import ModelError, resolve
 
 
 class LlamaCppLauncher:
@@ -26,18 +30,50 @@ class LlamaCppLauncher:
             draft_model=None if model.draft_model is None else resolve(model.draft_model),
         )
 
-    def launch(self, model: ModelConfig, files: Files, port: int, api_key: str) -> Launch:
-        """The engine's command line."""
+    @functools.cached_property
+    def uses_gpus(self) -> bool:
+        """Whether llama.cpp was built with CUDA here."""
+        package = importlib.util.find_spec("llama_cpp")  # finds it without importing it
+        folders = (package.submodule_search_locations if package else None) or []
+        return any(any(Path(folder).glob("lib/*ggml-cuda*")) for folder in folders)
+
+    def differ(self, old: ModelConfig, new: ModelConfig) -> bool:
+        """Whether files, devices or the command line differ."""
+
+        def identity(model: ModelConfig) -> tuple[object, ...]:
+            files = (model.source, model.quantization, model.projector, model.draft_model)
+            launch = self.launch(model, Files(Path()), model.port or 0, "", None)
+            return files, model.devices, launch.command
+
+        return identity(old) != identity(new)
+
+    def footprint(self, model: ModelConfig, files: Files, *, on_gpu: bool) -> Footprint:
+        """From the headers of its files; raises :class:`ModelError`."""
+        try:
+            return of_llama_cpp(model, files, on_gpu=on_gpu)
+        except (GgufError, OSError) as error:
+            raise ModelError(f"cannot read {files.model}: {error}") from error
+
+    def launch(
+        self,
+        model: ModelConfig,
+        files: Files,
+        port: int,
+        api_key: str,
+        gpus: tuple[str, ...] | None,
+    ) -> Launch:
+        """The engine's command line, and the cards it sees."""
         flags: dict[str, object] = {
             "--model-path": files.model,
             "--served-name": model.name,
             "--port": port,
             "--context-length": model.context_length,
             "--max-sequences": model.max_sequences,
-            "--max-queue": model.max_queue,
+            # The gateway bounds the queue. What it sends ahead finds room here, in either class.
+            "--max-queue": model.max_queue + 4 * model.max_sequences,
             "--max-batch-tokens": model.max_batch_tokens,
             "--threads": model.threads or physical_cores(),
-            "--gpu-layers": model.gpu_layers,
+            "--gpu-layers": 0 if gpus == () else model.gpu_layers,
             "--prefix-cache-mib": model.prefix_cache_mib,
             "--speculation": model.speculation,
             "--step-timeout-seconds": model.step_timeout_seconds,
@@ -53,5 +89,6 @@ class LlamaCppLauncher:
             arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
-            environment={"RIGSERVE_ENGINE_KEY": api_key},
+            environment={"RIGSERVE_ENGINE_KEY": api_key}
+            | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         )

@@ -1,250 +1,324 @@
-"""Keeps engine processes alive: starts, watches, restarts and stops them."""
+"""All engines of a config: which are loaded, where, and in what memory.
+
+It loads and unloads when told to; when that should be is for others to say. Each engine keeps itself alive.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import secrets
-import signal
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import aiohttp
 
-from serving.config import ModelConfig
-from serving.engines import guard
-from serving.engines.launch import Files, Launcher, free_port
+from serving.config import MemoryConfig, ModelConfig
+from serving.engines.engine import Endpoint, Engine, EngineStartError, EngineState
+from serving.engines.launch import Footprint, Launcher
+from serving.engines.placement import HOST, Device, Need, Plan, Resident, can_ever_fit, place
+from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_total_mib, resident_mib
+from serving.models.sources import ModelError
+
+__all__ = [
+    "Endpoint",
+    "Engine",
+    "EngineStartError",
+    "EngineState",
+    "NoRoomError",
+    "Supervisor",
+]
 
 _log = logging.getLogger(__name__)
-# What engines print, line by line.
-_engine_log = logging.getLogger("rigserve.engine")
 
-_PROBE_INTERVAL_SECONDS = 0.1
-_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
-# How long the last lines of an engine that has ended may take to arrive.
-_LAST_LINES_SECONDS = 1.0
-_LOG_LINES_KEPT = 40
-_FIRST_BACKOFF_SECONDS = 0.5
-_LONGEST_BACKOFF_SECONDS = 30.0
-# An engine that has run this long was healthy: its next crash starts the backoff anew.
-_HEALTHY_SECONDS = 60.0
+_MEASURE_INTERVAL_SECONDS = 15.0
 
 
-class EngineState(Enum):
-    """An engine's life.
+class NoRoomError(EngineStartError):
+    """A model does not fit: beside those that may not leave now, or, if ``is_final``, at all."""
 
-    PREPARING → STARTING → READY → (crash) → BACKOFF → STARTING; any state → STOPPED.
-    """
-
-    PREPARING = "preparing"
-    STARTING = "starting"
-    READY = "ready"
-    BACKOFF = "backoff"
-    STOPPED = "stopped"
+    def __init__(self, message: str, *, is_final: bool) -> None:
+        super().__init__(message)
+        self.is_final = is_final
 
 
-class EngineStartError(Exception):
-    """An engine that has never been ready could not be started; the message ends with its last lines."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a running engine listens, and the key it asks for."""
-
-    base_url: str
-    api_key: str
-
-
-class Engine:
-    """One supervised engine: a model of the config and the process that serves it."""
-
-    def __init__(self, model: ModelConfig, launcher: Launcher) -> None:
-        self.model = model
-        self.state = EngineState.PREPARING
-        self.restarts = 0
-        self._launcher = launcher
-        self._endpoint: Endpoint | None = None
-        self._last_lines: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
-
-    @property
-    def endpoint(self) -> Endpoint | None:
-        """Where to send requests; None unless the engine is ready."""
-        return self._endpoint if self.state is EngineState.READY else None
-
-    async def run(self, session: aiohttp.ClientSession) -> None:
-        """Prepare the model, then keep an engine running until cancelled.
-
-        Raises :class:`EngineStartError` when the first start fails, and ``ModelError`` when the model
-        cannot be prepared.
-        """
-        try:
-            files = await _in_background(lambda: self._launcher.prepare(self.model))
-            backoff_seconds = _FIRST_BACKOFF_SECONDS
-            while True:
-                attempt = await self._attempt(files, session)
-                if attempt.ready_seconds is None and self.restarts == 0:
-                    raise EngineStartError(f"{self.model.name}: {attempt.reason}{self._tail()}")
-                if (attempt.ready_seconds or 0.0) > _HEALTHY_SECONDS:
-                    backoff_seconds = _FIRST_BACKOFF_SECONDS
-                self.state = EngineState.BACKOFF
-                self.restarts += 1
-                _log.error(
-                    "%s: %s; starting it again in %.1f s%s",
-                    *(self.model.name, attempt.reason, backoff_seconds, self._tail()),
-                )
-                await asyncio.sleep(backoff_seconds)
-                backoff_seconds = min(2 * backoff_seconds, _LONGEST_BACKOFF_SECONDS)
-        finally:
-            self.state = EngineState.STOPPED
-
-    async def _attempt(self, files: Files, session: aiohttp.ClientSession) -> _Attempt:
-        """One process, from its launch to its end."""
-        self.state = EngineState.STARTING
-        self._last_lines.clear()
-        port = self.model.port or free_port()
-        api_key = secrets.token_urlsafe(32)
-        launch = self._launcher.launch(self.model, files, port, api_key)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", guard.__file__, *launch.command),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **launch.environment},
-        )
-        log_reader = asyncio.create_task(self._read_log(process))
-        self._endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
-        try:
-            ready = await self._becomes_ready(process, session)
-            if not ready and process.returncode is None:
-                limit = self.model.start_timeout_seconds
-                return _Attempt(f"the engine was not ready after {limit:g} s", None)
-            if not ready:
-                return _Attempt(f"the engine {_exit_reason(process.returncode)}", None)
-            ready_since = time.monotonic()
-            self.state = EngineState.READY
-            _log.info("%s: ready", self.model.name)
-            await process.wait()
-            self.state = EngineState.BACKOFF
-            reason = f"the engine {_exit_reason(process.returncode)}"
-            return _Attempt(reason, time.monotonic() - ready_since)
-        finally:
-            await _stop(process)
-            # A helper that outlives its engine keeps the pipe open.
-            await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
-            log_reader.cancel()
-
-    async def _becomes_ready(
-        self, process: asyncio.subprocess.Process, session: aiohttp.ClientSession
-    ) -> bool:
-        assert self._endpoint is not None
-        url = f"{self._endpoint.base_url}/health"
-        # Without its key, another engine that listens on the port would pass for this one.
-        headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
-        deadline = time.monotonic() + self.model.start_timeout_seconds
-        while process.returncode is None and time.monotonic() < deadline:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(url, headers=headers, timeout=_PROBE_TIMEOUT) as answer:
-                    if answer.status == 200:
-                        return True
-            await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
-        return False
-
-    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        async for line in _lines(process.stdout):
-            self._last_lines.append(line)
-            _engine_log.info("[%s] %s", self.model.name, line)
-
-    def _tail(self) -> str:
-        if not self._last_lines:
-            return ""
-        return ". Its last lines:\n" + "\n".join(f"    {line}" for line in self._last_lines)
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """How a process ended; ``ready_seconds`` is how long it served, None if it never did."""
-
-    reason: str
-    ready_seconds: float | None
+def _nobody(_: Engine) -> bool:
+    return False
 
 
 class Supervisor:
-    """All engines of a config."""
+    """The engines, one for each model of the config, in its order."""
 
     def __init__(
         self,
         models: Sequence[ModelConfig],
         launchers: Mapping[str, Launcher],
         session: aiohttp.ClientSession,
+        memory: MemoryConfig,
     ) -> None:
         """``launchers`` by the config's ``engine`` names; ``session`` must outlive the supervisor."""
-        self.engines = [Engine(model, launchers[model.engine]) for model in models]
+        self._launchers = launchers
         self._session = session
+        self.memory = memory
+        self._listeners: list[Callable[[Engine], None]] = []
+        self._loads: dict[Engine, asyncio.Task[None]] = {}
+        self._last_used: Callable[[Engine], float] = lambda _: 0.0
+        self.engines: tuple[Engine, ...] = tuple(map(self.make, models))
+
+    def make(self, model: ModelConfig) -> Engine:
+        """An engine for a model, unloaded and not yet among :attr:`engines`."""
+        engine = Engine(model, self._launchers[model.engine], self._session)
+        engine.on_change(self._tell)
+        return engine
+
+    def subscribe(self, listener: Callable[[Engine], None]) -> None:
+        """Call ``listener`` with every engine whose state has changed, in the event loop; it must not raise."""
+        self._listeners.append(listener)
+
+    def recency(self, last_used: Callable[[Engine], float]) -> None:
+        """How to learn when an engine last had work (``time.monotonic()``), to choose who makes room."""
+        self._last_used = last_used
 
     async def run(self) -> None:
-        """Run all engines until cancelled; the first that cannot be started ends them all and raises."""
-        async with asyncio.TaskGroup() as group:
-            for engine in self.engines:
-                group.create_task(engine.run(self._session))
+        """Load what is to be preloaded and keep it alive until cancelled; then all engines end.
 
-
-async def _in_background(work: Callable[[], Files]) -> Files:
-    """Like ``asyncio.to_thread``, on a thread that nobody waits for at exit: downloads take hours."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Files] = loop.create_future()
-
-    def settle(result: Files | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if result is not None:
-            done.set_result(result)
-        elif error is not None:
-            done.set_exception(error)
-
-    def run() -> None:
-        result = failure = None
+        The first engine that cannot be started ends them all, and its error is raised in a group.
+        """
         try:
-            result = work()
-        except Exception as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
+            async with asyncio.TaskGroup() as group:
+                for engine in self.engines:
+                    if engine.is_expected:
+                        group.create_task(self.load(engine))
+            while True:
+                await asyncio.sleep(_MEASURE_INTERVAL_SECONDS)
+                await self.measure()
+        finally:
+            await self.close(self.engines)
 
-    threading.Thread(target=run, name="prepare", daemon=True).start()
-    return await done
+    async def load(self, engine: Engine, may_leave: Callable[[Engine], bool] = _nobody) -> None:
+        """Have an engine ready. Concurrent callers share one load, which goes on when they give up.
+
+        Those who must leave for it are unloaded before, if ``may_leave`` (and they are not pinned). One that
+        crashed is waited for. Raises :class:`EngineStartError`, with the process's last lines if there are any,
+        and its kind :class:`NoRoomError`, at once, while there is no place for it: nobody has left then.
+        """
+        while (ending := self._loads.get(engine)) is not None and ending.cancelling():
+            await asyncio.wait((ending,))
+        if engine not in self._loads:
+            self._loads[engine] = asyncio.create_task(self._load(engine, may_leave))
+            self._loads[engine].add_done_callback(lambda task: self._loaded(engine, task))
+        load = self._loads[engine]
+        try:
+            await asyncio.shield(load)
+        except asyncio.CancelledError:
+            me = asyncio.current_task()
+            if load.cancelled() and not (me and me.cancelling()):
+                raise EngineStartError(f"{engine.model.name}: it was unloaded") from None
+            raise
+
+    async def unload(self, engine: Engine) -> None:
+        """Have an engine's process ended and its memory free; whoever waits for its load gets an error.
+
+        Requests in flight break off: who has some must be asked before. Does nothing to one that is unloaded.
+        """
+        load = self._loads.get(engine)
+        if load is not None:
+            load.cancel()
+        engine.stop()
+        await engine.gone()
+        if load is not None:
+            await asyncio.wait((load,))
+
+    async def footprint(self, engine: Engine) -> Footprint:
+        """The memory an engine takes; prepares its files, which may take long. Raises ``ModelError``."""
+        files = await engine.prepare()
+        if engine.footprint is None:
+            on_gpu = bool(self._gpus_for(engine))
+            engine.footprint = await asyncio.to_thread(
+                engine.launcher.footprint, engine.model, files, on_gpu=on_gpu
+            )
+        return engine.footprint
+
+    def plan(self, engine: Engine, may_leave: Callable[[Engine], bool] = _nobody) -> Plan | None:
+        """Where an engine whose footprint is known would go now, and who would leave; None while there is no place.
+
+        Raises :class:`NoRoomError` if there never is one.
+        """
+        need, devices = self._need(engine), self._devices()
+        others = [each for each in self.engines if each is not engine and each.shares_mib]
+        plan = place(need, devices, [self._resident(each, may_leave(each)) for each in others])
+        pinned = [self._resident(each, False) for each in others if each.model.pinned]
+        if plan is None and not can_ever_fit(need, devices, pinned):
+            raise NoRoomError(_never(engine, need, devices), is_final=True)
+        return plan
+
+    async def measure(self) -> None:
+        """See what memory the processes hold, and correct what is set aside for them."""
+        ready = [(e, e.pid) for e in self.engines if e.state is EngineState.READY and e.pid]
+        for engine, pid in ready:
+            held = await asyncio.to_thread(_held_mib, pid, bool(self._gpus_for(engine)))
+            if engine.pid != pid or engine.footprint is None or not held.get(HOST):
+                continue
+            gpu_mib = sum(share for device, share in held.items() if device != HOST) or None
+            engine.held_mib = held
+            engine.footprint = engine.footprint.corrected(held[HOST], gpu_mib)
+            if engine.footprint.source == "measured":
+                engine.shares_mib = {
+                    device: engine.footprint.host_mib if device == HOST else held.get(device, share)
+                    for device, share in engine.shares_mib.items()
+                }
+
+    def needs_restart(self, old: ModelConfig, new: ModelConfig) -> bool:
+        """Whether a change of a model's config is one that its running engine cannot take up."""
+        return old.engine != new.engine or self._launchers[new.engine].differ(old, new)
+
+    def add(self, engines: Iterable[Engine]) -> None:
+        """Have more engines, as :meth:`make` gives them."""
+        self.engines = (*self.engines, *engines)
+
+    async def remove(self, engines: Collection[Engine]) -> None:
+        """End engines for good, whatever they do, and forget them."""
+        await self.close(engines)
+        self.engines = tuple(engine for engine in self.engines if engine not in engines)
+
+    async def close(self, engines: Iterable[Engine]) -> None:
+        """End engines for good."""
+        engines = tuple(engines)
+        loads = [self._loads[engine] for engine in engines if engine in self._loads]
+        for load in loads:
+            load.cancel()
+        for engine in engines:
+            engine.close()
+        await asyncio.gather(*(engine.gone() for engine in engines))
+
+    async def _load(self, engine: Engine, may_leave: Callable[[Engine], bool]) -> None:
+        if not engine.is_loaded:
+            await engine.gone()
+            engine.begin()
+            try:
+                files = await engine.prepare()
+                await self.footprint(engine)
+                await self.measure()
+                # From here to the reservation nothing is awaited: no two loads count on the same room.
+                plan = self.plan(engine, may_leave)
+                if plan is None:
+                    raise NoRoomError(self._no_room(engine), is_final=False)
+                engine.shares_mib = plan.shares_mib
+                leaving = [each for each in self.engines if each.id in plan.leave]
+                for each in leaving:
+                    _log.info("%s: makes room for %s", each.model.name, engine.model.name)
+                    each.stop()
+                await asyncio.gather(*(each.gone() for each in leaving))
+                chooses = bool(engine.model.devices) or bool(self._gpus(engine.launcher))
+                engine.start(files, plan.gpus if chooses else None)
+            except ModelError as error:
+                engine.fail(str(error))
+                raise EngineStartError(f"{engine.model.name}: {error}") from error
+            except BaseException as error:
+                engine.fail(str(error) or "its load was broken off")
+                raise
+        await engine.ready()
+
+    def _loaded(self, engine: Engine, task: asyncio.Task[None]) -> None:
+        if self._loads.get(engine) is task:
+            del self._loads[engine]
+        if not task.cancelled():
+            task.exception()  # those who wait for it know; should nobody wait, nobody needs to
+
+    def _tell(self, engine: Engine) -> None:
+        for listener in self._listeners:
+            listener(engine)
+
+    def _need(self, engine: Engine) -> Need:
+        footprint = engine.footprint
+        assert footprint is not None, "ask for the footprint first"
+        return Need(
+            id=engine.id,
+            host_mib=footprint.host_mib,
+            gpu_mib=footprint.gpu_mib,
+            may_use=tuple(gpu.uuid for gpu in self._gpus_for(engine)),
+            group=engine.model.group,
+        )
+
+    def _resident(self, engine: Engine, may_leave: bool) -> Resident:
+        return Resident(
+            id=engine.id,
+            shares_mib=engine.shares_mib,
+            # One that is not loaded yet waits for the room that others make for it.
+            may_leave=may_leave and not engine.model.pinned and engine.is_loaded,
+            group=engine.model.group,
+            priority=engine.model.swap_priority,
+            last_used=self._last_used(engine),
+        )
+
+    def _devices(self) -> list[Device]:
+        budget_mib = self.memory.budget_mib
+        if budget_mib is None:
+            budget_mib = host_total_mib() - self.memory.reserve_mib
+        cards = {gpu.uuid: gpu for each in self._launchers.values() for gpu in self._gpus(each)}
+        return [Device(HOST, budget_mib)] + [
+            # What our own engines hold is not free, and yet theirs to share.
+            Device(
+                gpu.uuid,
+                gpu.free_mib
+                + sum(engine.held_mib.get(gpu.uuid, 0) for engine in self.engines)
+                - self.memory.gpu_reserve_mib,
+            )
+            for gpu in cards.values()
+        ]
+
+    def _gpus(self, launcher: Launcher) -> list[Gpu]:
+        return gpus() if launcher.uses_gpus else []
+
+    def _gpus_for(self, engine: Engine) -> list[Gpu]:
+        """The cards that a model may go to; raises :class:`NoRoomError` if it names one that is not there."""
+        model, there = engine.model, self._gpus(engine.launcher)
+        if model.gpu_layers == 0 or model.devices == (HOST,):
+            return []
+        if not model.devices:
+            return there
+        by_name = {name: gpu for gpu in there for name in (str(gpu.index), gpu.uuid)}
+        missing = [device for device in model.devices if device not in by_name]
+        if missing:
+            known = ", ".join(f"{gpu.index} ({gpu.uuid}, {gpu.name})" for gpu in there) or "none"
+            raise NoRoomError(
+                f"{model.name}: devices names {', '.join(missing)}; the GPUs here: {known}",
+                is_final=True,
+            )
+        return list({gpu.uuid: gpu for gpu in map(by_name.__getitem__, model.devices)}.values())
+
+    def _no_room(self, engine: Engine) -> str:
+        need, group = self._need(engine), engine.model.group
+        others = [each for each in self.engines if each is not engine and each.shares_mib]
+        rivals = [each.model.name for each in others if group and each.model.group == group]
+        if rivals:
+            return (
+                f"{engine.model.name}: {', '.join(rivals)} of its group '{group}' may not leave now, "
+                "and models of a group are never loaded together"
+            )
+        beside = [each.model.name for each in others]
+        return (
+            f"{engine.model.name}: there is no room for it ({_shown(need, engine.footprint)}) beside "
+            f"{', '.join(beside)}, which may not leave now"
+        )
 
 
-def _exit_reason(code: int | None) -> str:
-    if code is not None and code > 128:
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(code - 128).name}"
-    return f"exited with code {code}"
+def _shown(need: Need, footprint: Footprint | None) -> str:
+    source = f", {footprint.source}" if footprint else ""
+    on_gpus = f" and {need.gpu_mib} MiB of GPUs" if need.gpu_mib else ""
+    return f"{need.host_mib} MiB of main memory{on_gpus}{source}"
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """End a process and its engine; the guard sees to it that both go within its grace period."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
+def _never(engine: Engine, need: Need, devices: Sequence[Device]) -> str:
+    there = ", ".join(f"{device.id}: {device.budget_mib} MiB" for device in devices)
+    return (
+        f"{engine.model.name}: it needs {_shown(need, engine.footprint)}; that does not fit ({there}) even when all "
+        "that are not pinned leave. Serve less of it (quantization, context_length, max_sequences, "
+        "prefix_cache_mib, gpu_layers), or correct the figures: memory_mib of the model, "
+        "memory.budget_mib"
+    )
 
 
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of a stream, however long."""
-    rest = b""
-    while data := await stream.read(2**16):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line.decode("utf-8", errors="replace")
-    if rest:
-        yield rest.decode("utf-8", errors="replace")
+def _held_mib(pid: int, on_gpu: bool) -> dict[str, int]:
+    """What a process and its descendants hold, by device."""
+    family = family_of(pid)
+    cards = gpu_mib_of(family) if on_gpu else None
+    return {HOST: resident_mib(family)} | {uuid: mib for uuid, mib in (cards or {}).items() if mib}

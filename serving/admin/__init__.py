@@ -1,0 +1,1 @@
+"""Commands that steer a running server through its admin API."""

@@ -1,0 +1,134 @@
+"""`rigserve models` and `rigserve config status|reload`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.table import Table
+
+from serving.admin.client import ask
+
+_SERVER_VARIABLE = "RIGSERVE_SERVER"
+_DEFAULT_SERVER = "http://127.0.0.1:8000"
+_PAGE_WIDTH = 160
+
+
+def add_models_command(commands: Any) -> None:
+    """``rigserve models``, among the parser's ``commands``."""
+    command = commands.add_parser("models", help="see, load and unload a running server's models")
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+
+    action = actions.add_parser("ps", help="list all models: loaded or not, memory, requests")
+    _add_server(action)
+    action.set_defaults(run=_ps)
+
+    action = actions.add_parser("load", help="load a model; returns when it takes requests")
+    action.add_argument("model", metavar="MODEL", help="its name or an alias")
+    _add_server(action)
+    action.set_defaults(run=_load)
+
+    action = actions.add_parser("unload", help="unload a model; returns when its memory is free")
+    action.add_argument("model", metavar="MODEL", help="its name or an alias")
+    action.add_argument("--force", action="store_true", help="break off requests in flight")
+    _add_server(action)
+    action.set_defaults(run=_unload)
+
+
+def add_config_actions(actions: Any) -> None:
+    """``rigserve config status|reload``, among the ``actions`` of ``rigserve config``."""
+    action = actions.add_parser("status", help="whether a running server uses its file as it is")
+    _add_server(action)
+    action.set_defaults(run=_config_status)
+    action = actions.add_parser("reload", help="have a running server take up its file")
+    _add_server(action)
+    action.set_defaults(run=_config_reload)
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--server",
+        metavar="URL",
+        default=os.environ.get(_SERVER_VARIABLE, _DEFAULT_SERVER),
+        help=f"default: ${_SERVER_VARIABLE}, or {_DEFAULT_SERVER}; an admin key from $RIGSERVE_API_KEY",
+    )
+
+
+def _ps(args: argparse.Namespace) -> int:
+    told = ask(args.server, "GET", "/admin/models")
+    console = Console()
+    # What is read by a program must not be folded to 80 columns.
+    console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
+    console.print(table_of(told["data"]))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> int:
+    told = ask(args.server, "POST", f"/admin/models/{quote(args.model)}/load")
+    print(f"{told['id']}: {told['state']}")
+    return 0
+
+
+def _unload(args: argparse.Namespace) -> int:
+    query = "?force=true" if args.force else ""
+    told = ask(args.server, "POST", f"/admin/models/{quote(args.model)}/unload{query}")
+    print(f"{told['id']}: {told['state']}")
+    return 0
+
+
+def _config_status(args: argparse.Namespace) -> int:
+    return _print_status(ask(args.server, "GET", "/admin/reload"))
+
+
+def _config_reload(args: argparse.Namespace) -> int:
+    return _print_status(ask(args.server, "POST", "/admin/reload", accept=(200, 409)))
+
+
+def _print_status(told: dict[str, Any]) -> int:
+    when = datetime.fromtimestamp(told["at_unix"]).astimezone().isoformat(timespec="seconds")
+    outcome = "in use" if told["ok"] else "REFUSED, the server goes on with what it had"
+    print(f"{told['file']}: {outcome} (read {when})")
+    print(told["message"])
+    if told["draining"]:
+        print(f"finishing their last requests: {', '.join(told['draining'])}")
+    return 0 if told["ok"] else 1
+
+
+def table_of(models: list[dict[str, Any]]) -> Table:
+    """What `rigserve models ps` prints of the server's answer."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("MODEL", "STATE", "ENGINE", "DEVICE", "MEMORY"):
+        table.add_column(title, no_wrap=True)
+    for title in ("IN FLIGHT", "WAITING", "IDLE", "TTL"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for model in models:
+        table.add_row(
+            model["id"],
+            model["state"],
+            model["engine"],
+            ", ".join(model["devices"]) or "-",
+            _memory(model),
+            str(model["in_flight"]),
+            str(model["waiting"]),
+            _seconds(model["idle_seconds"]),
+            "pinned" if model["pinned"] else _seconds(model["ttl_seconds"]),
+        )
+    return table
+
+
+def _memory(model: dict[str, Any]) -> str:
+    """What is set aside for the model, or would be, and how that is known."""
+    memory = model["memory"]
+    if not memory:
+        return "-"
+    by_device = memory["reserved_mib"] or memory["needed_mib"]
+    amounts = " + ".join(f"{mib} MiB" for mib in by_device.values() if mib)
+    return f"{amounts} ({memory['source']})"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.0f} s"

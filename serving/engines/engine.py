@@ -1,0 +1,374 @@
+"""One engine process and its life: loaded, watched, started again when it crashes, unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import aiohttp
+
+from serving.config import ModelConfig
+from serving.engines import guard
+from serving.engines.launch import Files, Footprint, Launcher, free_port
+
+_log = logging.getLogger(__name__)
+# What engines print, line by line.
+_engine_log = logging.getLogger("rigserve.engine")
+
+_PROBE_INTERVAL_SECONDS = 0.1
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+# How long the last lines of an engine that has ended may take to arrive.
+_LAST_LINES_SECONDS = 1.0
+_LOG_LINES_KEPT = 40
+_FIRST_BACKOFF_SECONDS = 0.5
+_LONGEST_BACKOFF_SECONDS = 30.0
+# An engine that has run this long was healthy: its next crash starts the backoff anew.
+_HEALTHY_SECONDS = 60.0
+
+_numbers = itertools.count(1)
+
+
+class EngineState(Enum):
+    """An engine's life.
+
+    UNLOADED → PREPARING → STARTING → READY → (crash) → BACKOFF → STARTING. From any of these it may be
+    told to go: UNLOADING, while its process still has its memory, then UNLOADED, or STOPPED for good.
+    """
+
+    UNLOADED = "unloaded"
+    PREPARING = "preparing"
+    STARTING = "starting"
+    READY = "ready"
+    BACKOFF = "backoff"
+    UNLOADING = "unloading"
+    STOPPED = "stopped"
+
+
+class EngineStartError(Exception):
+    """An engine could not be loaded; the message ends with its last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a running engine listens, and the key it asks for."""
+
+    base_url: str
+    api_key: str
+
+
+class Engine:
+    """A model of the config, and the process that serves it while it is loaded.
+
+    ``is_expected`` is true for one that should take requests at all times: it was loaded with the server,
+    and nobody has unloaded it since.
+    """
+
+    def __init__(
+        self, model: ModelConfig, launcher: Launcher, session: aiohttp.ClientSession
+    ) -> None:
+        # While a reload changes a model, it has two engines.
+        self.id = f"{model.name}#{next(_numbers)}"
+        self.model = model
+        self.launcher = launcher
+        self.is_expected = model.load == "preload"
+        self.state = EngineState.PREPARING if self.is_expected else EngineState.UNLOADED
+        self.restarts = 0
+        # Known once its files are there.
+        self.footprint: Footprint | None = None
+        # Memory by device that is set aside for it, in MiB; empty while it is unloaded.
+        self.shares_mib: Mapping[str, int] = {}
+        # What of that it was last seen to hold.
+        self.held_mib: Mapping[str, int] = {}
+        # Why its last load failed; None if it did not.
+        self.failure: str | None = None
+        self._session = session
+        self._listeners: list[Callable[[Engine], None]] = []
+        self._endpoint: Endpoint | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._preparing: asyncio.Task[Files] | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._closed = False
+        self._last_lines: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where to send requests; None unless the engine is ready."""
+        return self._endpoint if self.state is EngineState.READY else None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it has a process, or is about to have one: being started, ready, or started again."""
+        return self._life is not None and self.state is not EngineState.UNLOADING
+
+    @property
+    def pid(self) -> int | None:
+        """The process from which all of the engine's descend; None while there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else None
+
+    def on_change(self, listener: Callable[[Engine], None]) -> None:
+        """Call ``listener`` after each change of the state, in the event loop; it must not raise."""
+        self._listeners.append(listener)
+
+    async def prepare(self) -> Files:
+        """The model's files, fetched and converted once. Raises ``ModelError``; then the next call tries again."""
+        if self._preparing is None or _has_failed(self._preparing):
+            self._preparing = asyncio.create_task(
+                _in_background(lambda: self.launcher.prepare(self.model))
+            )
+            # Should nobody wait for it any more, its failure is nobody's concern.
+            self._preparing.add_done_callback(_has_failed)
+        return await asyncio.shield(self._preparing)
+
+    def begin(self) -> None:
+        """A load begins: files are made ready, and room. :meth:`start` or :meth:`fail` must follow."""
+        if self._closed:
+            raise EngineStartError(f"{self.model.name}: the server lets go of it")
+        self.failure = None
+        self._move(EngineState.PREPARING)
+
+    def start(self, files: Files, gpus: tuple[str, ...] | None) -> None:
+        """Keep a process running, until :meth:`stop`; :meth:`ready` tells when it takes requests.
+
+        ``gpus`` are those it may see; None leaves that open. :meth:`begin` comes before.
+        """
+        assert self.state is EngineState.PREPARING
+        self._life = asyncio.create_task(self._live(files, gpus), name=f"engine {self.model.name}")
+        self._life.add_done_callback(self._ended)
+        self._move(EngineState.STARTING)
+
+    def fail(self, reason: str) -> None:
+        """Note why a load did not come to a start."""
+        self.failure = reason
+        self.is_expected = False
+        self.shares_mib = {}
+        if self.state is EngineState.PREPARING:
+            self._move(EngineState.UNLOADED)
+
+    async def ready(self) -> None:
+        """Wait until the engine takes requests; raises :class:`EngineStartError` if it is not loaded any more."""
+        while self.state is not EngineState.READY:
+            if not self.is_loaded:
+                raise EngineStartError(self.failure or f"{self.model.name}: it was unloaded")
+            await self._change()
+
+    def stop(self) -> None:
+        """Begin to end the process, if there is one; :meth:`gone` tells when its memory is free."""
+        self.is_expected = False
+        if self._life is not None and self.state is not EngineState.UNLOADING:
+            self._move(EngineState.UNLOADING)
+            self._life.cancel()
+        elif self.state is EngineState.PREPARING:
+            self.shares_mib = {}
+            self._move(EngineState.UNLOADED)
+
+    def close(self) -> None:
+        """Stop for good: it cannot be loaded again."""
+        self._closed = True
+        if self._preparing is not None:
+            self._preparing.cancel()
+        self.stop()
+        if self._life is None:
+            self._move(EngineState.STOPPED)
+
+    async def gone(self) -> None:
+        """Wait until there is no process."""
+        while self._life is not None:
+            await asyncio.wait((self._life,))
+
+    def _move(self, state: EngineState) -> None:
+        if state is self.state:
+            return
+        self.state = state
+        for listener in tuple(self._listeners):
+            listener(self)
+
+    async def _change(self) -> None:
+        """Wait for the next change of the state."""
+        changed = asyncio.Event()
+
+        def listener(_: Engine) -> None:
+            changed.set()
+
+        self._listeners.append(listener)
+        try:
+            await changed.wait()
+        finally:
+            self._listeners.remove(listener)
+
+    async def _live(self, files: Files, gpus: tuple[str, ...] | None) -> None:
+        """Keep a process running until cancelled, or until its first start fails."""
+        backoff_seconds = _FIRST_BACKOFF_SECONDS
+        was_ready = False
+        while True:
+            attempt = await self._attempt(files, gpus)
+            was_ready = was_ready or attempt.ready_seconds is not None
+            if not was_ready:
+                raise EngineStartError(f"{self.model.name}: {attempt.reason}{self._tail()}")
+            if (attempt.ready_seconds or 0.0) > _HEALTHY_SECONDS:
+                backoff_seconds = _FIRST_BACKOFF_SECONDS
+            self._move(EngineState.BACKOFF)
+            self.restarts += 1
+            _log.error(
+                "%s: %s; starting it again in %.1f s%s",
+                *(self.model.name, attempt.reason, backoff_seconds, self._tail()),
+            )
+            await asyncio.sleep(backoff_seconds)
+            self._move(EngineState.STARTING)
+            backoff_seconds = min(2 * backoff_seconds, _LONGEST_BACKOFF_SECONDS)
+
+    def _ended(self, life: asyncio.Task[None]) -> None:
+        """Nothing runs any more: by intent, or because the first start failed."""
+        error = None if life.cancelled() else life.exception()
+        if error is not None:
+            self.failure = str(error)
+            self.is_expected = False
+            if not isinstance(error, EngineStartError):
+                _log.error("%s: its engine's task failed", self.model.name, exc_info=error)
+        self._life = None
+        self.shares_mib = self.held_mib = {}
+        self._move(EngineState.STOPPED if self._closed else EngineState.UNLOADED)
+
+    async def _attempt(self, files: Files, gpus: tuple[str, ...] | None) -> _Attempt:
+        """One process, from its launch to its end."""
+        self._last_lines.clear()
+        port = self.model.port or free_port()
+        api_key = secrets.token_urlsafe(32)
+        launch = self.launcher.launch(self.model, files, port, api_key, gpus)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", guard.__file__, *launch.command),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env={**os.environ, **launch.environment},
+            )
+        except OSError as error:
+            return _Attempt(f"the engine could not be launched: {error.strerror}", None)
+        self._process = process
+        log_reader = asyncio.create_task(self._read_log(process))
+        self._endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
+        try:
+            ready = await self._becomes_ready(process)
+            if not ready and process.returncode is None:
+                limit = self.model.start_timeout_seconds
+                return _Attempt(f"the engine was not ready after {limit:g} s", None)
+            if not ready:
+                return _Attempt(f"the engine {_exit_reason(process.returncode)}", None)
+            ready_since = time.monotonic()
+            _log.info("%s: ready", self.model.name)
+            self._move(EngineState.READY)
+            await process.wait()
+            self._move(EngineState.BACKOFF)
+            reason = f"the engine {_exit_reason(process.returncode)}"
+            return _Attempt(reason, time.monotonic() - ready_since)
+        finally:
+            await _stop(process)
+            self._process = None
+            # A helper that outlives its engine keeps the pipe open.
+            await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
+            log_reader.cancel()
+
+    async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
+        assert self._endpoint is not None
+        url = f"{self._endpoint.base_url}/health"
+        # Without its key, another engine that listens on the port would pass for this one.
+        headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
+        deadline = time.monotonic() + self.model.start_timeout_seconds
+        while process.returncode is None and time.monotonic() < deadline:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with self._session.get(
+                    url, headers=headers, timeout=_PROBE_TIMEOUT
+                ) as answer:
+                    if answer.status == 200:
+                        return True
+            await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
+        return False
+
+    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        async for line in _lines(process.stdout):
+            self._last_lines.append(line)
+            _engine_log.info("[%s] %s", self.model.name, line)
+
+    def _tail(self) -> str:
+        if not self._last_lines:
+            return ""
+        return ". Its last lines:\n" + "\n".join(f"    {line}" for line in self._last_lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """How a process ended; ``ready_seconds`` is how long it served, None if it never did."""
+
+    reason: str
+    ready_seconds: float | None
+
+
+def _has_failed(task: asyncio.Task[Files]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+async def _in_background(work: Callable[[], Files]) -> Files:
+    """Like ``asyncio.to_thread``, on a thread that nobody waits for at exit: downloads take hours."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Files] = loop.create_future()
+
+    def settle(result: Files | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if result is not None:
+            done.set_result(result)
+        elif error is not None:
+            done.set_exception(error)
+
+    def run() -> None:
+        result = failure = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="prepare", daemon=True).start()
+    return await done
+
+
+def _exit_reason(code: int | None) -> str:
+    if code is not None and code > 128:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(code - 128).name}"
+    return f"exited with code {code}"
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """End a process and its engine; the guard sees to it that both go within its grace period."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of a stream, however long."""
+    rest = b""
+    while data := await stream.read(2**16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", errors="replace")
+    if rest:
+        yield rest.decode("utf-8", errors="replace")

@@ -1,0 +1,295 @@
+"""Takes up a changed config while the server runs: all of it, or nothing.
+
+The new file is validated as at the start. Changed and added engines are started beside the old ones where
+there is room; then everything turns over in one step. Old engines finish what they work on, and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from serving.config import Config, ConfigError, ModelConfig, load_config, located
+from serving.cost.model import CostModel
+from serving.cost.prices import PriceBook, UnknownModel
+from serving.engines.supervisor import Engine, EngineStartError, NoRoomError, Supervisor
+from serving.gateway.filters import filters_of
+from serving.gateway.fleet import Traffic
+from serving.gateway.intake import Gateway
+from serving.gateway.routing import Router
+
+_log = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_SECONDS = 1.0
+_DRAIN_INTERVAL_SECONDS = 0.1
+_ON_THEIR_WAY_SECONDS = 1.0
+
+# Settings beside the models' that apply from the next request on. All others need a restart.
+_AT_ONCE = {
+    "server.body_timeout_seconds",
+    "server.drain_timeout_seconds",
+    "server.lenient",
+    "server.max_body_bytes",
+    "server.watch_config",
+    "memory.budget_mib",
+    "memory.gpu_reserve_mib",
+    "memory.max_wait_seconds",
+    "memory.reserve_mib",
+    "cost.compare_to",
+    "cost.electricity_usd_per_kwh",
+    "cost.hardware_price_usd",
+    "cost.lifetime_years",
+    "cost.power.idle_watts",
+    "cost.utilization",
+}
+
+
+class ReloadError(Exception):
+    """The new config cannot be taken up; nothing has changed. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a new config changes: names of models, and dotted keys of settings.
+
+    ``restarted`` models get another engine; ``updated`` ones keep theirs.
+    """
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    restarted: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        told = [f"{kind}: {', '.join(names)}" for kind, names in asdict(self).items() if names]
+        return "; ".join(told) or "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadStatus:
+    """How the last reload went; ``at_unix`` is when. The config of the start counts as one that went well."""
+
+    ok: bool
+    at_unix: float
+    message: str
+    changes: Changes = Changes()
+
+
+def changes_of(
+    old: Config, new: Config, needs_restart: Callable[[ModelConfig, ModelConfig], bool]
+) -> Changes:
+    """What ``new`` changes; raises :class:`ReloadError` if it is among that what only a restart can change."""
+    settings = [key for key in _changed_keys(old, new) if key != "models"]
+    refused = [key for key in settings if key not in _AT_ONCE]
+    if refused:
+        raise ReloadError(f"only a restart can change {', '.join(refused)}; nothing was changed")
+    before = {model.name: model for model in old.models}
+    after = {model.name: model for model in new.models}
+    both = [name for name in after if name in before and before[name] != after[name]]
+    restarted = [name for name in both if needs_restart(before[name], after[name])]
+    return Changes(
+        added=tuple(name for name in after if name not in before),
+        removed=tuple(name for name in before if name not in after),
+        restarted=tuple(restarted),
+        updated=tuple(name for name in both if name not in restarted),
+        settings=tuple(settings),
+    )
+
+
+class Reloader:
+    """Keeps the running server as its config file says."""
+
+    def __init__(
+        self,
+        file: Path,
+        config: Config,
+        supervisor: Supervisor,
+        gateway: Gateway,
+        traffic: Traffic,
+    ) -> None:
+        """``config`` is what ``file`` held when the server started."""
+        self.config = config
+        self.status = ReloadStatus(True, time.time(), "as at the start")
+        self._file = file
+        self._supervisor = supervisor
+        self._gateway = gateway
+        self._traffic = traffic
+        self._lock = asyncio.Lock()
+        self._asked = asyncio.Event()
+        self._follow_up: set[asyncio.Task[None]] = set()
+        self._digest = _digest(file)
+        gateway.metrics.reloaded(ok=True, at_unix=self.status.at_unix)
+
+    def ask(self) -> None:
+        """Have :meth:`run` reload soon, as SIGHUP does."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Reload when asked, and when the file has changed, until cancelled."""
+        seen = _stamp(self._file)
+        while True:
+            try:
+                async with asyncio.timeout(_WATCH_INTERVAL_SECONDS):
+                    await self._asked.wait()
+            except TimeoutError:
+                # A file that is still being written is looked at when it has come to rest.
+                before, seen = seen, _stamp(self._file)
+                if not self.config.server.watch_config or before != seen or not self._is_new():
+                    continue
+            self._asked.clear()
+            await self.reload()
+
+    async def reload(self) -> ReloadStatus:
+        """Take the file up as it is now; the status tells how that went, as do the log and metrics."""
+        async with self._lock:
+            self._digest = _digest(self._file)
+            changes = Changes()
+            try:
+                changes = await self._apply()
+                ok, message = True, f"changed {changes}"
+                _log.info("reloaded %s: %s", self._file, message)
+            except (ConfigError, EngineStartError, ReloadError, UnknownModel) as error:
+                ok, message = False, str(error)
+                _log.error("%s was not reloaded, nothing has changed: %s", self._file, message)
+            except Exception as error:
+                ok, message = False, f"it failed inside rigserve: {error!r}"
+                _log.exception("%s was not reloaded", self._file)
+            self.status = ReloadStatus(ok, time.time(), message, changes)
+            self._gateway.metrics.reloaded(ok=ok, at_unix=self.status.at_unix)
+            return self.status
+
+    def to_json(self) -> dict[str, Any]:
+        """The status, and which engines finish their last requests."""
+        served = set(self._gateway.router.engines)
+        leaving = [e.model.name for e in self._supervisor.engines if e not in served]
+        return {
+            "file": str(self._file),
+            "ok": self.status.ok,
+            "at_unix": self.status.at_unix,
+            "message": self.status.message,
+            "changes": asdict(self.status.changes),
+            "draining": leaving,
+        }
+
+    async def _apply(self) -> Changes:
+        new = await asyncio.to_thread(load_config, self._file)
+        prices = PriceBook(new.cost.compare_to)
+        supervisor = self._supervisor
+        changes = changes_of(self.config, new, supervisor.needs_restart)
+        old = {engine.model.name: engine for engine in self._gateway.router.engines}
+        fresh = {
+            model.name: supervisor.make(model)
+            for model in new.models
+            if model.name in (*changes.added, *changes.restarted)
+        }
+        engines = [fresh.get(model.name) or old[model.name] for model in new.models]
+        with located(self._file):
+            filters_of(new.models, lenient=new.server.lenient)
+        leaving = [engine for name, engine in old.items() if name in fresh or engine not in engines]
+        supervisor.add(fresh.values())
+        supervisor.memory = new.memory
+        try:
+            later = await self._start(fresh.values(), old, leaving)
+        except BaseException:
+            supervisor.memory = self.config.memory
+            await supervisor.remove(fresh.values())
+            raise
+        # Nothing is awaited from here on: a request sees all of the old config or all of the new.
+        for engine, model in zip(engines, new.models, strict=True):
+            if model.load == "preload" and engine.model.load != "preload":
+                later.append(engine)
+            if model.memory_mib != engine.model.memory_mib:
+                engine.footprint = None
+            engine.model = model
+            engine.is_expected = model.load == "preload"
+        self._gateway.configure(Router(engines), new.server)
+        self._gateway.meter.configure(CostModel(new.cost), prices)
+        self.config = new
+        self._afterwards(leaving, later)
+        return changes
+
+    async def _start(
+        self, fresh: Iterable[Engine], old: dict[str, Engine], leaving: list[Engine]
+    ) -> list[Engine]:
+        """Start new engines beside the old; gives those that find room only when others have left."""
+        later = []
+        pinned_leave = any(engine.model.pinned for engine in leaving)
+        for engine in fresh:
+            name = engine.model.name
+            replaces_loaded = name in old and old[name].is_loaded
+            if engine.model.load != "preload" and not replaces_loaded:
+                continue
+            if replaces_loaded and engine.model.port == old[name].model.port is not None:
+                later.append(engine)
+                continue
+            try:
+                await self._supervisor.load(engine)
+            except NoRoomError as error:
+                if error.is_final and not pinned_leave:
+                    raise
+                later.append(engine)
+        return later
+
+    def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> None:
+        task = asyncio.create_task(self._let_go(leaving, later))
+        self._follow_up.add(task)
+        task.add_done_callback(self._follow_up.discard)
+
+    async def _let_go(self, leaving: list[Engine], later: list[Engine]) -> None:
+        """End engines as they become idle; then load those that waited for their room."""
+        remaining = list(leaving)
+        # Requests that have found their engine, and are on their way to it.
+        await asyncio.sleep(_ON_THEIR_WAY_SECONDS if leaving else 0)
+        while remaining:
+            idle = [engine for engine in remaining if not self._is_busy(engine)]
+            await self._supervisor.remove(idle)
+            remaining = [engine for engine in remaining if engine not in idle]
+            if remaining:
+                await asyncio.sleep(_DRAIN_INTERVAL_SECONDS)
+        for engine in later:
+            try:
+                await self._supervisor.load(engine, lambda other: not self._is_busy(other))
+            except EngineStartError as error:
+                _log.error("after the reload: %s", error)
+
+    def _is_busy(self, engine: Engine) -> bool:
+        return bool(self._traffic.in_flight(engine) or self._traffic.waiting(engine))
+
+    def _is_new(self) -> bool:
+        return _digest(self._file) != self._digest
+
+
+def _changed_keys(old: BaseModel, new: BaseModel, parent: str = "") -> Iterator[str]:
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after:
+            continue
+        if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+            yield from _changed_keys(before, after, f"{parent}{name}.")
+        else:
+            yield f"{parent}{name}"
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced; None while there is none."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _digest(file: Path) -> bytes | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError:
+        return None
