@@ -1,0 +1,88 @@
+"""What a client sees of an engine that answers garbage: a 502, or what there is of a stream; never a 500."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.gateway.bad_engine import GARBAGE
+from tests.processes import Program, RigServer, wait_for, write_config
+
+MODEL = "smollm2-135m"
+
+
+class BadRig(RigServer):
+    """A server whose engine answers garbage."""
+
+    def __init__(self, config_path: Path) -> None:
+        super().__init__(config_path)
+        command = [sys.executable, "-m", "tests.gateway.bad_engine", "serve", str(config_path)]
+        Program.__init__(self, command, self.base_url, {})
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[BadRig]:
+    with BadRig(write_config(tmp_path_factory.mktemp("rig"), cache_dir)) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def ask(rig: BadRig, path: str, said: str, *, stream: bool = False) -> requests.Response:
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": said}],
+        "max_tokens": 4,
+        "stream": stream,
+    }
+    return requests.post(rig.base_url + path, json=body, timeout=30)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("said", ["page", "list", "error page", "nothing"])
+def test_garbage_is_a_bad_gateway(rig: BadRig, path: str, said: str, stream: bool) -> None:
+    answer = ask(rig, path, said, stream=stream)
+    assert answer.status_code == 502
+    assert "makes no sense" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("said", "path"), [("odd usage", "/v1/messages"), ("odd timings", "/v1/messages")]
+)
+def test_no_choices_cannot_be_translated(rig: BadRig, said: str, path: str) -> None:
+    assert ask(rig, path, said).status_code == 502
+
+
+@pytest.mark.parametrize("said", ["odd usage", "odd timings"])
+def test_usage_that_is_none_is_estimated(rig: BadRig, said: str) -> None:
+    answer = ask(rig, "/v1/chat/completions", said)
+    assert answer.status_code == 200
+    assert answer.headers["x-rigserve-cost-basis"] == "estimated"
+
+
+def test_a_stream_that_makes_no_sense_ends(rig: BadRig) -> None:
+    plain = ask(rig, "/v1/chat/completions", "odd stream", stream=True).text
+    assert plain.startswith(GARBAGE["odd stream"][2].partition("\n\n")[0])
+    assert plain.endswith("data: [DONE]\n\n")
+    translated = ask(rig, "/v1/messages", "odd stream", stream=True).text
+    assert "event: error" in translated
+    assert "makes no sense" in translated
+
+
+def test_what_uses_no_tokens_is_checked_too(rig: BadRig) -> None:
+    body = {"model": MODEL, "prompt": "The sea"}
+    assert requests.post(f"{rig.base_url}/tokenize", json=body, timeout=30).status_code == 502
+
+
+def test_all_of_it_is_counted(rig: BadRig) -> None:
+    """After all of the above."""
+    wait_for(lambda: rig.total("rigserve_requests_in_flight") == 0, "all requests have ended")
+    statuses = {
+        labels.rpartition('status="')[2] for labels in rig.series("rigserve_requests_total")
+    }
+    assert '500"}' not in statuses
