@@ -29,6 +29,10 @@ class Results:
         for what, value in figures.items():
             self._values[what][name].append(value)
 
+    def median(self, what: str, name: str) -> float:
+        """Of what the rounds have found about the named server."""
+        return statistics.median(self._values[what][name])
+
     def markdown(self, title: str, wanted: Mapping[str, str], note: str) -> str:
         """A table of medians. ``wanted`` says, by the end of a figure's name, what is aimed at."""
         others = self._names[1:]
@@ -36,8 +40,9 @@ class Results:
         lines = [columns, ["---"] * len(columns)]
         for what, values in self._values.items():
             medians = {name: statistics.median(each) for name, each in values.items()}
+            ours = medians.get(self._names[0])
             ratios = [
-                f"**{medians[self._names[0]] / medians[name]:.2f}**" if medians.get(name) else ""
+                f"**{ours / medians[name]:.2f}**" if ours is not None and medians.get(name) else ""
                 for name in others
             ]
             cells = [_short(medians[name]) if name in medians else "" for name in self._names]
@@ -50,7 +55,7 @@ class Results:
 def heading(threads: int) -> str:
     """The date, the machine and the command of a run."""
     return (
-        f"\n## {date.today()}: {_processor()}, {threads} threads\n\n"
+        f"\n## {date.today()}: {processor()}, {threads} threads\n\n"
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, "
         f"llama-cpp-python {version('llama-cpp-python')}. Servers are measured in turns, the others stopped "
         "meanwhile; medians of rounds; ÷: rigserve's median over the other's.\n\n"
@@ -67,7 +72,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """How many of which this machine has."""
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
