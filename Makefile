@@ -11,15 +11,17 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak chaos lint api-docs bench-engine bench-peers setup setup-dev python clean
+.PHONY: help serve test soak chaos lint audit api-docs bench-engine bench-peers bench-gateway setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
 	@echo 'make lint    set up, then check style, types and import rules'
+	@echo 'make audit   look for known weaknesses, in the code and in what it depends on'
 	@echo 'make api-docs   write docs/api.md from the code'
 	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
+	@echo 'make bench-gateway   measure the gateway beside nginx and LiteLLM (BENCH="--soak-minutes 30": memory, too)'
 	@echo 'make clean   remove .venv'
 	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
 
@@ -43,6 +45,10 @@ lint: setup-dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+# Known weaknesses: of the code (bandit), of what it depends on (pip-audit, which asks the network).
+audit: setup-dev
+	.venv/bin/python -m tools.audit
+
 api-docs: setup-dev
 	.venv/bin/python -m tools.api_docs
 
@@ -53,6 +59,10 @@ bench-engine: bench-peers
 # llama-server and llama-batched-bench, compiled once from the source package of the installed library.
 bench-peers: setup-dev
 	.venv/bin/python -m loadtest.benchmarks.engine.peers
+
+# Needs a quiet machine with two cores, and nginx; LiteLLM is installed beside, once.
+bench-gateway: setup-dev
+	.venv/bin/python -m loadtest.benchmarks.gateway --out docs/results/gateway.md $(BENCH)
 
 setup: python
 	@$(SETUP)

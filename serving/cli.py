@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import logging
 import os
 import sys
 import time
@@ -16,13 +16,18 @@ from rich.console import Console
 from loadtest.options import BenchOptions, parse_duration
 from loadtest.run import run_bench
 from serving import __version__
-from serving.config import ConfigError, config_json_schema, load_config
+from serving.admin.commands import add_config_actions, add_models_command
+from serving.config import ConfigError, config_json_schema, load_config, located
 from serving.cost.comparison import compare
 from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
+from serving.database import DatabaseError
 from serving.gateway.filters import filters_of
-from serving.serve import ServeError, ledger_path, serve
+from serving.keys.commands import add_keys_command
+from serving.logs import LogError, lines_of, set_up
+from serving.protocol.errors import ApiError
+from serving.serve import ServeError, ledger_path, log_folder, serve
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -32,7 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         status: int = args.run(args)
-    except (ConfigError, LedgerError, ServeError, UnknownModel) as error:
+    except (
+        ApiError,
+        ConfigError,
+        DatabaseError,
+        LedgerError,
+        LogError,
+        ServeError,
+        UnknownModel,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -85,6 +98,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="only this model")
     command.set_defaults(run=_cost)
 
+    command = commands.add_parser("logs", help="show what the engines of a config print")
+    command.add_argument("model", metavar="MODEL", nargs="?", help="default: all models' engines")
+    command.add_argument("-f", "--follow", action="store_true", help="go on as they print more")
+    command.add_argument(
+        "-n", "--lines", type=_count, default=100, help="begin with the last so many (default: 100)"
+    )
+    command.add_argument(
+        "--config", metavar="CONFIG", type=Path, default=_DEFAULT_CONFIG, help="the server's config"
+    )
+    command.set_defaults(run=_logs)
+
+    add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
+
+    add_models_command(commands)
+
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)
     action = actions.add_parser("check", help="list everything that is wrong with a file")
@@ -92,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_check)
     action = actions.add_parser("schema", help="print the JSON Schema, for editors")
     action.set_defaults(run=_config_schema)
+    add_config_actions(actions)
     return parser
 
 
@@ -113,13 +142,25 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a number of lines: {text!r}")
+    return int(text)
+
+
 def _serve(args: argparse.Namespace) -> int:
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(message)s",
-        stream=sys.stderr,
-    )
-    serve(load_config(args.config))
+    config = load_config(args.config)
+    set_up(config.logging, log_folder(config), verbose=args.verbose)
+    with located(args.config):
+        serve(config, args.config)
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    folder = log_folder(load_config(args.config))
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in lines_of(folder, args.model, args.lines, follow=args.follow):
+            print(line, flush=True)
     return 0
 
 
@@ -152,7 +193,8 @@ def _cost(args: argparse.Namespace) -> int:
 
 def _config_check(args: argparse.Namespace) -> int:
     config = load_config(args.config)
-    filters_of(config.models, lenient=config.server.lenient)
+    with located(args.config):
+        filters_of(config.models, lenient=config.server.lenient)
     names = ", ".join(model.name for model in config.models)
     print(f"{args.config}: ok; serves {names} on {config.server.host}:{config.server.port}")
     return 0

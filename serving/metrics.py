@@ -1,7 +1,8 @@
 """Every Prometheus series: its name, labels and unit.
 
 Labels are bounded: ``model`` is a name of the config (or ``unknown``), ``endpoint`` a route, ``status`` an HTTP
-status, ``compared_to`` a model of ``cost.compare_to``; ``priority``, ``phase`` and ``part`` are the engine's own words.
+status, ``compared_to`` a model of ``cost.compare_to``; ``priority``, ``phase``, ``part`` and ``state`` are the engine's own words;
+``tenant`` is one that the operator gave a key, ``reason`` one of a few codes of errors.
 """
 
 from __future__ import annotations
@@ -147,6 +148,18 @@ class Metrics:
         self.engine_restarts = self._gauge(
             "rigserve_engine_restarts", "Times the model's engine was started again.", "model"
         )
+        self.engine_state = self._gauge(
+            "rigserve_engine_state",
+            "1 for the state that the model's engine is in.",
+            "model",
+            "state",
+        )
+        self.engine_memory = self._gauge(
+            "rigserve_engine_memory_bytes",
+            "Memory set aside for the model's engine, as estimated, then as measured.",
+            "model",
+            "device",
+        )
         self.prompt_tokens = self._counter(
             "rigserve_prompt_tokens", "Prompt tokens, cached ones included.", "model"
         )
@@ -173,7 +186,24 @@ class Metrics:
             "rigserve_request_duration_seconds", "Arrival to last byte.", _DURATION_BUCKETS
         )
         self.queue_time = self._histogram(
-            "rigserve_queue_time_seconds", "Arrival at the engine to a slot.", _QUEUE_BUCKETS
+            "rigserve_queue_time_seconds", "Arrival to a slot of the engine.", _QUEUE_BUCKETS
+        )
+        self.admission_waiting = self._gauge(
+            "rigserve_admission_waiting",
+            "Requests that wait in the gateway for their model.",
+            "model",
+            "priority",
+        )
+        self.admission_wait = self._histogram(
+            "rigserve_admission_wait_seconds",
+            "How long requests waited in the gateway before they went to their engine.",
+            _QUEUE_BUCKETS,
+        )
+        self.admission_refusals = self._counter(
+            "rigserve_admission_refusals",
+            "Requests refused because of the queue, a deadline, or a model that cannot be loaded.",
+            "model",
+            "reason",
         )
         self.energy = self._counter(
             "rigserve_energy_joules",
@@ -190,6 +220,46 @@ class Metrics:
             "model",
             "compared_to",
         )
+
+        self.refusals = self._counter(
+            "rigserve_refusals", "Requests that their API key, or the lack of one, forbade.", "reason"
+        )
+        self.tenant_requests = self._counter(
+            "rigserve_tenant_requests", "Requests with an API key, by their tenant.", "tenant", "status"
+        )
+        self.tenant_tokens = self._counter(
+            "rigserve_tenant_tokens", "Tokens of a tenant: prompt, completion.", "tenant", "kind"
+        )
+        self.tenant_cost = self._counter(
+            "rigserve_tenant_cost_usd", "Cost of a tenant's requests.", "tenant"
+        )
+
+        self.ledger_waiting = Gauge(
+            "rigserve_ledger_waiting_rows",
+            "Requests whose usage is not in the ledger yet; many while it cannot be written.",
+            registry=self.registry,
+        )
+        self.certificate_expiry = self._gauge(
+            "rigserve_tls_certificate_expiry_timestamp_seconds",
+            "Until when the certificate in use is valid, in Unix time; absent without TLS.",
+            "file",
+        )
+        self.config_reload_ok = Gauge(
+            "rigserve_config_last_reload_successful",
+            "1 if the config file as it was last read is in use.",
+            registry=self.registry,
+        )
+        self.config_reload_time = Gauge(
+            "rigserve_config_last_reload_success_timestamp_seconds",
+            "When a config was last taken up.",
+            registry=self.registry,
+        )
+
+    def reloaded(self, *, ok: bool, at_unix: float) -> None:
+        """The config was read again; ``ok`` if it is in use now."""
+        self.config_reload_ok.set(1 if ok else 0)
+        if ok:
+            self.config_reload_time.set(at_unix)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

@@ -7,42 +7,56 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
 import aiohttp
-import uvicorn
 import uvloop
 
-from serving.config import Config
-from serving.cost.ledger import Ledger
+from serving.config import Config, ServerConfig
+from serving.cost.ledger import Ledger, read_requests_of_keys, read_usage_of_keys
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import EngineStartError, Supervisor
+from serving.gateway.access import Access, is_loopback
+from serving.gateway.admission import Admission
 from serving.gateway.app import create_app
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.cors import let_sites_in
 from serving.gateway.file_store import FileStore
+from serving.gateway.http_server import HttpServer
 from serving.gateway.intake import Gateway
+from serving.gateway.limits import WINDOW_SECONDS, Limits, period_start
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
 from serving.gateway.response_store import ResponseStore
+from serving.gateway.routes import admin_models, admin_reload
 from serving.gateway.routing import Router
+from serving.gateway.swapping import Swapper
+from serving.gateway.tls import Certificate, TlsError
+from serving.handover import HandoverError, LastAnswers, inherited_listener
 from serving.hardware.energy import open_meter
+from serving.keys.ring import KeyRing
+from serving.keys.store import KeyStore
 from serving.metrics import Metrics
 from serving.models.sources import ModelError
+from serving.reload import Reloader
 
 _log = logging.getLogger(__name__)
 
 _Store = TypeVar("_Store")
 
+# How long clients of a shared socket may go on to use connections that they have.
+_LAST_REQUESTS_SECONDS = 1.0
 # After the drain: how long requests may take to notice that their engines are gone.
 _LAST_WORDS_SECONDS = 6.0
 
@@ -56,11 +70,21 @@ def ledger_path(config: Config) -> Path:
     return _data_dir(config) / "ledger.sqlite"
 
 
-def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``."""
+def log_folder(config: Config) -> Path:
+    """Where a config's log files are."""
+    return _data_dir(config) / "logs"
+
+
+def serve(config: Config, file: Path) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
+
+    Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``.
+    """
     prices = PriceBook(config.cost.compare_to)
     with (
-        closing(_listen(config.server.host, config.server.port)) as listener,
+        closing(_store(KeyRing, _data_dir(config))) as ring,
+        closing(_store(KeyStore, _data_dir(config))) as keys,
+        closing(_listener(config.server, ring)) as listener,
         closing(Ledger(ledger_path(config))) as ledger,
         closing(_store(ResponseStore, _data_dir(config) / "responses.sqlite")) as responses,
         closing(_store(FileStore, _data_dir(config))) as files,
@@ -69,8 +93,31 @@ def serve(config: Config) -> None:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
+        metrics.ledger_waiting.set_function(lambda: ledger.waiting)
+        certificate = _certificate(config.server, metrics)
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power)
-        runner.run(_serve(config, listener, meter, metrics, responses, files, batches))
+        access = Access(
+            ring,
+            _limits_of(ledger_path(config)),
+            metrics,
+            require_keys=config.server.require_keys,
+            metrics_access=config.server.metrics_access,
+        )
+        runner.run(
+            _serve(
+                *(config, file, listener, meter, metrics, access, keys, responses, files, batches),
+                certificate,
+            )
+        )
+
+
+def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:
+    if server.tls_certificate is None or server.tls_key is None:
+        return None
+    try:
+        return Certificate(Path(server.tls_certificate), Path(server.tls_key), metrics)
+    except TlsError as error:
+        raise ServeError(str(error)) from error
 
 
 def _data_dir(config: Config) -> Path:
@@ -82,6 +129,61 @@ def _store(kind: Callable[[Path], _Store], path: Path) -> _Store:
         return kind(path)
     except DatabaseError as error:
         raise ServeError(str(error)) from error
+
+
+def _host_for(server: ServerConfig, ring: KeyRing) -> str:
+    """The address to listen on; raises :class:`ServeError` if that would let strangers in by mistake."""
+    if is_loopback(server.host) or ring.in_use or server.require_keys:
+        return server.host
+    if not server.allow_remote:
+        raise ServeError(
+            f"server.host {server.host!r} is not loopback, and there are no API keys: make one with "
+            "`rigserve keys create NAME`, or set server.allow_remote: true to let everybody in"
+        )
+    _log.warning(
+        "there are no API keys: whoever reaches %s:%d may use the models (server.allow_remote)",
+        *(server.host, server.port),
+    )
+    return server.host
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Where connections come in; ``is_shared`` if the socket stays open when this process closes it."""
+
+    socket: socket.socket
+    is_shared: bool
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __str__(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        return f"{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def _listener(server: ServerConfig, ring: KeyRing) -> _Listener:
+    try:
+        inherited = inherited_listener()
+    except HandoverError as error:
+        raise ServeError(str(error)) from error
+    if inherited is None:
+        return _Listener(_listen(_host_for(server, ring), server.port), is_shared=False)
+    host, port = inherited.getsockname()[:2]
+    _host_for(server.model_copy(update={"host": host, "port": port}), ring)
+    _log.info("the socket was handed over; server.host and server.port do not count")
+    return _Listener(inherited, is_shared=True)
+
+
+def _limits_of(ledger: Path) -> Limits:
+    """The limits of keys, less what the ledger says was used of them before."""
+    limits, now_unix = Limits(), time.time()
+    limits.restore(
+        read_usage_of_keys(ledger, period_start("day", now_unix)),
+        read_usage_of_keys(ledger, period_start("month", now_unix)),
+        read_requests_of_keys(ledger, now_unix - WINDOW_SECONDS),
+    )
+    return limits
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -102,12 +204,16 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(
     config: Config,
-    listener: socket.socket,
+    file: Path,
+    listener: _Listener,
     meter: Meter,
     metrics: Metrics,
+    access: Access,
+    keys: KeyStore,
     response_store: ResponseStore,
     files: FileStore,
     batches: BatchStore,
+    certificate: Certificate | None,
 ) -> None:
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
@@ -115,10 +221,13 @@ async def _serve(
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        supervisor = Supervisor(config.models, launchers, session)
-        relay = Relay(session, meter)
+        supervisor = Supervisor(config.models, launchers, session, config.memory)
+        admission = Admission(metrics)
+        relay = Relay(session, meter, access.limits, admission)
         responses = BackgroundResponses(response_store, relay)
         gateway = Gateway(
+            access=access,
+            keys=keys,
             router=Router(supervisor.engines),
             relay=relay,
             meter=meter,
@@ -132,23 +241,51 @@ async def _serve(
             batches=batches,
         )
         batch_runner = BatchRunner(gateway)
+        swapper = Swapper(supervisor, admission, lambda: supervisor.memory.max_wait_seconds)
+        reloader = Reloader(file, config, supervisor, gateway, admission)
+        app = create_app(gateway)
+        app.include_router(admin_models.routes(gateway, supervisor, admission))
+        app.include_router(admin_reload.routes(reloader))
+        let_sites_in(app, config.server.cors_origins)
         signals = asyncio.Queue[int]()
         loop = asyncio.get_running_loop()
-        server = _Server(
-            create_app(gateway),
+        loop.add_signal_handler(signal.SIGHUP, reloader.ask)
+        renewing = asyncio.create_task(certificate.watch()) if certificate else None
+        last_answers = LastAnswers(app)
+        server = HttpServer(
+            last_answers,
+            config.server,
             lambda number: loop.call_soon_threadsafe(signals.put_nowait, number),
+            certificate.context if certificate else None,
         )
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
         engines = asyncio.create_task(supervisor.run())
+        reloading = asyncio.create_task(reloader.run())
+        swapping = asyncio.create_task(swapper.run())
         stopping = asyncio.create_task(signals.get())
-        host, port = listener.getsockname()[:2]
-        _log.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
+        sockets = [listener.socket]
+        if listener.is_shared and not await _preloaded(supervisor, engines, stopping, signals):
+            sockets = []
+        serving = asyncio.create_task(server.serve(sockets))
+        _log.info("listening on %s://%s", "https" if certificate else "http", listener)
         await asyncio.wait((serving, engines, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if listener.is_shared and stopping.done():
+            _log.info("leaving the socket to others")
+            last_answers.closing = True
+            for each in server.servers:
+                each.close()
+            # Clients with open connections have their next requests answered, and these closed.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(engines), _LAST_REQUESTS_SECONDS)
         gateway.draining = True
         batch_runner.stop()
         if stopping.done():
-            await _drain(relay, engines, signals, config.server.drain_timeout_seconds)
+            limit_seconds = reloader.config.server.drain_timeout_seconds
+            await _drain(relay, engines, signals, limit_seconds)
         stopping.cancel()
+        reloading.cancel()
+        if renewing:
+            renewing.cancel()
+        swapping.cancel()
         engines.cancel()
         ended = (await asyncio.gather(engines, return_exceptions=True))[0]
         await _settle(relay)
@@ -162,6 +299,33 @@ async def _serve(
             await asyncio.wait_for(batch_runner.stopped(), _LAST_WORDS_SECONDS)
     if isinstance(ended, BaseExceptionGroup):
         raise _readable(ended) from ended
+
+
+async def _preloaded(
+    supervisor: Supervisor,
+    engines: asyncio.Task[None],
+    stopping: asyncio.Task[int],
+    signals: asyncio.Queue[int],
+) -> bool:
+    """Wait until all engines that are preloaded are ready; false if the server is to end before.
+
+    Until then the server before goes on, or connections wait: better than being turned away.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    changed = asyncio.Event()
+    supervisor.subscribe(lambda _: changed.set())
+    while not all(engine.endpoint for engine in supervisor.engines if engine.is_expected):
+        changing = asyncio.create_task(changed.wait())
+        await asyncio.wait((changing, engines, stopping), return_when=asyncio.FIRST_COMPLETED)
+        changing.cancel()
+        changed.clear()
+        if engines.done() or stopping.done():
+            return False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+    return True
 
 
 async def _settle(relay: Relay) -> None:
@@ -194,26 +358,3 @@ def _readable(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
     return ServeError(str(cause)) if isinstance(cause, EngineStartError | ModelError) else cause
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, but signals begin a drain instead of closing the listener: new requests get an answer."""
-
-    def __init__(self, app: object, on_signal: Callable[[int], object]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
-        self._on_signal = on_signal
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by uvicorn on SIGINT and SIGTERM."""
-        self._on_signal(signal.Signals(sig))

@@ -37,6 +37,7 @@ class Program:
         self.base_url = base_url
         self._command = command
         self._environment = {**os.environ, **environment}
+        self._inherited: tuple[int, ...] = ()
         self._lines: list[str] = []
 
     def __enter__(self) -> Self:
@@ -48,6 +49,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            pass_fds=self._inherited,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

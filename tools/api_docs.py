@@ -56,7 +56,7 @@ _CONDITIONS: Mapping[str, Mapping[str, str]] = {
         "guided_grammar": _ENFORCEABLE,
         "guided_json": _ENFORCEABLE,
         "guided_regex": _ENFORCEABLE,
-        "n": "times prompts, up to the model's `max_sequences` + `max_queue`",
+        "n": "times prompts, up to 5 × the model's `max_sequences` + `max_queue`",
         "reasoning.effort": _REASONING,
         "reasoning_effort": _REASONING,
         "response_format": _ENFORCEABLE,
@@ -80,7 +80,7 @@ Written by `make api-docs` from the code; a test keeps it current. The server sh
 A field is honoured, or the request is refused with a 400 whose `param` names the field and whose message says why; so are
 fields that nobody knows. Values that ask for nothing (null, or what is listed as such) are taken. With `lenient: true`,
 in the config under `server` or for one model, such fields are dropped instead, and the response header
-`x-rigserve-ignored` lists them; it also lists what a model's `filters` overrule.
+`x-rigserve-ignored` lists them; it also lists what a model's `filters` overrule. Other headers tell [what the answer cost](cost-model.md#what-a-client-is-told).
 """
 
 _FILTERS = """\
@@ -102,7 +102,8 @@ models:
 ```
 
 A parameter applies to the endpoints that have it. One that no endpoint has, or a value that none takes, ends the start with an error
-that names the key. What a request says in vain is listed in `x-rigserve-ignored`. In a batch, where lines have no headers, it is not.
+that names the key. `tool_choice` and `parallel_tool_calls` apply to requests that have tools. What a request says in vain is listed in
+`x-rigserve-ignored`; for lines of batches, in their `response.headers`.
 """
 
 _ERRORS = """\
@@ -121,10 +122,11 @@ status into an exception of its own, and by themselves try again after 408, 409,
 | 415 | the body says it is not plain JSON in UTF-8; one without a content type is taken | |
 | 499 | the client left before its answer was complete | in the ledger and in metrics only |
 | 500 | something failed here; the log has more under the request's id | |
-| 503 | the model is loading, its engine has stopped, its queue is full, or the server is shutting down | `Retry-After` |
+| 502 | the engine gave an answer that makes no sense | |
+| 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, or the server is shutting down | `Retry-After` |
 
 A stream that fails after it has begun sends an event `{"error": {...}}`, and ends. What is no HTTP gets a 400 in plain text. An
-engine that is stuck is noticed by its own watchdog (`step_timeout_seconds`) and started again, which is a 503: there is no 504.
+engine that is stuck is noticed by its own watchdog (`step_timeout_seconds`) and started again, which is a 503. A 504 is an engine to which no connection can be made in time.
 """
 
 

@@ -1,12 +1,20 @@
 """The YAML file that says what to serve: its schema, and a loader whose errors name the line and the mend."""
 
-from serving.config.load import ConfigError, Problem, config_json_schema, load_config
+from serving.config.load import (
+    ConfigError,
+    Problem,
+    config_json_schema,
+    load_config,
+    located,
+)
 from serving.config.schema import (
     AdapterConfig,
     Config,
     CostConfig,
     FiltersConfig,
     LlamaCppModel,
+    LoggingConfig,
+    MemoryConfig,
     ModelConfig,
     PowerConfig,
     ServerConfig,
@@ -20,6 +28,8 @@ __all__ = [
     "CostConfig",
     "FiltersConfig",
     "LlamaCppModel",
+    "LoggingConfig",
+    "MemoryConfig",
     "ModelConfig",
     "PowerConfig",
     "Problem",
@@ -27,4 +37,5 @@ __all__ = [
     "StorageConfig",
     "config_json_schema",
     "load_config",
+    "located",
 ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +23,7 @@ from serving.config.document import (
 )
 from serving.config.schema import Config, ServerConfig, StorageConfig
 
-__all__ = ["ConfigError", "Problem", "config_json_schema", "load_config"]
+__all__ = ["ConfigError", "Problem", "config_json_schema", "load_config", "located"]
 
 _REMOTE_SCHEMES = ("package://", "hf://")
 
@@ -66,6 +69,25 @@ def load_config(file: Path) -> Config:
     return config
 
 
+@contextmanager
+def located(file: Path) -> Iterator[None]:
+    """Problems with what was loaded from ``file`` that show only later get their lines in it."""
+    try:
+        yield
+    except ConfigError as error:
+        lines = {dotted(path): line for path, line in read_document(file).lines.items()}
+        raise ConfigError([_located(problem, file, lines) for problem in error.problems]) from error
+
+
+def _located(problem: Problem, file: Path, lines: Mapping[str, int]) -> Problem:
+    if problem.line is not None:
+        return problem
+    key = problem.path
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return replace(problem, file=file, line=lines.get(key))
+
+
 def _validate(document: Document) -> Config | None:
     """The typed configuration; None if there are problems, which are then in the document."""
     try:
@@ -89,6 +111,10 @@ def _place_files(document: Document) -> None:
             folder = storage.setdefault(key, field.default)
             if isinstance(folder, str):
                 storage[key] = str(_absolute(document, ("storage", key), folder))
+    server = document.values.get("server")
+    for key in ("tls_certificate", "tls_key"):
+        if isinstance(server, dict) and isinstance(server.get(key), str):
+            _place(document, ("server",), server, key)
     for position, model in _models(document):
         for number, adapter in _entries(model.get("adapters")):
             if isinstance(adapter.get("path"), str):

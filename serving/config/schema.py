@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,6 +21,8 @@ Quantization = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
+# As browsers write it.
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 
 class Section(BaseModel):
@@ -36,7 +39,15 @@ class ServerConfig(Section):
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
     allow_remote: bool = Field(
         False,
-        description="Must be true to listen on anything but loopback: there are no API keys yet, so anyone who reaches the port may use it.",
+        description="Listen on other addresses than loopback although there are no API keys (`rigserve keys create`): anyone who reaches the port may use the models.",
+    )
+    require_keys: bool = Field(
+        False,
+        description="Ask for an API key even while there is none. Once the first has been made, all requests need one anyway.",
+    )
+    metrics_access: Literal["loopback", "open", "key"] = Field(
+        "loopback",
+        description="Who may read /metrics without an API key where one is needed: this machine, everybody, or nobody.",
     )
     max_body_bytes: int = Field(
         10 * 1024 * 1024, ge=1024, description="Larger request bodies get 413."
@@ -44,6 +55,39 @@ class ServerConfig(Section):
     body_timeout_seconds: float = Field(
         60.0, gt=0, description="A request's body must be there within this time; otherwise 408."
     )
+    header_timeout_seconds: float = Field(
+        10.0, gt=0, description="So must its head, and the first of a connection; otherwise 408."
+    )
+    idle_timeout_seconds: float = Field(
+        5.0, gt=0, description="A connection without a request is closed after this time."
+    )
+    write_timeout_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="A client that takes nothing of its answer for this long is cut off.",
+    )
+    max_header_bytes: int = Field(
+        32 * 1024, ge=1024, description="Larger request heads, path included, get 431."
+    )
+    max_headers: int = Field(100, ge=8, description="Requests with more headers get 431.")
+    max_connections: int = Field(
+        4096, ge=1, description="Open connections in all; who opens one more gets 503."
+    )
+    max_connections_per_address: int = Field(
+        256,
+        ge=1,
+        description="Open connections, and so streams, of one client address (of IPv6 a /64 network); who opens one more gets 429. This machine's own are not counted.",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description='Sites whose pages may use this server from a browser, as https://HOST[:PORT]; "*" is all. Unset: none.',
+    )
+    tls_certificate: str | None = Field(
+        None,
+        description="A PEM file with the certificate and those between it and the root: serve HTTPS. Read again when it changes.",
+    )
+    tls_key: str | None = Field(None, description="A PEM file with the certificate's private key.")
     lenient: bool = Field(
         False,
         description="Drop request fields that are unknown or not supported, and list them in the header x-rigserve-ignored, instead of refusing the request.",
@@ -51,13 +95,25 @@ class ServerConfig(Section):
     drain_timeout_seconds: float = Field(
         30.0, ge=0, description="How long streams in flight may go on after SIGTERM."
     )
+    watch_config: bool = Field(
+        True,
+        description="Reload this file when it changes, as SIGHUP does; its content counts, not its date.",
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin, such as https://chat.example.org; no path, no slash at the end"
+                )
+        return value
 
     @model_validator(mode="after")
-    def _loopback_unless_allowed(self) -> ServerConfig:
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.allow_remote:
-            raise ValueError(
-                f"host {self.host!r} is not loopback; set allow_remote: true to open the API to the network"
-            )
+    def _certificate_has_a_key(self) -> ServerConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together; set both")
         return self
 
 
@@ -145,7 +201,14 @@ class LlamaCppModel(Section):
         16, ge=1, le=256, description="Slots: requests that decode together in one batch."
     )
     max_queue: int = Field(
-        256, ge=0, description="Requests that may wait for a slot; one more gets 503."
+        256,
+        ge=0,
+        description="Requests of a class that may wait in the gateway for a slot; one more gets 503.",
+    )
+    queue_timeout_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="How long a request may wait for its start, also for the model to be loaded; then it gets 503. Requests ask for less with the header x-rigserve-deadline-seconds.",
     )
     max_batch_tokens: int = Field(
         512,
@@ -188,6 +251,53 @@ class LlamaCppModel(Section):
         description="How long an engine may take to be ready. Longer is an error at the first start; later it is tried again.",
     )
 
+    load: Literal["preload", "on_demand"] = Field(
+        "preload",
+        description="When its engine starts: with the server, or when the first request for it comes.",
+    )
+    pinned: bool = Field(
+        False, description="Once loaded it stays: it never makes room for others, and has no TTL."
+    )
+    ttl_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Unload it when it had no request for this long. Unset: only when others need its room.",
+    )
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="Models of one group are never loaded together: one makes way for the other.",
+    )
+    swap_priority: int = Field(
+        0, description="Where room is short, idle models with less of it make way first."
+    )
+    devices: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="GPUs it may use, as indexes in NVML's order or UUIDs (in quotes), or cpu. Unset: where it fits best.",
+    )
+    memory_mib: int | None = Field(
+        None,
+        ge=1,
+        description="Memory its engine needs where its weights are. Unset: estimated from the file, then measured.",
+    )
+
+    @model_validator(mode="after")
+    def _stays_or_goes(self) -> LlamaCppModel:
+        if self.pinned and self.ttl_seconds is not None:
+            raise ValueError("a pinned model has no ttl_seconds; keep one of them")
+        return self
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_of_one_kind(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            if device != "cpu" and not device.isdecimal() and not device.startswith("GPU-"):
+                raise ValueError(f"{device!r} is no GPU's index, no UUID (GPU-...), and not cpu")
+        if "cpu" in value and len(value) > 1:
+            raise ValueError("cpu and GPUs do not go together; gpu_layers splits a model")
+        return value
+
     @model_validator(mode="after")
     def _settings_go_together(self) -> LlamaCppModel:
         if self.kv_tokens is not None and self.kv_tokens < self.context_length:
@@ -213,6 +323,39 @@ class StorageConfig(Section):
     data_dir: str = Field(
         "~/.local/share/rigserve",
         description="The usage ledger, stored responses, files and batches.",
+    )
+
+
+class LoggingConfig(Section):
+    """What the server writes to its output, and of requests to files."""
+
+    format: Literal["human", "json"] = Field(
+        "human", description="Lines of text, or a JSON object a line."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="What is less than this is left out. Requests, a line each, and engines' output are info.",
+    )
+    prompts: bool = Field(
+        False,
+        description="Write every request that goes to a model, prompts included, to logs/prompts.jsonl in data_dir. Only the server's user can read it; it is rotated, and the oldest requests go.",
+    )
+
+
+class MemoryConfig(Section):
+    """How much memory engines may have together. Who does not fit beside the others waits until some leave."""
+
+    budget_mib: int | None = Field(
+        None, ge=1, description="Main memory for engines. Unset: the machine's, less the reserve."
+    )
+    reserve_mib: int = Field(
+        512, ge=0, description="Main memory to leave free where budget_mib is not set."
+    )
+    gpu_reserve_mib: int = Field(512, ge=0, description="Memory to leave free on each GPU.")
+    max_wait_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="When a request has waited this long for a model that has no room, those who have it take no more requests until they have made way.",
     )
 
 
@@ -269,4 +412,6 @@ class Config(Section):
         min_length=1, strict=False, description="The models to serve."
     )
     storage: StorageConfig = StorageConfig()
+    logging: LoggingConfig = LoggingConfig()
+    memory: MemoryConfig = MemoryConfig()
     cost: CostConfig = CostConfig()

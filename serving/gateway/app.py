@@ -18,11 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
 from serving.engines.supervisor import Engine
+from serving.gateway.access import AccessMiddleware, may_use
+from serving.gateway.access_log import AccessLogMiddleware
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
-from serving.gateway.identity import ANYBODY
+from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Gateway, json_response
-from serving.gateway.routes import batches, files, inference, messages, responses
-from serving.gateway.routing import adapters_of
+from serving.gateway.routes import admin_keys, batches, files, inference, messages, responses
+from serving.gateway.routing import adapters_of, own_name_of
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
 from serving.protocol.sse import ClientDisconnected, respond_to_nobody
@@ -31,6 +33,8 @@ REQUEST_ID_HEADER = "x-request-id"
 _ACCEPTED_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _SHOWN_CHARACTERS = 200
+# What is answered there is for who asked, and for no cache on the way.
+_PRIVATE_FOLDERS = ("/v1/", "/admin/")
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -38,6 +42,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(
         title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local"
     )
+    app.add_middleware(AccessMiddleware, access=gateway.access)
+    app.add_middleware(AccessLogMiddleware)
     app.add_middleware(_RequestHeaders)
     app.add_exception_handler(ApiError, respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
@@ -53,38 +59,62 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 once every model takes requests, otherwise 503; the body tells each engine's state."""
+        """200 once every model that is to be loaded takes requests, otherwise 503; the body tells all states."""
         states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
-        is_ready = not gateway.draining and all(e.endpoint for e in gateway.router.engines)
+        is_ready = not gateway.draining and all(
+            engine.endpoint for engine in gateway.router.engines if engine.is_expected
+        )
         return json_response({"ready": is_ready, "models": states}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
         await _ask_engines(gateway)
+        gateway.relay.admission.publish()
         return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        """All models, aliases and LoRA adapters."""
-        entries = [_model_entry(gateway, name) for name in gateway.router.names]
+    async def models(http: Request) -> Response:
+        """All models, aliases and LoRA adapters that the request's key may use."""
+        identity: Identity = http.state.identity
+        entries = [
+            _model_entry(gateway, name, engine)
+            for name in gateway.router.names
+            if may_use(identity, name, own_name_of(engine := gateway.router.find(name), name))
+        ]
         return json_response({"object": "list", "data": entries})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(http: Request, name: str) -> Response:
         """One model."""
-        return json_response(_model_entry(gateway, name))
+        engine = gateway.find(http.state.identity, name)
+        return json_response(_model_entry(gateway, name, engine))
 
+    app.include_router(admin_keys.routes(gateway))
     app.include_router(inference.routes(gateway))
     app.include_router(responses.routes(gateway))
     app.include_router(files.routes(gateway))
     app.include_router(batches.routes(gateway))
     app.include_router(messages.routes(gateway))
+    _describe_keys(app)
     return app
 
 
-def _model_entry(gateway: Gateway, name: str) -> dict[str, Any]:
-    engine = gateway.router.find(name)
+def _describe_keys(app: FastAPI) -> None:
+    """Tell in the OpenAPI document that a request may carry a key; whether it must is the server's matter."""
+    describe = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        schema = describe()
+        parts = schema.setdefault("components", {})
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}, {}]
+        return schema
+
+    app.openapi = with_keys  # type: ignore[method-assign]
+
+
+def _model_entry(gateway: Gateway, name: str, engine: Engine) -> dict[str, Any]:
     parent = engine.model.name if name in adapters_of(engine) else None
     return model_json(name, gateway.started_unix, parent)
 
@@ -96,10 +126,17 @@ async def _ask_engines(gateway: Gateway) -> None:
     metrics.engines.answers = {
         engine.model.name: load for engine, load in zip(engines, loads, strict=True)
     }
+    metrics.engine_ready.clear()
+    metrics.engine_restarts.clear()
+    metrics.engine_state.clear()
+    metrics.engine_memory.clear()
     for engine in engines:
         name = engine.model.name
         metrics.engine_ready.labels(name).set(1 if engine.endpoint else 0)
         metrics.engine_restarts.labels(name).set(engine.restarts)
+        metrics.engine_state.labels(name, engine.state.value).set(1)
+        for device, share_mib in engine.shares_mib.items():
+            metrics.engine_memory.labels(name, device).set(share_mib * 2**20)
 
 
 async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, Any]:
@@ -186,11 +223,13 @@ class _RequestHeaders:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["identity"] = ANYBODY
-        header = (REQUEST_ID_HEADER.encode(), request_id.encode())
+        added = [(REQUEST_ID_HEADER.encode(), request_id.encode())]
+        if scope["path"].startswith(_PRIVATE_FOLDERS):
+            added.append((b"cache-control", b"no-store"))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], header]
+                message["headers"] = [*message["headers"], *added]
                 if ignored := state.get("ignored"):
                     told = (IGNORED_HEADER.encode(), ignored_header(ignored).encode())
                     message["headers"].append(told)

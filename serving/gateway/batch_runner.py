@@ -8,19 +8,32 @@ import logging
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, BinaryIO
 
 import orjson
+from starlette.responses import Response
 from starlette.types import Message
 
-from serving.gateway.batch_store import BatchStore
+from serving.engines.supervisor import Engine
+from serving.gateway.batch_store import BatchStore, Owner
 from serving.gateway.file_store import FileStore, copying
-from serving.gateway.identity import ANYBODY
-from serving.gateway.intake import Gateway
+from serving.gateway.filters import IGNORED_HEADER, ignored_header
+from serving.gateway.identity import ANYBODY, Identity
+from serving.gateway.intake import Asked, Gateway
 from serving.gateway.relay import Caller
-from serving.protocol.batches import ENDPOINTS, Line, output_line, read_lines, unanswered_line
+from serving.gateway.responding import begin
+from serving.protocol.batches import (
+    ENDPOINTS,
+    UNFINISHED,
+    Line,
+    output_line,
+    read_lines,
+    unanswered_line,
+)
 from serving.protocol.errors import ApiError
+from serving.protocol.openai_responses import ResponseRequest, own_name
 from serving.protocol.responses import new_id
 from serving.protocol.sse import ClientDisconnected
 
@@ -32,17 +45,18 @@ _SWEEP_SECONDS = 60.0
 _STORAGE_RETRY_SECONDS = 5.0
 _SHORTEST_RETRY_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 30.0
-_RETRIED_STATUSES = (429, 502, 503, 504)
+# 507: the disk is full; what an answer would be kept on may have room again.
+_RETRIED_STATUSES = (429, 502, 503, 504, 507)
 # A line over which the engine dies again and again is the reason for it.
 _MAX_ENGINE_DEATHS = 5
 _PAGE_LINES = 256
-_OWNER = replace(ANYBODY, priority="batch")
+_OWN_HEADERS = "x-rigserve-"
 
 
 class BatchRunner:
     """Runs the batches of a data folder, unless another process that lives does so.
 
-    One batch of a model runs at a time, the oldest first, with as many lines in flight as the model has
+    One batch of a tenant and a model runs at a time, the oldest first, with as many lines in flight as the model has
     slots. A line is done when its result is committed; one that was under way when the process died is
     computed again.
     """
@@ -81,20 +95,20 @@ class BatchRunner:
         """Start what may start, and tell what runs that it shall not."""
         self._jobs = {name: job for name, job in self._jobs.items() if not job.task.done()}
         lanes = {job.lane for job in self._jobs.values()}
-        for batch in await self._store.unfinished():
+        for batch, owner in await self._store.unfinished():
             job = self._jobs.get(batch["id"])
             is_unwanted = batch["status"] == "cancelling" or time.time() >= batch["expires_at"]
             if job is not None:
                 if is_unwanted:
                     job.unwanted.set()
                 continue
-            lane = self._lane_of(batch)
+            lane = (owner.tenant, self._model_of(batch))
             if lane not in lanes or is_unwanted:
                 lanes.add(lane)
-                self._jobs[batch["id"]] = _Job(self, batch, lane)
+                self._jobs[batch["id"]] = _Job(self, batch, owner, lane)
 
-    def _lane_of(self, batch: dict[str, Any]) -> str:
-        """Batches of one lane run one after the other."""
+    def _model_of(self, batch: dict[str, Any]) -> str:
+        """The model that a batch is for; empty as long as its file has not been read."""
         if batch["model"] is None:
             return ""
         try:
@@ -107,13 +121,13 @@ class BatchRunner:
         batch = job.batch
         try:
             if batch["status"] == "validating":
-                await self._validate(batch)
+                await self._validate(job)
                 return
             if batch["status"] == "in_progress":
                 await self._run_lines(job)
                 if self._stopping.is_set() and not job.unwanted.is_set():
                     return
-            await self._finish(batch)
+            await self._finish(job)
         except ApiError:
             await _wait(self._stopping, _STORAGE_RETRY_SECONDS)
         except OSError as error:
@@ -123,8 +137,23 @@ class BatchRunner:
             _log.exception("%s: it cannot go on, and is tried again", batch["id"])
             await _wait(self._stopping, _LONGEST_RETRY_SECONDS)
 
-    async def _validate(self, batch: dict[str, Any]) -> None:
-        file = await self._files.open(batch["input_file_id"])
+    def _identity_of(self, owner: Owner) -> Identity:
+        """For whom a batch runs; raises :class:`ApiError` (401) if its key is not good any more."""
+        identity = ANYBODY
+        if owner.key_id is not None:
+            key = self._gateway.access.ring.active(owner.key_id)
+            if key is None:
+                raise ApiError(
+                    401,
+                    "The API key that made this batch is revoked or has expired.",
+                    code="invalid_api_key",
+                )
+            identity = Identity.of(key)
+        return replace(identity, priority="batch")
+
+    async def _validate(self, job: _Job) -> None:
+        batch = job.batch
+        file = await self._files.open(batch["input_file_id"], job.owner.tenant)
         if file is None:
             lines, model = list[Line](), None
             errors = [_error("file_not_found", "The input file is gone.", "input_file_id")]
@@ -134,7 +163,7 @@ class BatchRunner:
         if not errors:
             assert model is not None
             try:
-                self._gateway.router.find(model)
+                self._gateway.find(self._identity_of(job.owner), model)
             except ApiError as error:
                 unknown = _error(error.code, error.message, "body.model")
                 errors.append({**unknown, "line": lines[0].number})
@@ -166,7 +195,7 @@ class BatchRunner:
         while not (job.unwanted.is_set() or self._stopping.is_set()):
             request_id = new_id("req")
             try:
-                status, body = await self._answer(job, line, request_id)
+                status, body, headers = await self._answer(job, line, request_id)
             except ClientDisconnected:
                 return
             deaths += _code_of(body) == "engine_stopped"
@@ -174,22 +203,59 @@ class BatchRunner:
                 return
             if status not in _RETRIED_STATUSES or deaths == _MAX_ENGINE_DEATHS:
                 line_id = new_id("batch_req")
-                result = output_line(line_id, line.custom_id, request_id, status, body)
+                result = output_line(line_id, line.custom_id, request_id, status, body, headers)
                 await self._keep(job, line, result, failed=status != 200)
                 return
             await _wait(job.unwanted, retry_seconds, self._stopping)
             retry_seconds = min(2 * retry_seconds, _LONGEST_RETRY_SECONDS)
 
-    async def _answer(self, job: _Job, line: Line, request_id: str) -> tuple[int, Any]:
-        endpoint_name = job.batch["endpoint"]
+    async def _answer(
+        self, job: _Job, line: Line, request_id: str
+    ) -> tuple[int, Any, dict[str, str]]:
+        """The status, the body, and rigserve's own headers of a line's answer."""
         fields: dict[str, Any] = orjson.loads(line.body)
-        caller = Caller(request_id, endpoint_name, _OWNER, job.hang_up)
+        ignored: list[str] = []
         try:
-            admitted = self._gateway.admit(endpoint_name, fields, ENDPOINTS[endpoint_name].of)
-            answer = await self._gateway.relay.forward(caller, *admitted)
+            identity = self._identity_of(job.owner)
+            caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up)
+            answer = await self._asked(caller, fields, ignored)
         except ApiError as error:
-            return error.status, error.body
-        return answer.status_code, orjson.loads(answer.body)
+            return error.status, error.body, {}
+        headers = {
+            name: value for name, value in answer.headers.items() if name.startswith(_OWN_HEADERS)
+        }
+        if ignored:
+            headers[IGNORED_HEADER] = ignored_header(ignored)
+        return answer.status_code, orjson.loads(answer.body), headers
+
+    async def _asked(self, caller: Caller, fields: dict[str, Any], ignored: list[str]) -> Response:
+        """A line's answer; what of the line does not count is added to ``ignored``."""
+        kind = ENDPOINTS[caller.endpoint]
+
+        def admit(read: Callable[[dict[str, Any]], Asked]) -> tuple[Engine, Asked]:
+            engine, asked, told = self._gateway.admit(
+                caller.endpoint, caller.identity, fields, read
+            )
+            ignored.extend(told)
+            return engine, asked
+
+        if kind is not ResponseRequest:
+            return await self._gateway.relay.forward(caller, *admit(kind.of))
+        exchange = await begin(self._gateway.responses.store, caller.identity.tenant, fields, admit)
+        ignored[:] = map(own_name, ignored)
+        if exchange.request.background:
+            raise ApiError(
+                400,
+                "'background': all that is in a batch is made in the background.",
+                param="background",
+                code="invalid_value",
+            )
+        answer = await self._gateway.relay.forward(
+            caller, exchange.engine, exchange.chat, exchange.translation
+        )
+        if answer.status_code == 200:
+            await exchange.keep()
+        return answer
 
     async def _keep(self, job: _Job, line: Line, result: dict[str, Any], *, failed: bool) -> None:
         while True:
@@ -202,13 +268,13 @@ class BatchRunner:
                     return
                 await _wait(self._stopping, _STORAGE_RETRY_SECONDS)
 
-    async def _finish(self, batch: dict[str, Any]) -> None:
+    async def _finish(self, job: _Job) -> None:
         """Write a batch's files and end it. Whoever is killed over this does it again, with one outcome."""
-        batch_id = batch["id"]
+        batch_id, tenant = job.batch["id"], job.owner.tenant
         unfinished = bool(await self._store.pending(batch_id, 0, 1))
         if not unfinished:
             await self._store.move(batch_id, ("in_progress",), "finalizing")
-        now = await self._store.get(batch_id)
+        now = await self._store.get(batch_id, tenant)
         assert now is not None
         source = now["status"]
         if source == "cancelling":
@@ -226,8 +292,8 @@ class BatchRunner:
             file_id = f"file-{batch_id.removeprefix('batch_')}-{kind}"
             with tempfile.TemporaryFile() as spool:
                 await self._spool(spool, batch_id, failed=kind == "error")
-                if kind == "error" and outcome == "expired":
-                    await self._spool_expired(spool, batch_id)
+                if kind == "error" and outcome in UNFINISHED:
+                    await self._spool_unfinished(spool, batch_id, outcome)
                 if not spool.tell():
                     continue
                 spool.seek(0)
@@ -237,6 +303,7 @@ class BatchRunner:
                     filename=f"{batch_id}_{kind}.jsonl",
                     purpose="batch_output",
                     keep_seconds=keep_seconds,
+                    tenant=tenant,
                 )
             files[f"{kind}_file_id"] = file_id
         await self._store.end(batch_id, source, outcome, **files)
@@ -247,13 +314,13 @@ class BatchRunner:
             after = rows[-1][0]
             await asyncio.to_thread(spool.writelines, [result + b"\n" for _, result in rows])
 
-    async def _spool_expired(self, spool: BinaryIO, batch_id: str) -> None:
+    async def _spool_unfinished(self, spool: BinaryIO, batch_id: str, outcome: str) -> None:
         after = 0
-        message = "This request was not executed before the completion window expired."
+        code, message = UNFINISHED[outcome]
         while lines := await self._store.pending(batch_id, after, _PAGE_LINES):
             after = lines[-1].number
             told = (
-                unanswered_line(new_id("batch_req"), line.custom_id, "batch_expired", message)
+                unanswered_line(new_id("batch_req"), line.custom_id, code, message)
                 for line in lines
             )
             written = [orjson.dumps(each) + b"\n" for each in told]
@@ -263,8 +330,11 @@ class BatchRunner:
 class _Job:
     """A batch under way in this process."""
 
-    def __init__(self, runner: BatchRunner, batch: dict[str, Any], lane: str) -> None:
+    def __init__(
+        self, runner: BatchRunner, batch: dict[str, Any], owner: Owner, lane: tuple[str, str]
+    ) -> None:
         self.batch = batch
+        self.owner = owner
         self.lane = lane
         self.width = 1
         self.unwanted = asyncio.Event()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +18,15 @@ import orjson
 
 from serving.database import open_database
 from serving.gateway.file_store import storage_error
-from serving.protocol.batches import ENDED, Line
+from serving.protocol.batches import ENDED, Line, total_usage
 from serving.protocol.errors import ApiError
+from serving.protocol.tenancy import NO_TENANT
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 # What a column says stands in the batch itself: the two cannot differ.
 _CREATE = (
     """
@@ -33,6 +35,8 @@ _CREATE = (
         id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,
         output_keep_seconds INTEGER,
+        tenant TEXT NOT NULL DEFAULT '-',
+        key_id TEXT,
         status TEXT GENERATED ALWAYS AS (json_extract(body, '$.status'))
     )
     """,
@@ -51,11 +55,27 @@ _CREATE = (
     """,
     "CREATE INDEX lines_failed ON lines (batch_id, failed)",
 )
+_UPGRADES = {
+    1: (
+        "ALTER TABLE batches ADD COLUMN tenant TEXT NOT NULL DEFAULT '-'",
+        "ALTER TABLE batches ADD COLUMN key_id TEXT",
+    )
+}
 _ENDED = ", ".join(f"'{status}'" for status in ENDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose a batch is, and the API key that it is run with; None where it was made without one."""
+
+    tenant: str = NO_TENANT
+    key_id: str | None = None
 
 
 class BatchStore:
     """Keeps batches in a database that other processes may use too; one of them at a time runs them.
+
+    A batch is its tenant's: others do not find it.
 
     All methods that wait raise :class:`ApiError` (503, 507) while the database cannot be used.
     """
@@ -63,10 +83,12 @@ class BatchStore:
     def __init__(self, data_dir: Path) -> None:
         """Open or create the database; raises ``DatabaseError``."""
         self._path = data_dir / "batches.sqlite"
-        self._connection = open_database(self._path, version=_SCHEMA_VERSION, create=_CREATE)
+        self._connection = open_database(
+            self._path, version=_SCHEMA_VERSION, create=_CREATE, upgrades=_UPGRADES
+        )
         self._connection.execute("PRAGMA secure_delete=ON")
         # The system lets go of it when its holder dies.
-        self._running = filelock.FileLock(f"{self._path}.lock", thread_local=False)
+        self._running = filelock.FileLock(f"{self._path}.lock", mode=0o600, thread_local=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def close(self) -> None:
@@ -79,28 +101,36 @@ class BatchStore:
         """Whether it is this process that runs the batches; once it is, it stays so until it ends."""
         return await self._run(self._claim)
 
-    async def add(self, batch: dict[str, Any], output_keep_seconds: int | None) -> None:
+    async def add(
+        self, batch: dict[str, Any], output_keep_seconds: int | None, owner: Owner = Owner()
+    ) -> None:
         """Keep a new batch; returns once it is written."""
         await self._run(
             lambda: self._connection.execute(
-                "INSERT INTO batches (id, body, output_keep_seconds) VALUES (?, ?, ?)",
-                (batch["id"], _text(batch), output_keep_seconds),
+                "INSERT INTO batches (id, body, output_keep_seconds, tenant, key_id) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (batch["id"], _text(batch), output_keep_seconds, owner.tenant, owner.key_id),
             )
         )
 
-    async def get(self, batch_id: str) -> dict[str, Any] | None:
+    async def get(self, batch_id: str, tenant: str = NO_TENANT) -> dict[str, Any] | None:
         """A batch with its ``request_counts``; None if there is none of that id."""
-        return await self._run(lambda: self._get(batch_id))
+        return await self._run(lambda: self._get(batch_id, tenant))
 
-    async def page(self, after: str | None, limit: int) -> list[dict[str, Any]]:
+    async def page(
+        self, after: str | None, limit: int, tenant: str = NO_TENANT
+    ) -> list[dict[str, Any]]:
         """Up to ``limit`` batches, the newest first; raises :class:`ApiError` if ``after`` is none."""
-        return await self._run(lambda: self._list(after, limit))
+        return await self._run(lambda: self._list(after, limit, tenant))
 
-    async def unfinished(self) -> list[dict[str, Any]]:
-        """The batches that have not ended, without counts, the oldest first."""
-        query = f"SELECT body FROM batches WHERE status NOT IN ({_ENDED}) ORDER BY number"
+    async def unfinished(self) -> list[tuple[dict[str, Any], Owner]]:
+        """The batches of all tenants that have not ended, without counts, the oldest first."""
+        query = (
+            "SELECT body, tenant, key_id FROM batches "
+            f"WHERE status NOT IN ({_ENDED}) ORDER BY number"
+        )
         rows = await self._run(lambda: self._connection.execute(query).fetchall())
-        return [orjson.loads(row[0]) for row in rows]
+        return [(orjson.loads(row[0]), Owner(*row[1:])) for row in rows]
 
     async def start(self, batch_id: str, lines: list[Line], model: str) -> None:
         """A batch is valid: keep its lines, and begin."""
@@ -176,16 +206,16 @@ class BatchStore:
             return False
         return True
 
-    def _get(self, batch_id: str) -> dict[str, Any] | None:
-        query = "SELECT body FROM batches WHERE id = ?"
-        row = self._connection.execute(query, (batch_id,)).fetchone()
+    def _get(self, batch_id: str, tenant: str) -> dict[str, Any] | None:
+        query = "SELECT body FROM batches WHERE id = ? AND tenant = ?"
+        row = self._connection.execute(query, (batch_id, tenant)).fetchone()
         return None if row is None else self._counted(orjson.loads(row[0]))
 
-    def _list(self, after: str | None, limit: int) -> list[dict[str, Any]]:
+    def _list(self, after: str | None, limit: int, tenant: str) -> list[dict[str, Any]]:
         start = None
         if after is not None:
             row = self._connection.execute(
-                "SELECT number FROM batches WHERE id = ?", (after,)
+                "SELECT number FROM batches WHERE id = ? AND tenant = ?", (after, tenant)
             ).fetchone()
             if row is None:
                 raise ApiError(
@@ -193,8 +223,9 @@ class BatchStore:
                 )
             start = row[0]
         rows = self._connection.execute(
-            "SELECT body FROM batches WHERE ? IS NULL OR number < ? ORDER BY number DESC LIMIT ?",
-            (start, start, limit),
+            "SELECT body FROM batches WHERE tenant = ? AND (? IS NULL OR number < ?) "
+            "ORDER BY number DESC LIMIT ?",
+            (tenant, start, start, limit),
         ).fetchall()
         return [self._counted(orjson.loads(row[0])) for row in rows]
 
@@ -208,6 +239,14 @@ class BatchStore:
             (batch_id,),
         ).fetchone()
         return {"request_counts": {"total": total, "completed": done - failed, "failed": failed}}
+
+    def _usage(self, batch_id: str) -> dict[str, Any]:
+        rows = self._connection.execute(
+            "SELECT json_extract(CAST(result AS TEXT), '$.response.body.usage') FROM lines "
+            "WHERE batch_id = ? AND failed = 0",
+            (batch_id,),
+        )
+        return total_usage(orjson.loads(row[0]) for row in rows if row[0])
 
     def _start(self, batch_id: str, lines: list[Line], model: str) -> None:
         with self._transaction():
@@ -234,7 +273,8 @@ class BatchStore:
 
     def _end(self, batch_id: str, source: str, status: str, more: dict[str, Any]) -> bool:
         with self._transaction():
-            ended = self._move(batch_id, (source,), status, {**more, **self._counts(batch_id)})
+            told = {**more, **self._counts(batch_id), "usage": self._usage(batch_id)}
+            ended = self._move(batch_id, (source,), status, told)
             if ended:
                 self._connection.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
         return ended

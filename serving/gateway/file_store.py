@@ -16,12 +16,13 @@ from typing import Any, BinaryIO, TypeVar
 
 from serving.database import open_database
 from serving.protocol.errors import ApiError
+from serving.protocol.tenancy import NO_TENANT
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _CREATE = (
     """
     CREATE TABLE files (
@@ -31,12 +32,17 @@ _CREATE = (
         bytes INTEGER NOT NULL,
         created_at INTEGER NOT NULL,
         expires_at INTEGER,
-        purpose TEXT NOT NULL
+        purpose TEXT NOT NULL,
+        tenant TEXT NOT NULL DEFAULT '-'
     )
     """,
 )
+_UPGRADES = {1: ("ALTER TABLE files ADD COLUMN tenant TEXT NOT NULL DEFAULT '-'",)}
 _COLUMNS = ("id", "filename", "bytes", "created_at", "expires_at", "purpose")
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM files WHERE (expires_at IS NULL OR expires_at > ?)"
+_SELECT = f"""
+    SELECT {", ".join(_COLUMNS)} FROM files
+    WHERE (expires_at IS NULL OR expires_at > ?) AND tenant = ?
+"""
 # Contents without a row belong to a process that is writing them, or was killed while it did.
 _ABANDONED_SECONDS = 3600
 
@@ -44,6 +50,7 @@ _ABANDONED_SECONDS = 3600
 class FileStore:
     """Keeps files in a folder that other processes may use too.
 
+    A file is its tenant's: others do not find it. Without API keys everything is ``NO_TENANT``'s.
     A file is there as a whole or not at all. All methods that wait raise :class:`ApiError`: 507 when
     the disk is full, 503 while the store cannot be used otherwise.
     """
@@ -51,7 +58,10 @@ class FileStore:
     def __init__(self, data_dir: Path) -> None:
         """Open or create the store; raises ``DatabaseError``."""
         self._connection = open_database(
-            data_dir / "files.sqlite", version=_SCHEMA_VERSION, create=_CREATE
+            data_dir / "files.sqlite",
+            version=_SCHEMA_VERSION,
+            create=_CREATE,
+            upgrades=_UPGRADES,
         )
         self._connection.execute("PRAGMA secure_delete=ON")
         self._folder = data_dir / "files"
@@ -70,27 +80,36 @@ class FileStore:
         filename: str,
         purpose: str,
         keep_seconds: int | None,
+        tenant: str = NO_TENANT,
     ) -> dict[str, Any]:
         """Keep what ``write`` writes, in place of an older file of that id; gives OpenAI's file object."""
-        return await self._run(lambda: self._add(file_id, write, filename, purpose, keep_seconds))
+        return await self._run(
+            lambda: self._add(file_id, write, filename, purpose, keep_seconds, tenant)
+        )
 
-    async def get(self, file_id: str) -> dict[str, Any] | None:
+    async def get(self, file_id: str, tenant: str = NO_TENANT) -> dict[str, Any] | None:
         """A file's object; None if there is none of that id."""
-        return await self._run(lambda: self._get(file_id))
+        return await self._run(lambda: self._get(file_id, tenant))
 
     async def page(
-        self, *, after: str | None, limit: int, order: str, purpose: str | None
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        order: str,
+        purpose: str | None,
+        tenant: str = NO_TENANT,
     ) -> list[dict[str, Any]]:
         """Up to ``limit`` files, from the one behind ``after`` on; raises :class:`ApiError` if that is gone."""
-        return await self._run(lambda: self._list(after, limit, order, purpose))
+        return await self._run(lambda: self._list(after, limit, order, purpose, tenant))
 
-    async def open(self, file_id: str) -> BinaryIO | None:
+    async def open(self, file_id: str, tenant: str = NO_TENANT) -> BinaryIO | None:
         """A file's content, which stays readable when the file is deleted; None if there is none."""
-        return await self._run(lambda: self._open(file_id))
+        return await self._run(lambda: self._open(file_id, tenant))
 
-    async def delete(self, file_id: str) -> bool:
+    async def delete(self, file_id: str, tenant: str = NO_TENANT) -> bool:
         """Delete a file; False if there is none of that id."""
-        return await self._run(lambda: self._delete(file_id))
+        return await self._run(lambda: self._delete(file_id, tenant))
 
     async def sweep(self) -> None:
         """Delete what has expired, and what killed processes left half done."""
@@ -110,6 +129,7 @@ class FileStore:
         filename: str,
         purpose: str,
         keep_seconds: int | None,
+        tenant: str,
     ) -> dict[str, Any]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / file_id
@@ -124,9 +144,10 @@ class FileStore:
             now_unix = int(time.time())
             expires_at = None if keep_seconds is None else now_unix + keep_seconds
             self._connection.execute(
-                "INSERT OR REPLACE INTO files (id, filename, bytes, created_at, expires_at, purpose) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (file_id, filename, size_bytes, now_unix, expires_at, purpose),
+                "INSERT OR REPLACE INTO files "
+                "(id, filename, bytes, created_at, expires_at, purpose, tenant) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (file_id, filename, size_bytes, now_unix, expires_at, purpose, tenant),
             )
         except BaseException:
             part.unlink(missing_ok=True)
@@ -134,17 +155,19 @@ class FileStore:
             raise
         return _file_object((file_id, filename, size_bytes, now_unix, expires_at, purpose))
 
-    def _get(self, file_id: str) -> dict[str, Any] | None:
-        row = self._connection.execute(f"{_SELECT} AND id = ?", (time.time(), file_id)).fetchone()
+    def _get(self, file_id: str, tenant: str) -> dict[str, Any] | None:
+        row = self._connection.execute(
+            f"{_SELECT} AND id = ?", (time.time(), tenant, file_id)
+        ).fetchone()
         return None if row is None else _file_object(row)
 
     def _list(
-        self, after: str | None, limit: int, order: str, purpose: str | None
+        self, after: str | None, limit: int, order: str, purpose: str | None, tenant: str
     ) -> list[dict[str, Any]]:
         start = None
         if after is not None:
             row = self._connection.execute(
-                "SELECT number FROM files WHERE id = ?", (after,)
+                "SELECT number FROM files WHERE id = ? AND tenant = ?", (after, tenant)
             ).fetchone()
             if row is None:
                 raise ApiError(
@@ -155,31 +178,36 @@ class FileStore:
         rows = self._connection.execute(
             f"{_SELECT} AND (? IS NULL OR purpose = ?) AND (? IS NULL OR number {sign} ?) "
             f"ORDER BY number {direction} LIMIT ?",
-            (time.time(), purpose, purpose, start, start, limit),
+            (time.time(), tenant, purpose, purpose, start, start, limit),
         )
         return list(map(_file_object, rows))
 
-    def _open(self, file_id: str) -> BinaryIO | None:
-        if self._get(file_id) is None:
+    def _open(self, file_id: str, tenant: str) -> BinaryIO | None:
+        if self._get(file_id, tenant) is None:
             return None
         try:
             return (self._folder / file_id).open("rb")
         except FileNotFoundError:
             return None
 
-    def _delete(self, file_id: str) -> bool:
-        deleted = self._connection.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount
-        if deleted:
-            (self._folder / file_id).unlink(missing_ok=True)
-        return deleted > 0
+    def _delete(self, file_id: str, tenant: str) -> bool:
+        known = self._connection.execute(
+            "SELECT 1 FROM files WHERE id = ? AND tenant = ?", (file_id, tenant)
+        ).fetchone()
+        if known is None:
+            return False
+        # First: on a full disk this is what makes room for the row's change.
+        (self._folder / file_id).unlink(missing_ok=True)
+        self._connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        return True
 
     def _sweep(self) -> None:
         now_unix = time.time()
         expired = self._connection.execute(
-            "SELECT id FROM files WHERE expires_at <= ?", (now_unix,)
+            "SELECT id, tenant FROM files WHERE expires_at <= ?", (now_unix,)
         ).fetchall()
-        for (file_id,) in expired:
-            self._delete(file_id)
+        for file_id, tenant in expired:
+            self._delete(file_id, tenant)
         if not self._folder.exists():
             return
         known = {row[0] for row in self._connection.execute("SELECT id FROM files")}

@@ -41,6 +41,9 @@ _SMALLEST: Mapping[type[ModelRequest], Mapping[str, Any]] = {
     RerankRequest: {"model": "m", "query": "?", "documents": ["?"]},
 }
 _LIMITS = ("max_tokens", "max_completion_tokens")
+# These are about the tools of a request: where it has none, they do not apply.
+_OF_TOOLS = {"parallel_tool_calls", "tool_choice"}
+_ANY_TOOL = {"type": "function", "function": {"name": "f"}}
 # What a request is, and in what form it is answered, is its client's to say.
 _CLIENTS_OWN = {
     *(name for smallest in _SMALLEST.values() for name in smallest),
@@ -103,6 +106,8 @@ class Filters:
     def _with_parameters(self, asked: Asked) -> Asked:
         kinds = (settings for kind, settings in self._settings.items() if isinstance(asked, kind))
         defaults, forced = next(kinds, ({}, {}))
+        if not getattr(asked, "tools", None):
+            defaults, forced = _without_any(defaults, _OF_TOOLS), _without_any(forced, _OF_TOOLS)
         said = {
             name: value
             for name in asked.model_fields_set
@@ -214,13 +219,18 @@ def _that_fit(
     names = {name for name in wanted if name in kind.model_fields or not _is_field(name)}
     while True:
         try:
-            kind.of({**_SMALLEST[kind], **{name: wanted[name] for name in names}})
+            tools = {"tools": [_ANY_TOOL]} if names & _OF_TOOLS and "tools" not in names else {}
+            kind.of({**_SMALLEST[kind], **tools, **{name: wanted[name] for name in names}})
         except ApiError as error:
             culprit = max(filter((error.param or "").startswith, names), key=len)
             refusals.setdefault(culprit, error.message)
             names.remove(culprit)
         else:
             return names
+
+
+def _without_any(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _is_field(name: str) -> bool:
@@ -240,13 +250,15 @@ def _introduced(prompt: str, messages: Sequence[Message]) -> list[Message]:
 
 
 def _without(value: Any, location: Location) -> Any:
-    """A JSON value without the field at a location, nor its like in the other items of a list.
+    """A JSON value without the field or item at a location, nor its like in the other items of a list.
 
     Raises :class:`LookupError` if there is none.
     """
     part, below = location[0], location[1:]
     if isinstance(value, list) and isinstance(part, int):
         kind = _kind_of(value[part])
+        if not below:
+            return [each for each in value if _kind_of(each) != kind]
         return [
             _without(each, below)
             if number == part

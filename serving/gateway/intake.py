@@ -13,14 +13,18 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from serving.config import ServerConfig
 from serving.engines.supervisor import Engine
+from serving.gateway.access import Access
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
+from serving.gateway.identity import Identity
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
-from serving.gateway.routing import Router
+from serving.gateway.routing import Router, own_name_of
+from serving.keys.store import KeyStore
 from serving.metrics import UNKNOWN_MODEL, Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ModelRequest, read_object
@@ -37,6 +41,8 @@ _LARGE_BODY_BYTES = 256 * 1024
 class Gateway:
     """What the routes work with. ``draining`` turns new requests away while old ones finish."""
 
+    access: Access
+    keys: KeyStore
     router: Router
     relay: Relay
     meter: Meter
@@ -59,6 +65,20 @@ class Gateway:
         self._filters = filters_of(models, lenient=self.lenient)
         self._filters_of_unknown = Filters(None, lenient=self.lenient)
 
+    def configure(self, router: Router, server: ServerConfig) -> None:
+        """Use other models and settings from the next request on.
+
+        Raises :class:`ConfigError` for filters that cannot be applied; then nothing has changed.
+        """
+        models = [engine.model for engine in router.engines]
+        filters = filters_of(models, lenient=server.lenient)
+        self.router = router
+        self._filters = filters
+        self._filters_of_unknown = Filters(None, lenient=server.lenient)
+        self.lenient = server.lenient
+        self.max_body_bytes = server.max_body_bytes
+        self.body_timeout_seconds = server.body_timeout_seconds
+
     async def take(
         self, http: Request, read: Callable[[dict[str, Any]], Asked]
     ) -> tuple[Engine, Asked]:
@@ -73,7 +93,8 @@ class Gateway:
         self, http: Request, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
     ) -> tuple[Engine, Asked]:
         """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
-        engine, asked, http.state.ignored = self._admit(http.url.path, fields, read)
+        admitted = self.admit(http.url.path, http.state.identity, fields, read)
+        engine, asked, http.state.ignored = admitted
         return engine, asked
 
     async def fields_of(self, http: Request) -> dict[str, Any]:
@@ -92,18 +113,17 @@ class Gateway:
             raise
 
     def admit(
-        self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Asked]:
-        """As :meth:`take`, for a body that is there already."""
-        return self._admit(path, fields, read)[:2]
-
-    def _admit(
-        self, path: str, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
+        self,
+        path: str,
+        identity: Identity,
+        fields: dict[str, Any],
+        read: Callable[[dict[str, Any]], Asked],
     ) -> tuple[Engine, Asked, list[str]]:
+        """As :meth:`take`, for a body that is there already; also gives what of it does not count."""
         model = UNKNOWN_MODEL
         try:
             asked, dropped = self._filters_for(fields.get("model")).read(fields, read)
-            engine = self.router.find(asked.model)
+            engine = self.find(identity, asked.model)
             model = engine.model.name
             asked, overruled = self._filters[model].apply(asked)
             if self.draining:
@@ -114,6 +134,16 @@ class Gateway:
             self.meter.unmetered(model, path, error.status)
             raise
         return engine, asked, [*dropped, *overruled]
+
+    def find(self, identity: Identity, name: str) -> Engine:
+        """The engine of a model; raises :class:`ApiError`: 403 if it is not for who asks, 404 if there is none."""
+        try:
+            engine = self.router.find(name)
+        except ApiError:
+            self.access.check_model(identity, name, None)
+            raise
+        self.access.check_model(identity, name, own_name_of(engine, name))
+        return engine
 
     def _filters_for(self, name: object) -> Filters:
         """What is known to apply before a request has been read: the filters of the model it names."""

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from serving.config import ModelConfig
 from serving.cost.ledger import Ledger, UsageRecord
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
+from serving.gateway.access_log import tell_of_metered
+from serving.gateway.bill import Bill, Comparison
+from serving.gateway.identity import Identity
+from serving.gateway.limits import Reservation
 from serving.metrics import Metrics
 from serving.protocol.responses import Timings, Usage
+
+_TIMINGS = {each.name for each in fields(Timings)}
 
 
 class PowerSource(Protocol):
@@ -30,6 +36,8 @@ class PowerSource(Protocol):
 class Request:
     """A request under way, as the gateway sees it. Moments are ``time.monotonic()``.
 
+    Of its time, ``queue_seconds`` went by before it was sent to its engine.
+
     The ledger knows a request by its LoRA ``adapter`` if it has one; metrics by the base model.
     """
 
@@ -38,11 +46,19 @@ class Request:
     model: ModelConfig
     adapter: str | None
     user: str
+    identity: Identity
+    reservation: Reservation | None
     streamed: bool
+    queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
     first_chunk_at: float | None = None
     last_chunk_at: float | None = None
+
+    @property
+    def sent_at(self) -> float:
+        """When it went to its engine."""
+        return self.arrived_at + self.queue_seconds
 
 
 class Meter:
@@ -62,6 +78,11 @@ class Meter:
         self._prices = prices
         self._power = power
 
+    def configure(self, cost: CostModel, prices: PriceBook) -> None:
+        """Price what ends from now on in another way."""
+        self._cost = cost
+        self._prices = prices
+
     def started(self, request: Request) -> None:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
@@ -76,18 +97,23 @@ class Meter:
             self._metrics.ttft.labels(request.model.name).observe(now - request.arrived_at)
         else:
             gap = (now - request.last_chunk_at) / chunks
+            itl = self._metrics.itl.labels(request.model.name)
             for _ in range(chunks):
-                self._metrics.itl.labels(request.model.name).observe(gap)
+                itl.observe(gap)
         request.last_chunk_at = now
 
     def unmetered(self, model: str, endpoint: str, status: int) -> None:
         """A request ended that used nothing: it reached no engine, or asked for no tokens."""
         self._metrics.requests.labels(model, endpoint, str(status)).inc()
 
+    def refused(self, reason: str) -> None:
+        """A request was turned away because of its key; ``reason`` is the error's code."""
+        self._metrics.refusals.labels(reason).inc()
+
     def finished(
         self, request: Request, status: int, final: Mapping[str, Any] | None, chunks: int = 0
-    ) -> None:
-        """A request that was started has ended.
+    ) -> UsageRecord:
+        """A request that was started has ended; gives what the ledger has of it.
 
         ``final`` holds the engine's ``usage`` and ``timings``. Without it, as when an engine dies, each
         of the ``chunks`` that arrived is counted as a token and the time on the clock as the engine's;
@@ -98,7 +124,7 @@ class Meter:
         measured = _timings(final)
         timings = measured or _observed(request, ended_at)
         busy_seconds = timings.prefill_busy_seconds + timings.decode_busy_seconds
-        joules = busy_seconds * self._power.mean_watts(request.arrived_at, ended_at)
+        joules = busy_seconds * self._power.mean_watts(request.sent_at, ended_at)
         parts = self._cost.parts(busy_seconds, joules)
         record = UsageRecord(
             started_at=request.arrived_unix,
@@ -113,7 +139,7 @@ class Meter:
             cached_tokens=usage.cached_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else chunks,
             tokens_source="engine" if usage else "estimated",
-            queue_seconds=timings.queue_seconds,
+            queue_seconds=request.queue_seconds + timings.queue_seconds,
             prefill_seconds=timings.prefill_seconds,
             decode_seconds=timings.decode_seconds,
             prefill_busy_seconds=timings.prefill_busy_seconds,
@@ -124,9 +150,29 @@ class Meter:
             energy_usd=parts.energy_usd,
             idle_usd=parts.idle_usd,
             hardware_usd=parts.hardware_usd,
+            key_id=request.identity.key_id or "-",
+            tenant=request.identity.tenant,
         )
         self._ledger.append(record)
+        first_at, arrived_at = request.first_chunk_at, request.arrived_at
+        ttft_seconds = None if first_at is None else first_at - arrived_at
+        tell_of_metered(record, request.identity.key_name, ttft_seconds, ended_at - arrived_at)
         self._count(record, request, ended_at)
+        return record
+
+    def bill(self, record: UsageRecord) -> Bill:
+        """What a request cost here, and at the first model of `cost.compare_to`."""
+        elsewhere = None
+        if self._prices.references:
+            reference = self._prices.references[0]
+            elsewhere = Comparison(reference, self._usd_at(reference, record))
+        sources = (record.tokens_source, record.timing_source, record.energy_source)
+        return Bill(
+            usd=record.usd,
+            energy_usd=record.energy_usd,
+            estimated="estimated" in sources,
+            elsewhere=elsewhere,
+        )
 
     def _count(self, record: UsageRecord, request: Request, ended_at: float) -> None:
         metrics, model = self._metrics, request.model.name
@@ -145,35 +191,48 @@ class Meter:
             if record.completion_tokens > 1:
                 tpot = record.decode_seconds / (record.completion_tokens - 1)
                 metrics.tpot.labels(model).observe(tpot)
+        if request.identity.key_id is not None:
+            tenant = record.tenant
+            metrics.tenant_requests.labels(tenant, str(record.status)).inc()
+            metrics.tenant_tokens.labels(tenant, "prompt").inc(record.prompt_tokens)
+            metrics.tenant_tokens.labels(tenant, "completion").inc(record.completion_tokens)
+            metrics.tenant_cost.labels(tenant).inc(record.usd)
         for reference in self._prices.references:
-            metrics.commercial_cost.labels(model, reference).inc(
-                self._prices.usd(
-                    reference,
-                    record.prompt_tokens,
-                    record.cached_tokens,
-                    record.completion_tokens,
-                )
-            )
+            metrics.commercial_cost.labels(model, reference).inc(self._usd_at(reference, record))
+
+    def _usd_at(self, reference: str, record: UsageRecord) -> float:
+        return self._prices.usd(
+            reference, record.prompt_tokens, record.cached_tokens, record.completion_tokens
+        )
 
 
 def _usage(final: Mapping[str, Any] | None) -> Usage | None:
     usage = (final or {}).get("usage")
     if not isinstance(usage, dict):
         return None
-    details = usage.get("prompt_tokens_details") or {}
+    details = usage.get("prompt_tokens_details")
     return Usage(
-        prompt_tokens=usage["prompt_tokens"],
-        cached_tokens=details.get("cached_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        cached_tokens=_count(details, "cached_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
     )
+
+
+def _count(usage: object, name: str) -> int:
+    """A number of tokens as an engine tells it; 0 for what is none."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if type(value) is int and value >= 0 else 0
 
 
 def _timings(final: Mapping[str, Any] | None) -> Timings | None:
     timings = (final or {}).get("timings")
-    return Timings(**timings) if timings else None
+    # Other engines have timings of other kinds.
+    if not isinstance(timings, dict) or timings.keys() != _TIMINGS:
+        return None
+    return Timings(**timings)
 
 
 def _observed(request: Request, ended_at: float) -> Timings:
     first = request.first_chunk_at or ended_at
-    prefill, decode = first - request.arrived_at, ended_at - first
+    prefill, decode = first - request.sent_at, ended_at - first
     return Timings(0.0, prefill, decode, prefill, decode)

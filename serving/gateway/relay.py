@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -15,17 +16,29 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
+from serving.cost.ledger import UsageRecord
 from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.access_log import Entry
+from serving.gateway.admission import Admission, Ticket
 from serving.gateway.identity import Identity
+from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
 from serving.gateway.routing import adapters_of, endpoint_of
 from serving.gateway.stream import StreamTap
+from serving.gateway.token_bound import token_bound
 from serving.gateway.translation import Translation, translated
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import GenerationRequest, ModelRequest, StreamOptions
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    ModelRequest,
+    StreamOptions,
+)
 from serving.protocol.responses import Timings, Usage, new_id
 from serving.protocol.sse import (
     CLIENT_CLOSED_REQUEST,
+    DONE,
     ClientDisconnected,
     EventStream,
     event,
@@ -34,6 +47,9 @@ from serving.protocol.sse import (
 from serving.protocol.tenancy import Tenancy
 
 _log = logging.getLogger(__name__)
+# Silent unless the operator asks for it; see serving/logs.py.
+_prompts = logging.getLogger("rigserve.prompts")
+_prompts.propagate = False
 
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
@@ -44,6 +60,9 @@ _NOTHING_USED = {
     "usage": Usage(0, 0, 0).to_json(),
     "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0).to_json(),
 }
+
+
+DEADLINE_HEADER = "x-rigserve-deadline-seconds"
 
 
 async def _never() -> Message:
@@ -60,24 +79,39 @@ class Caller:
     endpoint: str
     identity: Identity
     receive: Receive = _never
+    # What the client says of when its answer must begin.
+    deadline: str | None = None
+    log_entry: Entry = field(default_factory=Entry)
 
     @staticmethod
     def of(http: HttpRequest) -> Caller:
         """The client of a request, whose body has been read."""
         state = http.state
-        return Caller(state.request_id, http.url.path, state.identity, http.receive)
+        deadline = http.headers.get(DEADLINE_HEADER)
+        owner = (state.request_id, http.url.path, state.identity)
+        return Caller(*owner, http.receive, deadline, state.log_entry)
 
 
 class Relay:
     """Sends requests to engines over one pool of connections."""
 
-    def __init__(self, session: aiohttp.ClientSession, meter: Meter) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        meter: Meter,
+        limits: Limits,
+        admission: Admission,
+    ) -> None:
         self._session = session
         self._meter = meter
+        self._limits = limits
+        self.admission = admission
         self._settling: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.open_requests = 0
+        # Of each request at an engine, by its identity.
+        self._tickets: dict[int, Ticket] = {}
 
     async def forward(
         self,
@@ -90,18 +124,37 @@ class Relay:
 
         Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more.
         """
-        call = self._call(caller, engine, body)
+        sent = _for_engine(engine, body)
+        has_key = caller.identity.key_id is not None
+        bound = token_bound(engine.model, body, sent) if has_key else 0
+        reservation = self._reserve(caller, engine, bound)
         request = Request(
             id=caller.request_id,
             endpoint=caller.endpoint,
             model=engine.model,
             adapter=body.model if body.model in adapters_of(engine) else None,
             user=body.user or "-",
+            identity=caller.identity,
+            reservation=reservation,
             streamed=_is_streamed(body),
         )
-        self._meter.started(request)
         self.open_requests += 1
         self._idle.clear()
+        try:
+            ticket, endpoint = await self._enter(caller, engine, body, _units(body))
+        except BaseException:
+            self._close()
+            if reservation:
+                reservation.withdraw()
+            raise
+        request.queue_seconds = ticket.queue_seconds
+        self._tickets[id(request)] = ticket
+        if _prompts.isEnabledFor(logging.INFO):
+            written_id = orjson.dumps(caller.request_id).decode()
+            _prompts.info('{"request_id":%s,"body":%s}', written_id, sent.decode())
+        caller.log_entry.is_metered = True
+        self._meter.started(request)
+        call = _Call(self._session, engine, endpoint, body, sent, caller.identity)
         if isinstance(body, GenerationRequest) and body.stream:
             tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
             return await self._stream(caller, call, request, tap, translation)
@@ -112,29 +165,65 @@ class Relay:
 
         Raises as :meth:`forward` does.
         """
-        call = self._call(caller, engine, body)
+        reservation = self._reserve(caller, engine, 0)
+        try:
+            ticket, endpoint = await self._enter(caller, engine, body, units=0)
+        except BaseException:
+            if reservation:
+                reservation.withdraw()
+            raise
+        sent = _for_engine(engine, body)
+        call = _Call(self._session, engine, endpoint, body, sent, caller.identity)
         status = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
+            _object(engine, payload)
             status = answer.status
         except ApiError as error:
             status = error.status
             raise
         finally:
+            ticket.release()
+            if reservation:
+                reservation.settle(0, 0.0)
             self._meter.unmetered(engine.model.name, caller.endpoint, status)
-        return _relayed(answer, payload)
+        return _relayed(engine, answer, payload)
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
         await self._idle.wait()
 
-    def _call(self, caller: Caller, engine: Engine, body: ModelRequest) -> _Call:
+    async def _enter(
+        self, caller: Caller, engine: Engine, body: ModelRequest, units: int
+    ) -> tuple[Ticket, Endpoint]:
+        """Wait for a place at an engine; counts what is turned away, and who leaves while waiting.
+
+        Raises as :meth:`forward` does; then the place is given back.
+        """
+        ticket, status = None, CLIENT_CLOSED_REQUEST
         try:
-            endpoint = endpoint_of(engine)
+            deadline_seconds = _deadline_seconds(caller.deadline)
+            owner = _tenancy_of(body, caller.identity)
+            ticket = self.admission.enter(engine, owner, units, deadline_seconds)
+            if ticket.is_waiting:
+                await while_connected(caller.receive, ticket.wait())
+            return ticket, endpoint_of(engine)
+        except BaseException as error:
+            if ticket is not None:
+                ticket.release()
+            if isinstance(error, ApiError):
+                status = error.status
+            self._meter.unmetered(engine.model.name, caller.endpoint, status)
+            raise
+
+    def _reserve(self, caller: Caller, engine: Engine, tokens: int) -> Reservation | None:
+        """As :meth:`Limits.reserve`; counts what is turned away."""
+        try:
+            return self._limits.reserve(caller.identity, tokens)
         except ApiError as error:
             self._meter.unmetered(engine.model.name, caller.endpoint, error.status)
+            self._meter.refused(str(error.code))
             raise
-        return _Call(self._session, engine, endpoint, body, caller.identity)
 
     async def _whole(
         self, caller: Caller, call: _Call, request: Request, translation: Translation | None
@@ -147,11 +236,14 @@ class Relay:
             raise
         try:
             answer, payload = answering.result()
+            final = _final(call.engine, answer, payload)
+            response = _relayed(call.engine, answer, payload, translation)
         except ApiError as error:
             self._finish(request, error.status, None)
             raise
-        self._finish(request, answer.status, _final(answer, payload))
-        return _relayed(answer, payload, translation)
+        record = self._finish(request, answer.status, final)
+        response.headers.update(self._meter.bill(record).headers)
+        return response
 
     async def _settle_whole(
         self,
@@ -170,7 +262,8 @@ class Relay:
         if not answering.done():
             answering.cancel()
         elif answering.exception() is None:
-            final = _final(*answering.result())
+            with contextlib.suppress(ApiError):
+                final = _final(call.engine, *answering.result())
         self._finish(request, CLIENT_CLOSED_REQUEST, final)
 
     async def _stream(
@@ -191,8 +284,12 @@ class Relay:
             upstream = opening.result()
             if upstream.status != 200:
                 payload = await upstream.read()
-                self._finish(request, upstream.status, _final(upstream, payload))
-                return _relayed(upstream, payload, translation)
+                final = _final(call.engine, upstream, payload)
+                self._finish(request, upstream.status, final)
+                return _relayed(call.engine, upstream, payload, translation)
+            if upstream.content_type != "text/event-stream":
+                upstream.close()
+                raise _bad_answer(call.engine)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
             self._finish(request, refusal.status, None)
@@ -208,9 +305,12 @@ class Relay:
     ) -> AsyncGenerator[bytes, None]:
         try:
             async for data in upstream.content.iter_any():
-                before = tap.text_events
+                before, was_finished = tap.text_events, tap.finished
                 chunk = tap.feed(data)
                 self._meter.streamed(request, tap.text_events - before)
+                if tap.finished and not was_finished:
+                    # Without a wait in between: a stream that is finished is metered.
+                    chunk += self._finish_stream(request, tap) + DONE
                 if chunk:
                     yield chunk
         except aiohttp.ClientError as error:
@@ -235,10 +335,11 @@ class Relay:
         self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
     ) -> None:
         """Meter a stream that is over; if its client left early, the engine is told and still heard out."""
-        status = 200
-        if tap.failed:
-            status = 500
-        elif not tap.finished:
+        if tap.finished:
+            upstream.close()
+            return
+        status = 500
+        if not tap.failed:
             status = CLIENT_CLOSED_REQUEST
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with asyncio.timeout(_SETTLE_SECONDS):
@@ -248,6 +349,12 @@ class Relay:
         upstream.close()
         self._finish(request, status, tap.final, tap.text_events)
 
+    def _finish_stream(self, request: Request, tap: StreamTap) -> bytes:
+        """Meter a stream that was read to its end; gives what its client is told of the cost."""
+        status = 500 if tap.failed else 200
+        record = self._finish(request, status, tap.final, tap.text_events)
+        return self._meter.bill(record).comment
+
     def _settle(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._settling.add(task)
@@ -255,11 +362,19 @@ class Relay:
 
     def _finish(
         self, request: Request, status: int, final: dict[str, Any] | None, chunks: int = 0
-    ) -> None:
+    ) -> UsageRecord:
+        record = self._meter.finished(request, status, final, chunks)
+        tokens = record.prompt_tokens - record.cached_tokens + record.completion_tokens
+        self._tickets.pop(id(request)).release(tokens)
+        self._close()
+        if request.reservation:
+            request.reservation.settle(record.prompt_tokens + record.completion_tokens, record.usd)
+        return record
+
+    def _close(self) -> None:
         self.open_requests -= 1
         if not self.open_requests:
             self._idle.set()
-        self._meter.finished(request, status, final, chunks)
 
 
 class _Call:
@@ -271,13 +386,14 @@ class _Call:
         engine: Engine,
         endpoint: Endpoint,
         body: ModelRequest,
+        sent: bytes,
         identity: Identity,
     ) -> None:
         self.engine = engine
         self._session = session
         self._endpoint = endpoint
         self._url = self._endpoint.base_url + body.path
-        self._body = _for_engine(engine, body)
+        self._body = sent
         # Clients may repeat their request ids; the engine needs one that is unique.
         self._engine_request_id = new_id("call")
         self._headers = {
@@ -291,6 +407,11 @@ class _Call:
         """Send the request; returns once the response's headers are there."""
         try:
             return await self._session.post(self._url, data=self._body, headers=self._headers)
+        except aiohttp.ServerTimeoutError as error:
+            name = self.engine.model.name
+            raise ApiError(
+                504, f"The engine of '{name}' does not answer.", code="engine_timeout"
+            ) from error
         except aiohttp.ClientError as error:
             raise _engine_gone(self.engine) from error
 
@@ -319,6 +440,31 @@ def _is_streamed(body: ModelRequest) -> bool:
     return isinstance(body, GenerationRequest) and bool(body.stream)
 
 
+def _units(body: ModelRequest) -> int:
+    """How many slots of its engine a request takes."""
+    if isinstance(body, CompletionRequest):
+        return len(body.prompts) * (body.n or 1)
+    return (body.n or 1) if isinstance(body, ChatCompletionRequest) else 1
+
+
+def _deadline_seconds(header: str | None) -> float | None:
+    """Raises :class:`ApiError` (400) for what is no time."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ApiError(
+            400,
+            f"The header {DEADLINE_HEADER} must be a number of seconds, 0 or more; got {header[:100]!r}.",
+            param=DEADLINE_HEADER,
+            code="invalid_value",
+        )
+    return seconds
+
+
 def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
     """A request may ask for less priority than its owner could have."""
     asks_for_less = isinstance(body, GenerationRequest) and body.priority == "batch"
@@ -341,29 +487,53 @@ def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
     return sent.model_dump_json(exclude_none=True, by_alias=True).encode()
 
 
-def _final(answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:
+def _final(engine: Engine, answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:
     """What holds the request's usage and timings; None if the engine failed over it.
 
     An engine that refuses a request (too long, queue full) has done nothing for it.
+    Raises :class:`ApiError` (502) for what is no answer at all.
     """
     if answer.status != 200:
+        _object(engine, payload)
         return None if answer.status == 500 else _NOTHING_USED
     # Vectors are long, and no text can look like this: its quotes would be escaped.
     tail = payload.rfind(b',"usage":{')
-    body: dict[str, Any] = orjson.loads(b"{" + payload[tail + 1 :] if tail >= 0 else payload)
+    return _object(engine, b"{" + payload[tail + 1 :] if tail >= 0 else payload)
+
+
+def _object(engine: Engine, payload: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise _bad_answer(engine) from error
+    if not isinstance(body, dict):
+        raise _bad_answer(engine)
     return body
 
 
 def _relayed(
-    answer: aiohttp.ClientResponse, payload: bytes, translation: Translation | None = None
+    engine: Engine,
+    answer: aiohttp.ClientResponse,
+    payload: bytes,
+    translation: Translation | None = None,
 ) -> Response:
     if translation is not None:
-        body = orjson.loads(payload)
+        body = _object(engine, payload)
+        if not body.get("choices" if answer.ok else "error"):
+            raise _bad_answer(engine)
         told = translation.answer(body) if answer.ok else translation.refusal(answer.status, body)
         payload = orjson.dumps(told)
     retry_after = answer.headers.get("retry-after")
     headers = {"retry-after": retry_after} if retry_after else {}
     return Response(payload, answer.status, headers, media_type="application/json")
+
+
+def _bad_answer(engine: Engine) -> ApiError:
+    return ApiError(
+        502,
+        f"The engine of '{engine.model.name}' gave an answer that makes no sense.",
+        code="bad_engine_answer",
+    )
 
 
 def _engine_gone(engine: Engine) -> ApiError:

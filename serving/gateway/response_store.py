@@ -20,12 +20,13 @@ import orjson
 
 from serving.database import DatabaseError, open_database
 from serving.protocol.errors import ApiError
+from serving.protocol.tenancy import NO_TENANT
 
 _log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 # OpenAI keeps responses as long.
 _KEPT_SECONDS = 30 * 24 * 3600
 _INDEX_OUTPUT = """
@@ -38,6 +39,7 @@ _CREATE = (
     CREATE TABLE responses (
         id TEXT PRIMARY KEY,
         owner TEXT NOT NULL,
+        tenant TEXT NOT NULL DEFAULT '-',
         body TEXT NOT NULL,
         input TEXT NOT NULL,
         status TEXT GENERATED ALWAYS AS (json_extract(body, '$.status')),
@@ -58,12 +60,14 @@ _CREATE = (
     "CREATE INDEX responses_created_at ON responses (created_at)",
     "CREATE INDEX responses_unfinished ON responses (owner) WHERE status = 'in_progress'",
 )
+_UPGRADES = {1: ("ALTER TABLE responses ADD COLUMN tenant TEXT NOT NULL DEFAULT '-'",)}
 _CHAIN = """
-    WITH RECURSIVE chain (depth, body, input, previous_id) AS (
-        SELECT 0, body, input, previous_id FROM responses WHERE id = ?
+    WITH RECURSIVE chain (depth, body, input, previous_id, tenant) AS (
+        SELECT 0, body, input, previous_id, tenant FROM responses WHERE id = ? AND tenant = ?
         UNION ALL
-        SELECT depth + 1, earlier.body, earlier.input, earlier.previous_id
-        FROM chain JOIN responses AS earlier ON earlier.id = chain.previous_id
+        SELECT depth + 1, earlier.body, earlier.input, earlier.previous_id, earlier.tenant
+        FROM chain JOIN responses AS earlier
+            ON earlier.id = chain.previous_id AND earlier.tenant = chain.tenant
     )
     SELECT body, input FROM chain ORDER BY depth DESC
 """
@@ -71,7 +75,8 @@ _ITEM = """
     SELECT item.value FROM output_items
     JOIN responses ON responses.id = output_items.response_id
     JOIN json_each(responses.body, '$.output') AS item
-    WHERE output_items.id = ? AND json_extract(item.value, '$.id') = output_items.id
+    WHERE output_items.id = ? AND responses.tenant = ?
+        AND json_extract(item.value, '$.id') = output_items.id
 """
 _ABANDONED = json.dumps(
     {
@@ -95,6 +100,8 @@ class ResponseStore:
     A killed process loses nothing that was stored, a power cut what the system had not written to disk
     yet. All methods that wait raise :class:`ApiError` (503) while the database cannot be used.
 
+    A response is its tenant's: others do not find it. Without API keys everything is ``NO_TENANT``'s.
+
     A response in progress belongs to the process that stored it, which holds a lock as long as it lives:
     once it is gone, whoever asks for the response finds it failed.
     """
@@ -102,7 +109,9 @@ class ResponseStore:
     def __init__(self, path: Path) -> None:
         """Open or create the database; raises ``DatabaseError``."""
         self._path = path
-        self._connection = open_database(path, version=_SCHEMA_VERSION, create=_CREATE)
+        self._connection = open_database(
+            path, version=_SCHEMA_VERSION, create=_CREATE, upgrades=_UPGRADES
+        )
         # What is deleted is overwritten, not just forgotten.
         self._connection.execute("PRAGMA secure_delete=ON")
         self._connection.execute("PRAGMA foreign_keys=ON")
@@ -128,9 +137,9 @@ class ResponseStore:
         self._lock_path(self._owner).unlink(missing_ok=True)
         self._alive.release()
 
-    async def add(self, response: StoredResponse) -> None:
+    async def add(self, response: StoredResponse, tenant: str = NO_TENANT) -> None:
         """Keep a response; returns once it is written."""
-        await self._run(lambda: self._add(response))
+        await self._run(lambda: self._add(response, tenant))
 
     async def settle(self, body: dict[str, Any]) -> bool:
         """Replace a response in progress by what it became; False: it was cancelled or deleted meanwhile."""
@@ -141,39 +150,45 @@ class ResponseStore:
             )
         )
 
-    async def get(self, response_id: str) -> dict[str, Any] | None:
+    async def get(self, response_id: str, tenant: str = NO_TENANT) -> dict[str, Any] | None:
         """A response; None if there is none of that id."""
-        return await self._run(lambda: self._get(response_id))
+        return await self._run(lambda: self._get(response_id, tenant))
 
-    async def chain(self, response_id: str) -> list[StoredResponse]:
+    async def chain(self, response_id: str, tenant: str = NO_TENANT) -> list[StoredResponse]:
         """A response and those it continues, the oldest first, as far as they are still there."""
-        return await self._run(lambda: self._chain(response_id))
+        return await self._run(lambda: self._chain(response_id, tenant))
 
-    async def output_items(self, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    async def output_items(
+        self, ids: Iterable[str], tenant: str = NO_TENANT
+    ) -> dict[str, dict[str, Any]]:
         """The output items with these ids, as far as their responses are there."""
         wanted = set(ids)
         rows = await self._run(
             lambda: [
-                row for item_id in wanted for row in self._connection.execute(_ITEM, (item_id,))
+                row
+                for item_id in wanted
+                for row in self._connection.execute(_ITEM, (item_id, tenant))
             ]
         )
         items = [orjson.loads(row[0]) for row in rows]
         return {item["id"]: item for item in items}
 
-    async def cancel(self, response_id: str) -> None:
+    async def cancel(self, response_id: str, tenant: str = NO_TENANT) -> None:
         """End a response if it is in progress."""
         await self._run(
             lambda: self._changes(
                 "UPDATE responses SET body = json_set(body, '$.status', 'cancelled') "
-                "WHERE id = ? AND status = 'in_progress'",
-                (response_id,),
+                "WHERE id = ? AND tenant = ? AND status = 'in_progress'",
+                (response_id, tenant),
             )
         )
 
-    async def delete(self, response_id: str) -> bool:
+    async def delete(self, response_id: str, tenant: str = NO_TENANT) -> bool:
         """Forget a response; False if there is none of that id."""
         return await self._run(
-            lambda: self._changes("DELETE FROM responses WHERE id = ?", (response_id,))
+            lambda: self._changes(
+                "DELETE FROM responses WHERE id = ? AND tenant = ?", (response_id, tenant)
+            )
         )
 
     async def in_progress(self) -> set[str]:
@@ -194,24 +209,24 @@ class ResponseStore:
                 code="storage_unavailable",
             ) from error
 
-    def _add(self, response: StoredResponse) -> None:
+    def _add(self, response: StoredResponse, tenant: str) -> None:
         self._changes("DELETE FROM responses WHERE created_at < ?", (time.time() - _KEPT_SECONDS,))
         self._connection.execute(
-            "INSERT INTO responses (id, owner, body, input) VALUES (?, ?, ?, ?)",
-            (response.body["id"], self._owner, _text(response.body), _text(response.input)),
+            "INSERT INTO responses (id, owner, tenant, body, input) VALUES (?, ?, ?, ?, ?)",
+            (response.body["id"], self._owner, tenant, _text(response.body), _text(response.input)),
         )
 
-    def _get(self, response_id: str) -> dict[str, Any] | None:
-        query = "SELECT owner, body, status FROM responses WHERE id = ?"
-        row = self._connection.execute(query, (response_id,)).fetchone()
+    def _get(self, response_id: str, tenant: str) -> dict[str, Any] | None:
+        query = "SELECT owner, body, status FROM responses WHERE id = ? AND tenant = ?"
+        row = self._connection.execute(query, (response_id, tenant)).fetchone()
         if row is not None and row[2] == "in_progress" and self._bury(row[0]):
-            row = self._connection.execute(query, (response_id,)).fetchone()
+            row = self._connection.execute(query, (response_id, tenant)).fetchone()
         return None if row is None else orjson.loads(row[1])
 
-    def _chain(self, response_id: str) -> list[StoredResponse]:
-        if self._get(response_id) is None:
+    def _chain(self, response_id: str, tenant: str) -> list[StoredResponse]:
+        if self._get(response_id, tenant) is None:
             return []
-        rows = self._connection.execute(_CHAIN, (response_id,)).fetchall()
+        rows = self._connection.execute(_CHAIN, (response_id, tenant)).fetchall()
         return [StoredResponse(orjson.loads(body), orjson.loads(items)) for body, items in rows]
 
     def _bury(self, owner: str) -> bool:
@@ -244,7 +259,7 @@ class ResponseStore:
         return self._path.with_name(f"{self._path.name}.{owner}.lock")
 
     def _lock_of(self, owner: str) -> filelock.BaseFileLock:
-        return filelock.FileLock(self._lock_path(owner), thread_local=False)
+        return filelock.FileLock(self._lock_path(owner), mode=0o600, thread_local=False)
 
 
 def _text(value: object) -> str:

@@ -47,12 +47,19 @@ def adapters_of(engine: Engine) -> list[str]:
     return [adapter.name for adapter in engine.model.adapters]
 
 
+def own_name_of(engine: Engine, name: str) -> str:
+    """The name of the model, or of the adapter, that answers to ``name``: ``name`` itself unless it is an alias."""
+    return name if name in adapters_of(engine) else engine.model.name
+
+
 def endpoint_of(engine: Engine) -> Endpoint:
     """Where the engine takes requests; raises :class:`ApiError` (503) while it does not."""
     endpoint = engine.endpoint
     if endpoint is not None:
         return endpoint
     doing = {
+        EngineState.UNLOADED: "is not loaded",
+        EngineState.UNLOADING: "is being unloaded",
         EngineState.PREPARING: "is being prepared",
         EngineState.STARTING: "is loading",
         EngineState.BACKOFF: "has crashed and is being started again",

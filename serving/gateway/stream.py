@@ -20,7 +20,8 @@ class StreamTap:
     """Takes an engine's bytes as they arrive, gives back what the client gets.
 
     Only whole events pass. The event with the request's usage is parsed and, unless the client asked
-    for it, kept back; all others go through untouched and unread.
+    for it, kept back; so is the one that ends the stream (``finished``), before which something may be
+    left to say. All others go through untouched and unread.
     """
 
     def __init__(self, *, forward_usage: bool) -> None:
@@ -40,7 +41,9 @@ class StreamTap:
             return b""
         complete, self._rest = data[:cut], data[cut:]
         self.text_events += complete.count(_UNFINISHED) - complete.count(_ROLE)
-        self.finished |= complete.endswith(DONE)
+        if complete.endswith(DONE):
+            self.finished = True
+            complete = complete.removesuffix(DONE)
         if _ERROR in complete:
             self.failed |= any(event.startswith(_ERROR) for event in complete.split(_END))
         if _USAGE in complete:
@@ -49,7 +52,10 @@ class StreamTap:
 
     def _inspect(self, event: bytes) -> bytes:
         if _USAGE in event and event.startswith(b"data: {"):
-            payload = orjson.loads(event[len(b"data: ") :])
+            try:
+                payload = orjson.loads(event[len(b"data: ") :])
+            except orjson.JSONDecodeError:
+                payload = {}  # the client sees for itself what the engine wrote
             if isinstance(payload.get("usage"), dict) and not payload.get("choices"):
                 self.final = payload
                 if not self._forward_usage:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 import orjson
 
-_DATA, _END = b"data: ", b"\n\n"
+from serving.protocol.errors import ApiError
+
+_log = logging.getLogger(__name__)
+
+_NO_SENSE = ApiError(502, "The engine's stream makes no sense.", code="bad_engine_answer")
+_DATA, _COMMENT, _END = b"data: ", b":", b"\n\n"
 
 
 class Translation(Protocol):
@@ -40,7 +46,12 @@ async def translated(
     """A stream of whole events of a chat completion in the words of another API."""
     try:
         async for data in chunks:
-            told = b"".join(_told(event, translation) for event in data.split(_END) if event)
+            try:
+                told = b"".join(_told(event, translation) for event in data.split(_END) if event)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                _log.exception("an engine's stream makes no sense")
+                yield translation.failure(_NO_SENSE.body)
+                return
             if told:
                 yield told
     finally:
@@ -48,6 +59,8 @@ async def translated(
 
 
 def _told(event: bytes, translation: Translation) -> bytes:
+    if event.startswith(_COMMENT):
+        return event + _END
     data = event.removeprefix(_DATA)
     if data == b"[DONE]":
         return translation.end()

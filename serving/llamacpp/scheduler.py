@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.llamacpp.fair_queue import FairQueue
+from serving.fairness import FairQueue
 from serving.llamacpp.grammar import prepare
 from serving.llamacpp.prefixes import PrefixStore
 from serving.llamacpp.runtime import (
@@ -122,7 +122,7 @@ class Scheduler:
         self._store = PrefixStore(store_bytes)
         self._slots = Slots(context, self._store)
         self._sampling = SamplingThreads(model.vocab_size)
-        self._waiting = FairQueue()
+        self._waiting: FairQueue[Sequence] = FairQueue()
         self._running: list[Sequence] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0

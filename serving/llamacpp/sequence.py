@@ -80,6 +80,16 @@ class Sequence:
         return self.phase is Phase.DONE
 
     @property
+    def owner(self) -> Job:
+        """For whom it is generated."""
+        return self.job
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether it computes its prompt, or has yet to."""
+        return self.phase in (Phase.WAITING, Phase.PREFILL)
+
+    @property
     def remaining(self) -> int:
         """Tokens still to be computed before the next can be sampled."""
         return len(self.tokens) - self.computed

@@ -198,4 +198,4 @@ def _read(reply: Reply, output: TextDelta | Finished) -> str | dict[str, Any]:
     if isinstance(output, TextDelta):
         reply.logprobs += output.logprobs
         return reply.push(output.text)
-    return reply.finish() if output.reason is not None else ""
+    return reply.finish(output.reason) if output.reason is not None else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +10,8 @@ import orjson
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from serving.protocol.embeddings import EmbeddingRequest
-from serving.protocol.errors import ApiError, unsupported
+from serving.protocol.errors import ApiError, conflict, unsupported
+from serving.protocol.openai_responses import ResponseRequest
 from serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -30,11 +31,27 @@ MAX_ERRORS = 100
 _MAX_CUSTOM_ID = 512
 
 ENDPOINTS: dict[str, type[ModelRequest]] = {
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
+    kind.path: kind
+    for kind in (ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ResponseRequest)
 }
 ENDED = ("completed", "failed", "cancelled", "expired")
+# Why lines were left, by how their batch ended: OpenAI's codes.
+UNFINISHED = {
+    "cancelled": ("batch_cancelled", "The batch was cancelled before this request was executed."),
+    "expired": (
+        "batch_expired",
+        "This request could not be executed before the completion window expired.",
+    ),
+}
+
+# What OpenAI takes files for, and why they are of no use here.
+_USELESS = {
+    "assistants": "there is no Assistants API here; send texts with the request",
+    "evals": "there are no evals here",
+    "fine-tune": "nothing is trained here; adapters that are trained elsewhere are in the config",
+    "user_data": "models do not read files here; send their text with the request",
+    "vision": "models see images that come with the request, as data URLs",
+}
 
 _Metadata = Annotated[
     dict[
@@ -79,8 +96,10 @@ class UploadFields(Body):
 
     @model_validator(mode="after")
     def _for_batches(self) -> Self:
+        if self.purpose in _USELESS:
+            raise unsupported("purpose", _USELESS[self.purpose])
         if self.purpose != "batch":
-            raise unsupported("purpose", "only files for batches ('batch') can be uploaded")
+            raise conflict("purpose", "'purpose': only files for batches ('batch') can be uploaded")
         return self
 
 
@@ -138,7 +157,26 @@ def begun(batch_id: str, request: BatchRequest, now_unix: int) -> dict[str, Any]
         "expired_at": None,
         "cancelling_at": None,
         "cancelled_at": None,
+        "usage": None,
         "metadata": request.metadata,
+    }
+
+
+def total_usage(usages: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What a batch used: the sum of what its answers tell, each in the words of its API."""
+    total = dict.fromkeys(("input", "cached", "output", "reasoning"), 0)
+    for usage in usages:
+        for kind, other in (("input", "prompt"), ("output", "completion")):
+            total[kind] += usage.get(f"{kind}_tokens") or usage.get(f"{other}_tokens") or 0
+            details = usage.get(f"{kind}_tokens_details") or usage.get(f"{other}_tokens_details")
+            part = "cached" if kind == "input" else "reasoning"
+            total[part] += (details or {}).get(f"{part}_tokens") or 0
+    return {
+        "input_tokens": total["input"],
+        "input_tokens_details": {"cached_tokens": total["cached"]},
+        "output_tokens": total["output"],
+        "output_tokens_details": {"reasoning_tokens": total["reasoning"]},
+        "total_tokens": total["input"] + total["output"],
     }
 
 
@@ -194,10 +232,15 @@ def read_lines(
 
 
 def output_line(
-    line_id: str, custom_id: str, request_id: str, status: int, body: object
+    line_id: str,
+    custom_id: str,
+    request_id: str,
+    status: int,
+    body: object,
+    headers: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What the engine answered to a line."""
-    response = {"status_code": status, "request_id": request_id, "body": body}
+    """What the engine answered to a line; ``headers`` are those of rigserve's own."""
+    response = {"status_code": status, "request_id": request_id, "body": body, "headers": headers}
     return {"id": line_id, "custom_id": custom_id, "response": response, "error": None}
 
 

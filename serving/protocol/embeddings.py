@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from serving.protocol.errors import conflict
 from serving.protocol.requests import (
     MAX_TOOLS,
     ChatCompletionRequest,
@@ -86,12 +87,10 @@ class TokenizeRequest(ModelRequest):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("either 'prompt' or 'messages' is required, and not both")
-        about_chats = self.tools, self.reasoning_effort, self.chat_template_kwargs
-        if self.messages is None and any(about_chats):
-            raise ValueError(
-                "'tools', 'reasoning_effort' and 'chat_template_kwargs' go with 'messages' only"
-            )
+            raise conflict("prompt", "either 'prompt' or 'messages' is required, and not both")
+        for name in ("tools", "reasoning_effort", "chat_template_kwargs"):
+            if self.messages is None and getattr(self, name):
+                raise conflict(name, f"'{name}' goes with 'messages' only")
         return self
 
     @property

@@ -74,6 +74,11 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after_seconds is not None:
             headers["retry-after"] = str(self.retry_after_seconds)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if self.code == "insufficient_quota":
+            # SDKs would wait for days, or ask again in seconds.
+            headers["x-should-retry"] = "false"
         if self.status == 408:
             # What may still come of the request is nobody's.
             headers["connection"] = "close"
@@ -102,9 +107,13 @@ def conflict(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
 
 
-def unsupported(param: str, reason: str) -> PydanticCustomError:
-    """What a model validator raises about ``param``, a field that is known but not honoured."""
-    return PydanticCustomError("unsupported", "{message}", {"param": param, "message": reason})
+def unsupported(param: str, reason: str, *, tells_kind: bool = False) -> PydanticCustomError:
+    """What a model validator raises about ``param``, a field that is known but not honoured.
+
+    ``tells_kind``: without that field, all of the object means nothing.
+    """
+    context = {"param": param, "message": reason, "tells_kind": tells_kind}
+    return PydanticCustomError("unsupported", "{message}", context)
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -124,9 +133,11 @@ def from_validation(error: ValidationError) -> ApiError:
     elif kind in ("conflict", "unsupported"):
         location = (*location, first["ctx"]["param"])
     where = dotted(location)[:_SHOWN_CHARACTERS]
+    if kind == "unsupported" and first["ctx"]["tells_kind"]:
+        location = location[:-1]
 
     def refusal(message: str, code: str) -> ApiError:
-        return ApiError(400, f"{message}.", param=where or None, location=location, code=code)
+        return ApiError(400, f"{message}.", param=where if location else None, location=location, code=code)
 
     if kind == "missing":
         return refusal(f"'{where}' is required", "missing_required_parameter")

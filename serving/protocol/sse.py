@@ -38,7 +38,7 @@ class EventStream(Response):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
+            headers={"x-accel-buffering": "no", **(headers or {})},
             media_type="text/event-stream",
         )
         # Response counts its (empty) body; a stream's length is not known.

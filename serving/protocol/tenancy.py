@@ -12,6 +12,9 @@ from serving.protocol.errors import ApiError
 
 Priority = Literal["interactive", "batch"]
 
+# Whose everything is where there are no API keys. No tenant can have this name.
+NO_TENANT = "-"
+
 _TENANT, _WEIGHT, _PRIORITY = "x-rigserve-tenant", "x-rigserve-weight", "x-rigserve-priority"
 
 
@@ -19,7 +22,7 @@ _TENANT, _WEIGHT, _PRIORITY = "x-rigserve-tenant", "x-rigserve-weight", "x-rigse
 class Tenancy:
     """Tenants of a class share an engine by ``weight``; ``batch`` gives way to ``interactive``."""
 
-    tenant: str = "-"
+    tenant: str = NO_TENANT
     weight: float = 1.0
     priority: Priority = "interactive"
 
@@ -44,7 +47,7 @@ class Tenancy:
         wanted = headers.get(_PRIORITY, "interactive")
         for priority in get_args(Priority):
             if wanted == priority:
-                return Tenancy(unquote(headers.get(_TENANT, "-")), share, priority)
+                return Tenancy(unquote(headers.get(_TENANT, NO_TENANT)), share, priority)
         raise _refusal(_PRIORITY, wanted, " or ".join(get_args(Priority)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
@@ -15,8 +16,12 @@ import requests
 import yaml
 from starlette.testclient import TestClient
 
+from serving.gateway.access import Access
 from serving.gateway.app import create_app
 from serving.gateway.intake import Gateway
+from serving.gateway.limits import Limits
+from serving.keys.ring import KeyRing
+from serving.metrics import Metrics
 from tests.processes import RigServer, wait_for, write_config
 
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
@@ -207,8 +212,17 @@ def test_nothing_failed_inside(rig: RigServer) -> None:
     assert failed == []
 
 
-def test_a_bug_is_a_500_with_the_requests_id() -> None:
-    app = create_app(cast(Gateway, Mock(spec=Gateway)))
+def test_a_bug_is_a_500_with_the_requests_id(tmp_path: Path) -> None:
+    gateway = cast(Gateway, Mock(spec=Gateway))
+    with closing(KeyRing(tmp_path)) as ring:
+        gateway.access = Access(
+            ring, Limits(), Metrics(), require_keys=False, metrics_access="loopback"
+        )
+        _check_bugs(gateway)
+
+
+def _check_bugs(gateway: Gateway) -> None:
+    app = create_app(gateway)
 
     @app.get("/bug")
     async def bug() -> None:

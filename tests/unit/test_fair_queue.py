@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.llamacpp.fair_queue import FairQueue
+from serving.fairness import FairQueue
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.sequence import Job, Phase, Sequence
 from serving.protocol.tenancy import Priority
@@ -32,7 +32,7 @@ class Machine:
     """A scheduler in small: slots, prefill chunks in fair order, a token a step for the others."""
 
     def __init__(self, slots: int = 4, chunk: int = 32) -> None:
-        self.queue = FairQueue()
+        self.queue: FairQueue[Sequence] = FairQueue()
         self.slots = slots
         self.chunk = chunk
         self.running: list[Sequence] = []
@@ -92,7 +92,7 @@ def closed_loop(machine: Machine, steps: int, makers: list[Callable[[], Sequence
 
 
 def test_a_tenants_own_sequences_keep_their_order() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     sequences = [a_sequence("a") for _ in range(5)]
     for sequence in sequences:
         queue.push(sequence)
@@ -258,7 +258,7 @@ def test_a_newcomer_starts_beside_the_one_who_is_furthest_behind() -> None:
 
 
 def test_prompts_that_were_given_out_count_before_they_are_computed() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     for _ in range(5):
         queue.push(a_sequence("long", prompt=100))
     for _ in range(5):
@@ -268,7 +268,7 @@ def test_prompts_that_were_given_out_count_before_they_are_computed() -> None:
 
 
 def test_equals_take_turns() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     for tenant in "aaabbb":
         queue.push(a_sequence(tenant))
     first = queue.pop()
@@ -277,7 +277,7 @@ def test_equals_take_turns() -> None:
 
 
 def test_prompts_of_several_tenants_are_computed_in_turns() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     sequences = [
         a_sequence("batch", priority="batch"),
         *(a_sequence("a") for _ in range(3)),
@@ -293,7 +293,7 @@ def test_prompts_of_several_tenants_are_computed_in_turns() -> None:
 
 
 def test_what_did_not_fit_is_next_all_the_same() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     for tenant in "ab":
         queue.push(a_sequence(tenant))
     sequence = queue.pop()
@@ -317,7 +317,7 @@ def test_a_preempted_sequence_is_the_next_of_its_tenant() -> None:
 
 
 def test_what_is_taken_out_is_not_given_out() -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     sequences = [a_sequence("a"), a_sequence("b"), a_sequence("a")]
     for sequence in sequences:
         queue.push(sequence)
@@ -356,7 +356,7 @@ def test_tenants_that_are_gone_are_forgotten() -> None:
 def test_no_sequence_is_lost_or_doubled(
     operations: list[tuple[str, str, Priority, int]],
 ) -> None:
-    queue = FairQueue()
+    queue: FairQueue[Sequence] = FairQueue()
     waiting: list[Sequence] = []
     running: list[Sequence] = []
     for what, tenant, priority, number in operations:

@@ -15,6 +15,7 @@ from serving.config import ConfigError, FiltersConfig, LlamaCppModel
 from serving.gateway.filters import Filters, filters_of, ignored_header
 from serving.protocol.embeddings import EmbeddingRequest, TokenizeRequest
 from serving.protocol.errors import ApiError
+from serving.protocol.openai_responses import ResponseRequest
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest, ModelRequest
 from tools import api_docs
 
@@ -217,7 +218,7 @@ def test_a_request_that_does_not_go_with_a_default_is_refused() -> None:
         ({"defaults": {"logprobs": "yes"}}, "defaults.logprobs", "logprobs"),
         ({"defaults": {"top_logprobs": 2}}, "defaults.top_logprobs", "only allowed when"),
         ({"defaults": {"store": True}}, "defaults.store", "never stored"),
-        ({"forced": {"tool_choice": "required"}}, "forced.tool_choice", "'tools' has none"),
+        ({"forced": {"tool_choice": "maybe"}}, "forced.tool_choice", "tool_choice"),
         ({"forced": {"model": "x"}}, "forced.model", "for clients to say"),
         ({"forced": {"stream": True}}, "forced.stream", "for clients to say"),
         ({"stripped": ["messages"]}, "stripped.messages", "for clients to say"),
@@ -237,6 +238,31 @@ def test_a_mistake_is_found_at_the_start_and_names_its_key(
         filters_of(models, lenient=False)
     assert str(caught.value).startswith(f"config: models[1].filters.{key}: ")
     assert words in str(caught.value)
+
+
+def test_a_mistake_is_shown_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rig.yaml"
+    path.write_text(
+        """\
+models:
+  - name: m
+    source: hf://org/repo/file.gguf
+    filters:
+      defaults: {temperature: 0}
+      forced:
+        seed: 7
+        temprature: 1
+  - name: n
+    source: hf://org/repo/file.gguf
+    filters: {stripped: [model]}
+"""
+    )
+    assert main(["config", "check", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: {path}:8: models[0].filters.forced.temprature: Unknown")
+    assert lines[1].startswith(f"{path}:11: models[1].filters.stripped.model: ")
 
 
 def test_the_example_in_the_docs_is_good() -> None:
@@ -288,6 +314,33 @@ def test_a_lenient_server_drops_what_it_does_not_know() -> None:
         *("store", "top-k", "messages[].mood", "messages[].content[].mood", "messages[].refusal")
     }
     assert fields == before
+
+
+def test_what_is_about_tools_applies_to_requests_that_have_some() -> None:
+    change = filters_of(
+        [model(forced={"tool_choice": "required"}, defaults={"parallel_tool_calls": False})],
+        lenient=False,
+    )["m"]
+    bare, ignored = change.apply(ChatCompletionRequest.of({**HELLO, "tool_choice": "none"}))
+    assert (bare.tool_choice, bare.parallel_tool_calls, ignored) == ("none", None, [])
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    fields = {**HELLO, "tools": tools, "tool_choice": "auto"}
+    asked, ignored = change.apply(ChatCompletionRequest.of(fields))
+    assert (asked.tool_choice, asked.parallel_tool_calls) == ("required", False)
+    assert ignored == ["tool_choice"]
+
+
+def test_a_lenient_server_drops_tools_of_kinds_that_are_not_here() -> None:
+    function = {"type": "function", "name": "f", "parameters": None}
+    tools = [{"type": "web_search"}, function, {"type": "namespace", "name": "n", "tools": []}]
+    change = Filters(None, lenient=True)
+    fields = {"model": "m", "input": "a", "tools": tools}
+    request, ignored = change.read(fields, ResponseRequest.of)
+    assert [tool.name for tool in request.tools or ()] == ["f"]
+    assert ignored == ["tools[]", "tools[]"]
+    with pytest.raises(ApiError) as caught:
+        ResponseRequest.of(fields)
+    assert caught.value.param == "tools[0].type"
 
 
 def test_a_lenient_server_still_refuses_what_is_wrong() -> None:

@@ -22,7 +22,10 @@ from serving.cost.prices import PriceBook
 from serving.engines.launch import free_port
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import Endpoint, Engine
+from serving.gateway.access_log import Entry
+from serving.gateway.admission import Admission
 from serving.gateway.identity import ANYBODY
+from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Caller, Relay
 from serving.hardware.energy import open_meter
@@ -38,8 +41,14 @@ HELLO = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 class Elsewhere(Engine):
     """An engine that somebody else runs."""
 
-    def __init__(self, endpoint: Endpoint, model: LlamaCppModel, folder: Path) -> None:
-        super().__init__(model, LlamaCppLauncher(folder))
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: LlamaCppModel,
+        folder: Path,
+        session: aiohttp.ClientSession,
+    ) -> None:
+        super().__init__(model, LlamaCppLauncher(folder), session)
         self._elsewhere = endpoint
 
     @property
@@ -69,11 +78,12 @@ def engine_sees(folder: Path, body: dict[str, Any], client_headers: dict[str, st
             closing(Ledger(folder / "ledger.sqlite")) as ledger,
             closing(open_meter(cost.power)) as power,
         ):
-            meter = Meter(ledger, Metrics(), CostModel(cost), PriceBook(()), power)
+            metrics = Metrics()
+            meter = Meter(ledger, metrics, CostModel(cost), PriceBook(()), power)
             async with aiohttp.ClientSession() as session:
-                response = await Relay(session, meter).forward(
+                response = await Relay(session, meter, Limits(), Admission(metrics)).forward(
                     Caller.of(from_client(client_headers)),
-                    Elsewhere(Endpoint(f"http://127.0.0.1:{port}", "key"), model, folder),
+                    Elsewhere(Endpoint(f"http://127.0.0.1:{port}", "key"), model, folder, session),
                     ChatCompletionRequest.parse(json.dumps(body).encode()),
                 )
             assert response.status_code == 200
@@ -94,7 +104,7 @@ def from_client(headers: dict[str, str]) -> Request:
             "path": "/v1/chat/completions",
             "query_string": b"",
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-            "state": {"request_id": "r", "identity": ANYBODY},
+            "state": {"request_id": "r", "identity": ANYBODY, "log_entry": Entry()},
             "server": ("gateway", 80),
             "scheme": "http",
         },

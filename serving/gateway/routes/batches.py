@@ -9,6 +9,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.gateway.batch_store import Owner
+from serving.gateway.identity import Identity, tenant_of
 from serving.gateway.intake import Gateway, body_schema, json_response
 from serving.protocol.batches import BatchRequest, PageQuery, begun, page
 from serving.protocol.errors import ApiError
@@ -27,7 +29,7 @@ def routes(gateway: Gateway) -> APIRouter:
     async def create(http: Request) -> Response:
         """Run the requests in a file when there is nothing better to do."""
         asked = validated(BatchRequest, await gateway.fields_of(http))
-        file = await gateway.files.get(asked.input_file_id)
+        file = await gateway.files.get(asked.input_file_id, tenant_of(http))
         if file is None or file["purpose"] != "batch":
             raise ApiError(
                 400,
@@ -37,26 +39,29 @@ def routes(gateway: Gateway) -> APIRouter:
             )
         batch = begun(new_id("batch").replace("-", "_"), asked, int(time.time()))
         kept = asked.output_expires_after
-        await store.add(batch, kept.seconds if kept else None)
-        return json_response(await _batch(batch["id"]))
+        identity: Identity = http.state.identity
+        owner = Owner(identity.tenant, identity.key_id)
+        await store.add(batch, kept.seconds if kept else None, owner)
+        return json_response(await _batch(http, batch["id"]))
 
     @router.get("/v1/batches")
     async def listed(http: Request) -> Response:
         """The batches there are, the newest first."""
         query = validated(PageQuery, dict(http.query_params))
-        return json_response(page(await store.page(query.after, query.limit + 1), query.limit))
+        batches = await store.page(query.after, query.limit + 1, tenant_of(http))
+        return json_response(page(batches, query.limit))
 
     @router.get("/v1/batches/{batch_id}")
-    async def retrieve(batch_id: str) -> Response:
+    async def retrieve(http: Request, batch_id: str) -> Response:
         """A batch and how far it is."""
-        return json_response(await _batch(batch_id))
+        return json_response(await _batch(http, batch_id))
 
     @router.post("/v1/batches/{batch_id}/cancel")
-    async def cancel(batch_id: str) -> Response:
+    async def cancel(http: Request, batch_id: str) -> Response:
         """End a batch; what is done of it goes to its files."""
-        await _batch(batch_id)
+        await _batch(http, batch_id)
         await store.move(batch_id, _CANCELLABLE, "cancelling")
-        batch = await _batch(batch_id)
+        batch = await _batch(http, batch_id)
         if batch["cancelling_at"] is None:
             raise ApiError(
                 409,
@@ -66,8 +71,8 @@ def routes(gateway: Gateway) -> APIRouter:
             )
         return json_response(batch)
 
-    async def _batch(batch_id: str) -> dict[str, Any]:
-        batch = await store.get(batch_id)
+    async def _batch(http: Request, batch_id: str) -> dict[str, Any]:
+        batch = await store.get(batch_id, tenant_of(http))
         if batch is None:
             raise ApiError(
                 404, f"No batch found with id '{batch_id}'.", param="batch_id", code="not_found"

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from serving.gateway.file_store import copying, storage_error
+from serving.gateway.identity import tenant_of
 from serving.gateway.intake import Gateway, json_response
 from serving.protocol.batches import (
     BATCH_FILE_KEPT_SECONDS,
@@ -57,6 +58,7 @@ def routes(gateway: Gateway) -> APIRouter:
                 filename=name.encode(errors="replace").decode(),
                 purpose=asked.purpose,
                 keep_seconds=kept,
+                tenant=tenant_of(http),
             )
             return json_response(added)
         finally:
@@ -67,30 +69,34 @@ def routes(gateway: Gateway) -> APIRouter:
         """The files there are."""
         query = validated(FilesQuery, dict(http.query_params))
         files = await store.page(
-            after=query.after, limit=query.limit + 1, order=query.order, purpose=query.purpose
+            after=query.after,
+            limit=query.limit + 1,
+            order=query.order,
+            purpose=query.purpose,
+            tenant=tenant_of(http),
         )
         return json_response(page(files, query.limit))
 
     @router.get("/v1/files/{file_id}")
-    async def retrieve(file_id: str) -> Response:
+    async def retrieve(http: Request, file_id: str) -> Response:
         """What is known of a file."""
-        file = await store.get(file_id)
+        file = await store.get(file_id, tenant_of(http))
         if file is None:
             raise _not_found(file_id)
         return json_response(file)
 
     @router.get("/v1/files/{file_id}/content")
-    async def content(file_id: str) -> Response:
+    async def content(http: Request, file_id: str) -> Response:
         """A file's content."""
-        file = await store.open(file_id)
+        file = await store.open(file_id, tenant_of(http))
         if file is None:
             raise _not_found(file_id)
         return StreamingResponse(_pieces(file), media_type="application/octet-stream")
 
     @router.delete("/v1/files/{file_id}")
-    async def delete(file_id: str) -> Response:
+    async def delete(http: Request, file_id: str) -> Response:
         """Delete a file. Batches that have begun do not need it any more."""
-        if not await store.delete(file_id):
+        if not await store.delete(file_id, tenant_of(http)):
             raise _not_found(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

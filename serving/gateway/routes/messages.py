@@ -88,7 +88,7 @@ def _error(
 ) -> Response:
     """The response that an error is, with those of ``headers`` that tell what to do about it."""
     response = json_response(error_json(status, error, http.state.request_id), status)
-    for name in ("allow", "retry-after"):
+    for name in ("allow", "retry-after", "x-should-retry"):
         if headers and name in headers:
             response.headers[name] = headers[name]
     return response
