@@ -49,6 +49,8 @@ def set_up(config: LoggingConfig, folder: Path, *, verbose: bool = False) -> Non
     output.setFormatter(_JsonFormatter() if config.format == "json" else _HumanFormatter())
     level = logging.DEBUG if verbose else config.level.upper()
     logging.basicConfig(level=level, handlers=[output], force=True)
+    # It warns of every bad form; whoever sent it is told, and nobody else needs to know.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         for each in (folder.parent, folder):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -70,12 +70,13 @@ def text_of(message: Message) -> str:
     return "".join(block.text for block in message.content if block.type == "text")
 
 
-def test_requests_while_loading_succeed_when_the_sdk_retries(thinker: RigServer) -> None:
+def test_requests_wait_while_their_model_loads_unless_they_may_not(thinker: RigServer) -> None:
+    hasty = client_of(thinker).with_options(default_headers={"x-rigserve-deadline-seconds": "0.1"})
     with pytest.raises(anthropic.ServiceUnavailableError) as loading:
-        ask(client_of(thinker), messages=SHOWN_TURNS)
+        ask(hasty, messages=SHOWN_TURNS)
     assert loading.value.type == "overloaded_error"
-    assert loading.value.response.headers["retry-after"] == "2"
-    assert ask(client_of(thinker, max_retries=30), messages=SHOWN_TURNS).content
+    assert int(loading.value.response.headers["retry-after"]) >= 1
+    assert ask(client_of(thinker), messages=SHOWN_TURNS).content
 
 
 def test_a_whole_answer(client: anthropic.Anthropic) -> None:

@@ -55,9 +55,9 @@ def test_inputs_come_in_four_shapes(given: Any, inputs: Any) -> None:
         (RerankRequest, {"query": "a", "documents": []}, "documents", "at least 1"),
         (RerankRequest, {"query": "a", "documents": ["a"], "top_n": 0}, "top_n", "greater than"),
         (RerankRequest, {"query": "a", "documents": [1]}, "documents[0]", "string"),
-        (TokenizeRequest, {}, None, "'prompt' or 'messages'"),
-        (TokenizeRequest, {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, None, "both"),
-        (TokenizeRequest, {"prompt": "a", "chat_template_kwargs": {"a": 1}}, None, "go with 'messages'"),
+        (TokenizeRequest, {}, "prompt", "'prompt' or 'messages'"),
+        (TokenizeRequest, {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt", "both"),
+        (TokenizeRequest, {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "goes with"),
         (DetokenizeRequest, {"tokens": "a"}, "tokens", "list"),
     ],
 )  # fmt: skip
