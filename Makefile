@@ -11,12 +11,13 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak chaos lint audit api-docs bench-engine bench-peers bench-gateway setup setup-dev python clean
+.PHONY: help serve test soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
+	@echo 'make fuzz    wrong requests by the thousand (FUZZ_REQUESTS=100000, FUZZ_SEED=1)'
 	@echo 'make lint    set up, then check style, types and import rules'
 	@echo 'make audit   look for known weaknesses, in the code and in what it depends on'
 	@echo 'make api-docs   write docs/api.md from the code'
@@ -38,6 +39,10 @@ soak: setup-dev
 # Engines are killed at random under load; `make test` has a short one.
 chaos: setup-dev
 	RIGSERVE_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),300) .venv/bin/python -m pytest tests/e2e/test_chaos.py
+
+# Wrong requests against a whole server; `make test` sends ten thousand.
+fuzz: setup-dev
+	RIGSERVE_FUZZ_REQUESTS=$(or $(FUZZ_REQUESTS),100000) RIGSERVE_FUZZ_SEED=$(or $(FUZZ_SEED),1) .venv/bin/python -m pytest tests/fuzz
 
 lint: setup-dev
 	.venv/bin/ruff check .

@@ -222,10 +222,15 @@ class Metrics:
         )
 
         self.refusals = self._counter(
-            "rigserve_refusals", "Requests that their API key, or the lack of one, forbade.", "reason"
+            "rigserve_refusals",
+            "Requests that their API key, or the lack of one, forbade.",
+            "reason",
         )
         self.tenant_requests = self._counter(
-            "rigserve_tenant_requests", "Requests with an API key, by their tenant.", "tenant", "status"
+            "rigserve_tenant_requests",
+            "Requests with an API key, by their tenant.",
+            "tenant",
+            "status",
         )
         self.tenant_tokens = self._counter(
             "rigserve_tenant_tokens", "Tokens of a tenant: prompt, completion.", "tenant", "kind"

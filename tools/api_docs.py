@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast, get_args
 from unittest.mock import Mock
 
@@ -56,7 +57,7 @@ _CONDITIONS: Mapping[str, Mapping[str, str]] = {
         "guided_grammar": _ENFORCEABLE,
         "guided_json": _ENFORCEABLE,
         "guided_regex": _ENFORCEABLE,
-        "n": "times prompts, up to 5 × the model's `max_sequences` + `max_queue`",
+        "n": "times prompts, up to 5 x the model's `max_sequences` + `max_queue`",
         "reasoning.effort": _REASONING,
         "reasoning_effort": _REASONING,
         "response_format": _ENFORCEABLE,
@@ -138,7 +139,9 @@ def main() -> None:
 def api_docs() -> str:
     """The text of docs/api.md."""
     # Routes are made here, and never called.
-    app = create_app(cast(Gateway, Mock(spec=Gateway)))
+    gateway = Mock(spec=Gateway)
+    gateway.router.engines = [SimpleNamespace(model=SimpleNamespace(name="smollm2-135m"))]
+    app = create_app(cast(Gateway, gateway))
     paths: dict[str, dict[str, dict[str, Any]]] = app.openapi()["paths"]
     endpoints = _table(
         ("endpoint", ""),

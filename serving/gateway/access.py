@@ -22,7 +22,7 @@ from serving.protocol.errors import ApiError
 MetricsAccess = Literal["loopback", "open", "key"]
 Headers = Iterable[tuple[bytes, bytes]]
 
-_OPEN_PATHS = frozenset(("/health", "/ready", "/docs", "/redoc", "/openapi.json"))
+_OPEN_PATHS = frozenset(("/health", "/ready", "/docs", "/openapi.json"))
 _OPEN_FOLDERS = ("/docs/",)
 _ADMIN_FOLDER = "/admin/"
 _METRICS_PATH = "/metrics"

@@ -20,10 +20,11 @@ from serving import __version__
 from serving.engines.supervisor import Engine
 from serving.gateway.access import AccessMiddleware, may_use
 from serving.gateway.access_log import AccessLogMiddleware
+from serving.gateway.api_document import describe
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Gateway, json_response
-from serving.gateway.routes import admin_keys, batches, files, inference, messages, responses
+from serving.gateway.routes import admin_keys, batches, docs, files, inference, messages, responses
 from serving.gateway.routing import adapters_of, own_name_of
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
@@ -40,7 +41,12 @@ _PRIVATE_FOLDERS = ("/v1/", "/admin/")
 def create_app(gateway: Gateway) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(
-        title="rigserve", version=__version__, summary="OpenAI-compatible, metered, local"
+        title="rigserve",
+        version=__version__,
+        summary="OpenAI-compatible, metered, local",
+        # FastAPI's own pages are made of other sites' scripts.
+        docs_url=None,
+        redoc_url=None,
     )
     app.add_middleware(AccessMiddleware, access=gateway.access)
     app.add_middleware(AccessLogMiddleware)
@@ -96,22 +102,9 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.include_router(files.routes(gateway))
     app.include_router(batches.routes(gateway))
     app.include_router(messages.routes(gateway))
-    _describe_keys(app)
+    app.include_router(docs.routes())
+    describe(app, gateway)
     return app
-
-
-def _describe_keys(app: FastAPI) -> None:
-    """Tell in the OpenAPI document that a request may carry a key; whether it must is the server's matter."""
-    describe = app.openapi
-
-    def with_keys() -> dict[str, Any]:
-        schema = describe()
-        parts = schema.setdefault("components", {})
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"key": []}, {}]
-        return schema
-
-    app.openapi = with_keys  # type: ignore[method-assign]
 
 
 def _model_entry(gateway: Gateway, name: str, engine: Engine) -> dict[str, Any]:

@@ -137,7 +137,9 @@ def from_validation(error: ValidationError) -> ApiError:
         location = location[:-1]
 
     def refusal(message: str, code: str) -> ApiError:
-        return ApiError(400, f"{message}.", param=where if location else None, location=location, code=code)
+        return ApiError(
+            400, f"{message}.", param=where if location else None, location=location, code=code
+        )
 
     if kind == "missing":
         return refusal(f"'{where}' is required", "missing_required_parameter")

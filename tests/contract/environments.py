@@ -54,7 +54,7 @@ def run_node(script: str, base_url: str) -> Any:
 
     folder = _environment(CLIENTS / "package.json", install)
     # Node looks for packages beside the script.
-    return _told([node, shutil.copy(CLIENTS / script, folder), base_url])
+    return _told([node, str(shutil.copy(CLIENTS / script, folder)), base_url])
 
 
 def _environment(definition: Path, install: Callable[[Path], list[list[str]]]) -> Path:

@@ -1,0 +1,42 @@
+"""A gateway with each engine, started once for all tests of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract.engines import ENGINES, ContractServer, EngineUnderTest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell pytest of the marker."""
+    config.addinivalue_line("markers", "needs(*capabilities): only for engines that have them all")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test on the engines that can do what it needs."""
+    if "contract" not in metafunc.fixturenames:
+        return
+    needed = {name for mark in metafunc.definition.iter_markers("needs") for name in mark.args}
+    able = [engine for engine in ENGINES if needed <= engine.capabilities]
+    ids = [engine.name for engine in able]
+    metafunc.parametrize("contract", able, indirect=True, ids=ids, scope="session")
+
+
+@pytest.fixture(scope="session")
+def contract(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    cache_dir: Path,
+    minilm_path: Path,
+) -> Iterator[ContractServer]:
+    """`rigserve serve` with the models `chat` and `embedding` on an engine; ready."""
+    engine: EngineUnderTest = request.param
+    folder = tmp_path_factory.mktemp(f"contract-{engine.name}")
+    path = engine.write_config(folder, cache_dir, minilm_path)
+    with ContractServer(path, engine) as server:
+        server.wait_until_ready()
+        yield server
+        assert "Traceback" not in server.output
