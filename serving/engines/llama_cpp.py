@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from serving.hardware.cpu import physical_cores
 from serving.models.gguf import GgufError
 from serving.models.requantize import prepare
 from serving.models.sources import ModelError, resolve
+
+# Has glibc ask for huge pages (2 MiB) for large blocks, such as weights on a CPU: a decode step reads them all,
+# and finds them sooner (docs/results/engine.md). What the operator has set counts.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 class LlamaCppLauncher:
@@ -89,6 +94,9 @@ class LlamaCppLauncher:
             arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
-            environment={"RIGSERVE_ENGINE_KEY": api_key}
+            environment={
+                "RIGSERVE_ENGINE_KEY": api_key,
+                _TUNABLES: os.environ.get(_TUNABLES, _HUGE_PAGES),
+            }
             | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         )

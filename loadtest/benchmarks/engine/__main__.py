@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loadtest.benchmarks.engine import constrained, mixed, prefix, sampling, speculation, speed
 from loadtest.benchmarks.engine.peers import CACHE, Peers, PeersError
-from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, Rig
+from loadtest.benchmarks.engine.servers import EXAMPLE, LLAMA_SERVER, LLAMA_SERVER_TUNED, Rig
 from loadtest.benchmarks.engine.table import heading
 
 _SECTIONS = ("speed", "mixed", "prefix", "sampling", "speculation", "constrained")
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
                         help="what to quantize: a source: as in a config")  # fmt: skip
     parser.add_argument("--eos-tokens", type=int, nargs="+", default=[0, 2],
                         help="ids that end a generation, for the example server")  # fmt: skip
-    parser.add_argument("--beside", nargs="*", choices=[LLAMA_SERVER, EXAMPLE],
+    parser.add_argument("--beside", nargs="*", choices=[LLAMA_SERVER, LLAMA_SERVER_TUNED, EXAMPLE],
                         default=[LLAMA_SERVER, EXAMPLE], help="servers, for the speed")  # fmt: skip
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="for the speed")
     parser.add_argument("--output-tokens", type=int, default=128, help="for the speed")

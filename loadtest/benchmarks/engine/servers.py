@@ -8,10 +8,11 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -22,9 +23,13 @@ from loadtest.benchmarks.streams import Reply, Stream
 
 MODEL = "model"
 RIGSERVE, LLAMA_SERVER, EXAMPLE = "rigserve", "llama-server", "example-server"
+# Told to do what rigserve's launcher has its engine do; out of the box it maps the weights, in small pages.
+LLAMA_SERVER_TUNED = "llama-server in huge pages"
 # rigserve's default for the prompt tokens of a step, and llama-server's for both kinds of batch.
 STEP_TOKENS = 512
 LOGICAL_BATCH_TOKENS = 2048
+# What rigserve's launcher sets for an engine (serving/engines/llama_cpp.py).
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _WARM_UP_TOKENS = 8
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
@@ -114,7 +119,12 @@ def in_turns(running: Sequence[Server], rounds: int) -> Iterator[tuple[int, Serv
 @contextmanager
 def servers(rig: Rig, names: Sequence[str]) -> Iterator[list[Server]]:
     """The named servers, started, warm and stopped, in this order."""
-    starters = {RIGSERVE: rigserve, LLAMA_SERVER: _llama_server, EXAMPLE: _example_server}
+    starters = {
+        RIGSERVE: rigserve,
+        LLAMA_SERVER: _llama_server,
+        LLAMA_SERVER_TUNED: _llama_server_tuned,
+        EXAMPLE: _example_server,
+    }
     with ExitStack() as stack:
         started = [stack.enter_context(starters[name](rig)) for name in names]
         warm(started)
@@ -144,20 +154,29 @@ def rigserve(rig: Rig, *options: str, name: str = RIGSERVE) -> Iterator[Server]:
              "context-length": rig.context_length, "max-sequences": rig.slots,
              "max-batch-tokens": STEP_TOKENS, "threads": rig.threads}  # fmt: skip
     command = [sys.executable, "-m", "serving.llamacpp", *_words(flags), *options]
-    with running(command, f"{url}/health") as group:
+    with running(command, f"{url}/health", _HUGE_PAGES) as group:
         yield Server(name, url, group)
 
 
+def _llama_server_tuned(rig: Rig) -> AbstractContextManager[Server]:
+    return _llama_server(rig, "--load-mode", "none", name=LLAMA_SERVER_TUNED, environment=_HUGE_PAGES)
+
+
 @contextmanager
-def _llama_server(rig: Rig) -> Iterator[Server]:
+def _llama_server(
+    rig: Rig,
+    *options: str,
+    name: str = LLAMA_SERVER,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Server]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     flags = {"model": rig.model_path, "alias": MODEL, "port": port, "parallel": rig.slots,
              "ctx-size": rig.context_length * rig.slots, "threads": rig.threads,
              "batch-size": LOGICAL_BATCH_TOKENS, "ubatch-size": STEP_TOKENS}  # fmt: skip
-    command = [str(rig.peers.program(LLAMA_SERVER)), *_words(flags)]
-    with running(command, f"{url}/health", rig.peers.environment) as group:
-        yield Server(LLAMA_SERVER, url, group)
+    command = [str(rig.peers.program(LLAMA_SERVER)), *_words(flags), *options]
+    with running(command, f"{url}/health", {**rig.peers.environment, **environment}) as group:
+        yield Server(name, url, group)
 
 
 @contextmanager

@@ -30,6 +30,10 @@ class Model:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        if gpu_layers == 0 or not llama_cpp.llama_supports_gpu_offload():
+            # Read into memory of its own rather than mapped: in huge pages a processor finds the weights
+            # sooner (docs/results/engine.md).
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
             raise fault(f"cannot load {path}")
