@@ -159,7 +159,9 @@ def rigserve(rig: Rig, *options: str, name: str = RIGSERVE) -> Iterator[Server]:
 
 
 def _llama_server_tuned(rig: Rig) -> AbstractContextManager[Server]:
-    return _llama_server(rig, "--load-mode", "none", name=LLAMA_SERVER_TUNED, environment=_HUGE_PAGES)
+    return _llama_server(
+        rig, "--load-mode", "none", name=LLAMA_SERVER_TUNED, environment=_HUGE_PAGES
+    )
 
 
 @contextmanager
