@@ -36,9 +36,13 @@ name, port = sys.argv[1], int(sys.argv[2])
 if "broken" in name: sys.exit("no such weights")
 if "slow" in name: time.sleep(60)
 if "stubborn" in name: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+asked = 0
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        global asked
+        asked += 1
+        if "hangs" in name and asked > 1: time.sleep(60)
+        self.send_response(500 if "fails" in name and asked > 1 else 200); self.end_headers()
     def log_message(self, *_): pass
 http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 """
@@ -86,6 +90,7 @@ def run(
     **options: Any,
 ) -> None:
     """Run ``test`` with a supervisor of models that are loaded on demand; afterwards nothing is left of it."""
+    before = set(psutil.Process().children())
 
     async def main() -> None:
         models = [
@@ -106,7 +111,7 @@ def run(
             assert {engine.state for engine in supervisor.engines} == {EngineState.STOPPED}
 
     asyncio.run(main())
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 def processes() -> list[str]:
@@ -170,6 +175,26 @@ def test_one_that_ignores_sigterm_is_gone_when_its_unload_returns() -> None:
     run(test, "stubborn")
 
 
+@pytest.mark.parametrize("name", ["hangs", "fails"])
+def test_one_that_answers_no_more_is_started_again(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(supervisor: Supervisor) -> None:
+        [engine] = supervisor.engines
+        away = asyncio.Event()
+        supervisor.subscribe(lambda e: away.set() if e.state is EngineState.BACKOFF else None)
+        await supervisor.load(engine)
+        first = engine.pid
+        async with asyncio.timeout(20):
+            await away.wait()
+            await engine.ready()
+        assert engine.pid != first
+        assert engine.restarts == 1
+        assert "did not answer for 0.5 s" in caplog.text
+
+    run(test, name, step_timeout_seconds=0.5)
+
+
 def test_nobody_leaves_who_may_not() -> None:
     async def test(supervisor: Supervisor) -> None:
         first, second, third = supervisor.engines
@@ -199,6 +224,8 @@ def test_models_of_a_group_are_never_loaded_together() -> None:
 
 
 def test_preloaded_models_that_do_not_fit_together_end_the_start() -> None:
+    before = set(psutil.Process().children())
+
     async def main() -> None:
         models = [LlamaCppModel(name=name, source="-") for name in ("first", "second")]
         async with aiohttp.ClientSession() as session:
@@ -209,7 +236,7 @@ def test_preloaded_models_that_do_not_fit_together_end_the_start() -> None:
         assert ended.group_contains(NoRoomError, match="no room for it")
 
     asyncio.run(main())
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize("seed", range(3))
