@@ -124,13 +124,9 @@ def processes() -> list[str]:
     return names
 
 
-def by_name(supervisor: Supervisor, name: str) -> Engine:
-    return next(engine for engine in supervisor.engines if engine.model.name == name)
-
-
 def test_what_goes_wrong_at_the_start_is_told_to_all_who_wait() -> None:
     async def test(supervisor: Supervisor) -> None:
-        broken = by_name(supervisor, "broken")
+        [broken] = supervisor.engines
         results = await asyncio.gather(
             supervisor.load(broken), supervisor.load(broken), return_exceptions=True
         )
@@ -140,11 +136,18 @@ def test_what_goes_wrong_at_the_start_is_told_to_all_who_wait() -> None:
         assert broken.state is EngineState.UNLOADED
         assert broken.failure
         assert not broken.shares_mib
-        slow = by_name(supervisor, "slow")
+
+    run(test, "broken")
+
+
+def test_one_that_is_not_ready_in_time_is_ended() -> None:
+    async def test(supervisor: Supervisor) -> None:
+        [slow] = supervisor.engines
         with pytest.raises(EngineStartError, match=r"not ready after 0\.3 s"):
             await supervisor.load(slow)
+        assert slow.pid is None
 
-    run(test, "broken", "slow", start_timeout_seconds=0.3)
+    run(test, "slow", start_timeout_seconds=0.3)
 
 
 def test_an_engine_that_is_unloaded_while_it_loads() -> None:
