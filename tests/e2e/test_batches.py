@@ -291,7 +291,9 @@ class SmallDisk(RigServer):
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, cache_dir: Path) -> None:
     probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "x", "/mnt"]
     if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this system does not let its users mount a small disk (unshare --mount)")
+        pytest.skip(
+            "NOT TESTED: this system does not let its users mount a small disk (unshare --mount)"
+        )
     (tmp_path / "data").mkdir()
     with SmallDisk(write_config(tmp_path, cache_dir, context_length=1024, max_sequences=2)) as rig:
         rig.wait_until_ready()
