@@ -272,10 +272,12 @@ class Engine:
             self._move(EngineState.READY)
             await self._ends_or_hangs(process)
             self._move(EngineState.BACKOFF)
-            reason = f"the engine {_exit_reason(process.returncode)}"
-            if process.returncode is None:
-                reason = f"the engine did not answer for {self.model.step_timeout_seconds:g} s"
-            return _Attempt(reason, time.monotonic() - ready_since)
+            reason = (
+                f"did not answer for {self.model.step_timeout_seconds:g} s"
+                if process.returncode is None
+                else _exit_reason(process.returncode)
+            )
+            return _Attempt(f"the engine {reason}", time.monotonic() - ready_since)
         finally:
             await _stop(process)
             self._process = None

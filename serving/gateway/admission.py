@@ -21,7 +21,7 @@ from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import Priority, Tenancy
 
-# How much of a mean each new sample makes up, once there are more: the first to end are the short ones.
+# How much of a mean each new sample makes up. The first ten count alike: those that end first are the short ones.
 _NEWEST_SHARE = 0.1
 _LONGEST_BACKOFF_SECONDS = 60.0
 
