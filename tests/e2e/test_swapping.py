@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.e2e.test_models import HELLO, engine_pids, states, write_models
+from tests.e2e.test_models import HELLO, engine_pids, models, states, write_models
 from tests.processes import RigServer, wait_for
 
 NAMES = ("a", "b", "c", "d")
@@ -106,6 +106,12 @@ def test_requests_are_gathered_by_model(tmp_path: Path, cache_dir: Path) -> None
         for number, model in enumerate("BAACABC", 1):
             answers.append(clients.submit(one, model))
             wait_for(lambda: rig.total("rigserve_admission_waiting") > number, "it waits")  # noqa: B023
+        # One whose files are not prepared yet would let another go before it.
+        wait_for(lambda: all(models(rig)[name]["memory"] for name in "BC"), "they are prepared")
+        wait_for(
+            lambda: states(rig) == {"A": "starting", "B": "unloaded", "C": "unloaded"},
+            "none is being loaded but the first",
+        )
         os.kill(pid, signal.SIGCONT)
         assert [answer.result() for answer in answers] == [200] * 8
         assert "".join(served) == "AAAABBCC"
