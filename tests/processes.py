@@ -20,6 +20,8 @@ from serving.engines.launch import free_port
 
 ENGINE_KEY = "test-key"
 START_SECONDS = 120.0
+# Of servers that serve several files of tests, and end with the session.
+session_pids: set[int] = set()
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:

@@ -127,7 +127,7 @@ status into an exception of its own, and by themselves try again after 408, 409,
 | 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, or the server is shutting down | `Retry-After` |
 
 A stream that fails after it has begun sends an event `{"error": {...}}`, and ends. What is no HTTP gets a 400 in plain text. An
-engine that is stuck is noticed by its own watchdog (`step_timeout_seconds`) and started again, which is a 503. A 504 is an engine to which no connection can be made in time.
+engine that is stuck is noticed (`step_timeout_seconds`) and started again, which is a 503. A 504 is an engine to which no connection can be made in time.
 """
 
 

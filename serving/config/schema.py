@@ -234,7 +234,9 @@ class LlamaCppModel(Section):
         description="The smaller model for speculation: draft_model, with the same vocabulary; the forms of 'source'.",
     )
     step_timeout_seconds: float = Field(
-        120.0, gt=0, description="A step of the engine that takes longer is stuck: it is restarted."
+        120.0,
+        gt=0,
+        description="An engine is stuck, and restarted, when a step takes longer, or when it answers nothing for so long.",
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 _engine_log = logging.getLogger("rigserve.engine")
 
 _PROBE_INTERVAL_SECONDS = 0.1
-_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+_PROBE_TIMEOUT_SECONDS = 2.0
+_WATCH_INTERVAL_SECONDS = 5.0
 # How long the last lines of an engine that has ended may take to arrive.
 _LAST_LINES_SECONDS = 1.0
 _LOG_LINES_KEPT = 40
@@ -269,10 +270,14 @@ class Engine:
             ready_since = time.monotonic()
             _log.info("%s: ready", self.model.name)
             self._move(EngineState.READY)
-            await process.wait()
+            await self._ends_or_hangs(process)
             self._move(EngineState.BACKOFF)
-            reason = f"the engine {_exit_reason(process.returncode)}"
-            return _Attempt(reason, time.monotonic() - ready_since)
+            reason = (
+                f"did not answer for {self.model.step_timeout_seconds:g} s"
+                if process.returncode is None
+                else _exit_reason(process.returncode)
+            )
+            return _Attempt(f"the engine {reason}", time.monotonic() - ready_since)
         finally:
             await _stop(process)
             self._process = None
@@ -281,19 +286,41 @@ class Engine:
             log_reader.cancel()
 
     async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
+        deadline = time.monotonic() + self.model.start_timeout_seconds
+        while process.returncode is None and time.monotonic() < deadline:
+            if await self._answers(_PROBE_TIMEOUT_SECONDS):
+                return True
+            await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
+        return False
+
+    async def _ends_or_hangs(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until a process has ended, or has not answered for the model's ``step_timeout_seconds``."""
+        limit_seconds = self.model.step_timeout_seconds
+        ending = asyncio.create_task(process.wait())
+        silent_since: float | None = None
+        try:
+            while not ending.done():
+                asked_at = time.monotonic()
+                if await self._answers(limit_seconds):
+                    silent_since = None
+                else:
+                    silent_since = silent_since or asked_at
+                    if time.monotonic() - silent_since >= limit_seconds:
+                        return
+                await asyncio.wait((ending,), timeout=min(_WATCH_INTERVAL_SECONDS, limit_seconds))
+        finally:
+            ending.cancel()
+
+    async def _answers(self, timeout_seconds: float) -> bool:
+        """Whether the process says within that time that it works."""
         assert self._endpoint is not None
         url = f"{self._endpoint.base_url}/health"
         # Without its key, another engine that listens on the port would pass for this one.
         headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
-        deadline = time.monotonic() + self.model.start_timeout_seconds
-        while process.returncode is None and time.monotonic() < deadline:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with self._session.get(
-                    url, headers=headers, timeout=_PROBE_TIMEOUT
-                ) as answer:
-                    if answer.status == 200:
-                        return True
-            await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self._session.get(url, headers=headers, timeout=timeout) as answer:
+                return answer.status == 200
         return False
 
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:

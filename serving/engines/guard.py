@@ -43,6 +43,7 @@ def main(command: list[str]) -> int:
     def stop_when_asked() -> None:
         stopping.wait()
         _signal_group(child.pid, signal.SIGTERM)
+        _signal_group(child.pid, signal.SIGCONT)  # a stopped process does not see the other
         try:
             child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

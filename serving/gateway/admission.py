@@ -21,7 +21,7 @@ from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import Priority, Tenancy
 
-# How much of a mean each new sample makes up.
+# How much of a mean each new sample makes up. The first ten count alike: those that end first are the short ones.
 _NEWEST_SHARE = 0.1
 _LONGEST_BACKOFF_SECONDS = 60.0
 
@@ -226,7 +226,8 @@ class _Line:
         self.retry_at = 0.0
         # Moving means: tokens of a unit, and seconds for which it takes its place.
         self.mean_tokens = 1.0
-        self._mean_seconds: float | None = None
+        self._mean_seconds = 0.0
+        self._samples = 0
         self._admission = admission
         self._queue: FairQueue[Ticket] = FairQueue()
         # What takes no slot waits for the engine alone.
@@ -315,9 +316,9 @@ class _Line:
                 self._queue.charge(owner.tenant, owner.weight, tokens, owner.priority)
                 assert ticket.started_at is not None
                 seconds = now - ticket.started_at
-                first = self._mean_seconds is None
-                share = 1.0 if first else _NEWEST_SHARE
-                self._mean_seconds = _mean(self._mean_seconds or 0.0, seconds, share)
+                self._samples += 1
+                share = max(_NEWEST_SHARE, 1 / self._samples)
+                self._mean_seconds = _mean(self._mean_seconds, seconds, share)
                 self.mean_tokens = _mean(self.mean_tokens, tokens / ticket.units, share)
         self.pump()
         if not self.requests:
@@ -410,7 +411,7 @@ class _Line:
         """How long a new request would wait, from how long requests take; 0 as long as that is not known."""
         ahead = sum(self._size(ticket) for ticket in self._queue.ahead_of(owner))
         # On average one place becomes free every mean_seconds / capacity.
-        return (ahead + min(units, self.capacity)) * (self._mean_seconds or 0.0) / self.capacity
+        return (ahead + min(units, self.capacity)) * self._mean_seconds / self.capacity
 
     def _late(self, owner: Tenancy, units: int) -> ApiError:
         return self._refusal(

@@ -129,8 +129,7 @@ class Scheduler:
         self._unfinished_lock = threading.Lock()
         self._last_run: dict[Kind, int] = {}
         self._turns = 0
-        self._step_batch: Batch | None = None
-        self._step_started = 0.0
+        self._step_started: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -200,14 +199,12 @@ class Scheduler:
             os._exit(_EXIT_CODE)
 
     def _watch(self) -> None:
-        """End the process when a step does not return."""
+        """End the process when a step does not return: its clients learn so from the gateway."""
+        limit_seconds = self._step_timeout_seconds
         while not self._stopping.wait(_WATCH_SECONDS):
-            batch, seconds = self._step_batch, time.monotonic() - self._step_started
-            if batch is not None and seconds > self._step_timeout_seconds:
-                message = f"a step did not end within {self._step_timeout_seconds:g} s"
-                _log.critical("%s; the engine ends", message)
-                self._emit([Failed(span.sequence, message) for span in batch.spans])
-                time.sleep(_WATCH_SECONDS)  # for the event loop to send them
+            started = self._step_started
+            if started is not None and time.monotonic() - started > limit_seconds:
+                _log.critical("a step did not end within %g s; the engine ends", limit_seconds)
                 os._exit(_EXIT_CODE)
 
     def _step(self) -> None:
@@ -217,7 +214,7 @@ class Scheduler:
             batch = self._build()
         if batch is None:
             return
-        self._step_batch, self._step_started = batch, time.monotonic()
+        self._step_started = started = time.monotonic()
         try:
             with self.stats.time("decode"):
                 self._decode(batch)
@@ -226,9 +223,9 @@ class Scheduler:
         except RuntimeFault as fault:
             _log.error("step failed: %s", fault)
             events = [self._fail(span.sequence, str(fault)) for span in batch.spans]
-        self._step_batch = None
+        self._step_started = None
         with self.stats.time("emit"):
-            self._charge(batch, time.monotonic() - self._step_started)
+            self._charge(batch, time.monotonic() - started)
             self._emit(events)
 
     def _take_arrivals(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.engines import ENGINES, ContractServer, EngineUnderTest
+from tests.processes import session_pids
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +38,7 @@ def contract(
     folder = tmp_path_factory.mktemp(f"contract-{engine.name}")
     path = engine.write_config(folder, cache_dir, minilm_path)
     with ContractServer(path, engine) as server:
+        session_pids.add(server.process.pid)
         server.wait_until_ready()
         yield server
         assert "Traceback" not in server.output

@@ -291,7 +291,9 @@ class SmallDisk(RigServer):
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, cache_dir: Path) -> None:
     probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "x", "/mnt"]
     if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this system does not let its users mount a small disk (unshare --mount)")
+        pytest.skip(
+            "NOT TESTED: this system does not let its users mount a small disk (unshare --mount)"
+        )
     (tmp_path / "data").mkdir()
     with SmallDisk(write_config(tmp_path, cache_dir, context_length=1024, max_sequences=2)) as rig:
         rig.wait_until_ready()
@@ -325,16 +327,26 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, cache_dir: Path) 
         assert rig.stop() == 0
 
 
-def test_killed_expired_and_not_run_twice(tmp_path: Path, cache_dir: Path) -> None:
+def test_stopped_killed_expired_and_not_run_twice(tmp_path: Path, cache_dir: Path) -> None:
     path = write_config(tmp_path, cache_dir, context_length=1024, max_sequences=2)
-    names = [f"l{number}" for number in range(10)]
+    names = [f"l{number}" for number in range(24)]
     with RigServer(path) as server:
         server.wait_until_ready()
         batch = begin(server, [line(name, max_tokens=40) for name in names])
-        wait_for(lambda: done(server, batch.id) >= 3, "some lines are done")
+        wait_for(lambda: done(server, batch.id) >= 2, "some lines are done")
+        assert server.stop(signal.SIGTERM) == 0
+    stopped = results(tmp_path)
+    assert 2 <= len(stopped) < len(names)
+    with closing(sqlite3.connect(server.ledger_path)) as ledger:
+        # What was under way when it was told to stop is finished, paid and kept.
+        assert ledger.execute("SELECT status FROM usage").fetchall() == [(200,)] * len(stopped)
+    with RigServer(path) as server:
+        server.wait_until_ready()
+        wait_for(lambda: done(server, batch.id) >= len(stopped) + 2, "more lines are done")
         server.stop(signal.SIGKILL)
     before = results(tmp_path)
-    assert 3 <= len(before) < 10
+    assert len(stopped) + 2 <= len(before) < len(names)
+    assert stopped.items() <= before.items()
     with RigServer(path) as server:
         server.wait_until_ready()
         output = content(server, ended(server, batch.id).output_file_id)

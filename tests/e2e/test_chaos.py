@@ -1,4 +1,4 @@
-"""Engines are killed at random under load: every request ends well or says why, and the counters add up.
+"""Engines are killed, or hang, at random under load: every request ends well or says why, and the counters add up.
 
 `make chaos` runs it for minutes; RIGSERVE_CHAOS_SECONDS says how long, RIGSERVE_CHAOS_SEED repeats the dice.
 """
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 import yaml
 
+from tests.e2e.test_models import engine_pids, states
 from tests.processes import RigServer, wait_for, write_config
 
 SECONDS = float(os.environ.get("RIGSERVE_CHAOS_SECONDS", "15"))
@@ -108,7 +108,7 @@ def read_stream(request_id: str, answer: requests.Response) -> Outcome:
 @pytest.fixture
 def own_rig(tmp_path: Path, cache_dir: Path) -> Iterator[RigServer]:
     """Two models, each with an engine of its own that the test may kill."""
-    path = write_config(tmp_path, cache_dir, aliases=[], max_sequences=4)
+    path = write_config(tmp_path, cache_dir, aliases=[], max_sequences=4, step_timeout_seconds=8)
     config = yaml.safe_load(path.read_text())
     [model] = config["models"]
     config["models"] = [{**model, "name": name} for name in MODELS]
@@ -118,18 +118,28 @@ def own_rig(tmp_path: Path, cache_dir: Path) -> Iterator[RigServer]:
         yield server
 
 
-def kill_engines(rig: RigServer, dice: random.Random, seconds: float) -> int:
-    """Kill an engine every now and then; returns how many."""
-    kills, ends_at = 0, time.monotonic() + seconds
+def break_engines(rig: RigServer, dice: random.Random, seconds: float) -> Counter[signal.Signals]:
+    """Kill an engine, or stop it, every now and then; returns how many, by signal."""
+    sent: Counter[signal.Signals] = Counter()
+    stopped: set[int] = set()
+    ends_at = time.monotonic() + seconds
     while time.monotonic() < ends_at:
         time.sleep(dice.uniform(0.5, 4.0))
-        children = psutil.Process(rig.process.pid).children(recursive=True)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            engines = [p for p in children if p.cmdline()[1:3] == ["-m", "serving.llamacpp"]]
-            if engines:
-                dice.choice(engines).send_signal(signal.SIGKILL)
-                kills += 1
-    return kills
+        loaded = states(rig)
+        # A start that hangs is noticed only after its own, longer time.
+        engines = [(name, pid) for name, pid in engine_pids(rig) if pid not in stopped]
+        if engines:
+            name, pid = dice.choice(engines)
+            # One of each at least.
+            hangs = not sent[signal.SIGSTOP] or (sent[signal.SIGKILL] and dice.random() < 0.4)
+            number = signal.SIGKILL
+            if hangs and loaded[name] == "ready":
+                number = signal.SIGSTOP
+                stopped.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                sent[number] += 1
+    return sent
 
 
 # Beside the chaos itself: the start, the last answers, and restarts with their backoff.
@@ -143,18 +153,21 @@ def test_chaos(own_rig: RigServer) -> None:
     threads = [threading.Thread(target=client.run) for client in clients]
     for thread in threads:
         thread.start()
-    kills = kill_engines(own_rig, dice, SECONDS)
+    broken = break_engines(own_rig, dice, SECONDS)
     stop.set()
     for thread in threads:
         thread.join()
+    restarts = "rigserve_engine_restarts"
+    wait_for(lambda: own_rig.total(restarts) == broken.total(), "all deaths are noticed", 60)
     own_rig.wait_until_ready()
     wait_for(lambda: own_rig.total("rigserve_requests_in_flight") == 0, "all are metered")
 
     assert [client.fault for client in clients] == [None] * CLIENTS
     outcomes = {outcome.request_id: outcome for client in clients for outcome in client.outcomes}
     wait_for(lambda: _counted(own_rig) == len(outcomes), "every request is counted once")
-    assert kills
-    assert own_rig.total("rigserve_engine_restarts") == kills
+    assert broken[signal.SIGKILL]
+    assert broken[signal.SIGSTOP]
+    assert own_rig.total(restarts) == broken.total()
     assert {(outcome.status, outcome.error) for outcome in outcomes.values()} <= {
         (200, None),
         (200, "engine_stopped"),

@@ -45,53 +45,74 @@ def listener() -> Iterator[socket.socket]:
         yield opened
 
 
-def complete(base_url: str, session: Any = requests) -> int:
+def complete(base_url: str, session: Any = requests, *, stream: bool = False) -> int | str:
+    """The status of a short request, or what its stream ended with instead of its end."""
     answer = session.post(
         f"{base_url}/v1/completions",
-        json={"model": "smollm2-135m", "prompt": "The sea", "max_tokens": 2},
+        json={
+            "model": "smollm2-135m",
+            "prompt": "The sea",
+            "max_tokens": 8,
+            "ignore_eos": True,
+            "stream": stream,
+        },
+        stream=stream,
         timeout=60,
     )
+    if answer.status_code == 200 and stream:
+        *_, last = [line for line in answer.iter_lines() if line.startswith(b"data:")]
+        return 200 if last == b"data: [DONE]" else str(last)
     return int(answer.status_code)
 
 
-def test_a_new_server_takes_over_under_load(
+def test_new_servers_take_over_under_load(
     tmp_path: Path, cache_dir: Path, listener: socket.socket
 ) -> None:
     path = write_config(tmp_path, cache_dir, max_sequences=2)
     outcomes: Counter[int | str] = Counter()
-    done = threading.Event()
+    lock, done = threading.Lock(), threading.Event()
 
-    def load(base_url: str, keeps_connection: bool) -> None:
+    def load(base_url: str, keeps_connection: bool, stream: bool) -> None:
         session: Any = requests.Session() if keeps_connection else requests
         while not done.is_set():
             try:
-                outcomes[complete(base_url, session)] += 1
+                outcome = complete(base_url, session, stream=stream)
             except requests.RequestException as error:
-                outcomes[repr(error)] += 1
+                outcome = repr(error)
+            with lock:
+                outcomes[outcome] += 1
 
-    with ActivatedServer(path, listener) as old:
+    with ActivatedServer(path, listener) as first:
         # Nobody is turned away while the model loads: the connection waits.
-        assert complete(old.base_url) == 200
+        assert complete(first.base_url) == 200
         clients = [
-            threading.Thread(target=load, args=(old.base_url, keeps)) for keeps in (True, False)
+            threading.Thread(target=load, args=(first.base_url, keeps, stream))
+            for keeps in (True, False)
+            for stream in (True, False)
         ]
         for client in clients:
             client.start()
         try:
-            with ActivatedServer(path, listener) as new:
-                new.wait_until_listening()
-                assert old.stop(signal.SIGTERM) == 0
-                before = outcomes[200]
-                wait_for(lambda: outcomes[200] >= before + 10, "the new server answers")
-                done.set()
-                for client in clients:
-                    client.join(30)
-                assert new.stop() == 0
+            with ActivatedServer(path, listener) as second:
+                _take_over(first, second, outcomes)
+                with ActivatedServer(path, listener) as third:
+                    _take_over(second, third, outcomes)
+                    done.set()
+                    for client in clients:
+                        client.join(30)
+                    assert third.stop() == 0
         finally:
             done.set()
     assert set(outcomes) == {200}, outcomes
-    # What both did is in the ledger, once.
-    assert len(ledger_rows(old)) == outcomes[200] + 1
+    # What all of them did is in the ledger, once.
+    assert len(ledger_rows(first)) == outcomes[200] + 1
+
+
+def _take_over(old: ActivatedServer, new: ActivatedServer, outcomes: Counter[int | str]) -> None:
+    new.wait_until_listening()
+    assert old.stop(signal.SIGTERM) == 0
+    before = outcomes[200]
+    wait_for(lambda: outcomes[200] >= before + 20, "the new server answers")
 
 
 def test_connections_wait_while_the_server_restarts(
@@ -101,7 +122,7 @@ def test_connections_wait_while_the_server_restarts(
     with ActivatedServer(path, listener) as first:
         first.wait_until_listening()
         first.stop()
-    statuses: list[int] = []
+    statuses: list[int | str] = []
     waiting = threading.Thread(target=lambda: statuses.append(complete(first.base_url)))
     waiting.start()
     with ActivatedServer(path, listener) as second:

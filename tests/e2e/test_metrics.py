@@ -202,14 +202,16 @@ def test_engines_that_do_not_answer_have_no_series_and_are_asked_together(pair: 
     for process in processes:
         process.suspend()
     try:
-        started = time.monotonic()
-        without = Scrape(pair)
-        seconds = time.monotonic() - started
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            without = Scrape(pair)
+            seconds.append(time.monotonic() - started)
     finally:
         for process in processes:
             process.resume()
-    # Each has a second to answer.
-    assert 1 <= seconds < 2
+    # Each has a second to answer, at the same time as the other.
+    assert 1 <= min(seconds) < 2
     for model in (MODEL, "second"):
         assert not any(without.has_model(name, model) for name in own)
         assert without.value("rigserve_engine_ready", model=model) == 1

@@ -33,18 +33,25 @@ def write_models(
     return path
 
 
-def engines_below(rig: RigServer) -> dict[str, int]:
-    """The process of each model's engine."""
+def engine_pids(rig: RigServer) -> list[tuple[str, int]]:
+    """Each engine's process, and the model that it serves."""
     children = psutil.Process(rig.process.pid).children(recursive=True)
     lines = {}
     for child in children:
         with contextlib.suppress(psutil.Error):  # one that ends just now
             lines[child.pid] = child.cmdline()
-    return {
-        line[line.index("--served-name") + 1]: pid
+    return [
+        (line[line.index("--served-name") + 1], pid)
         for pid, line in lines.items()
         if line[1:3] == ["-m", "serving.llamacpp"]
-    }
+    ]
+
+
+def engines_below(rig: RigServer) -> dict[str, int]:
+    """The process of each model's engine."""
+    pids = engine_pids(rig)
+    assert len(dict(pids)) == len(pids), "no model is loaded twice"
+    return dict(pids)
 
 
 def models(rig: RigServer) -> dict[str, dict[str, Any]]:

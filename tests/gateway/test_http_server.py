@@ -37,9 +37,9 @@ def impatient(folder: Path, cache_dir: Path, **settings: Any) -> Path:
     path = write_config(folder, cache_dir, load="on_demand", max_sequences=2)
     config = yaml.safe_load(path.read_text())
     config["server"] |= {
-        "header_timeout_seconds": 0.6,
-        "idle_timeout_seconds": 0.8,
-        "write_timeout_seconds": 0.5,
+        "header_timeout_seconds": 2.0,
+        "idle_timeout_seconds": 2.0,
+        "write_timeout_seconds": 2.0,
         "max_header_bytes": 4096,
         "max_headers": 20,
         "max_connections": 30,
@@ -81,7 +81,7 @@ def test_a_head_that_trickles_in_gets_408(rig: RigServer) -> None:
                 break
             if answer:
                 break
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"server.header_timeout_seconds" in answer
 
@@ -92,7 +92,7 @@ def test_a_connection_that_asks_for_nothing_more_is_closed(rig: RigServer, first
         client.sendall(first)
         started = time.monotonic()
         all_of(client)
-        assert 0.3 < time.monotonic() - started < 3
+        assert 1 < time.monotonic() - started < 8
 
 
 def test_a_body_that_nobody_waits_for_is_not_waited_for(rig: RigServer) -> None:
@@ -122,7 +122,7 @@ def test_a_client_that_takes_nothing_is_cut_off(rig: RigServer) -> None:
     asked = 500
     with connect(rig) as client:
         client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * asked)
-        time.sleep(3)
+        time.sleep(6)
         # What the system had taken on the way is still there.
         assert 0 < all_of(client).count(b"HTTP/1.1 200 OK") < asked
 
@@ -136,7 +136,7 @@ def test_a_client_that_reads_slowly_is_not(rig: RigServer) -> None:
             data = client.recv(2**20)
             assert data, received.count(b"HTTP/1.1 200 OK")
             received += data
-            if time.monotonic() - started < 2:
+            if time.monotonic() - started < 4:
                 time.sleep(0.1)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from serving.gateway.admission import Admission, Ticket
 from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import Priority, Tenancy
+from tests.simulated_time import simulate
 
 # Four slots, and one request more so that the engine always has its next.
 CAPACITY = 5
@@ -47,7 +47,7 @@ class Door:
     def __init__(self, rig: Rig | None = None) -> None:
         self.rig: Any = rig or Rig()
         self.metrics = Metrics()
-        self.admission = Admission(self.metrics)
+        self.admission = Admission(self.metrics, monotonic=asyncio.get_running_loop().time)
 
     def enter(
         self, owner: Tenancy | None = None, units: int = 1, deadline: float | None = None
@@ -72,10 +72,6 @@ class Door:
         return self.admission.waiting(self.rig)
 
 
-def in_loop(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 20))
-
-
 def test_an_engine_gets_what_it_can_work_on_and_the_rest_waits() -> None:
     async def main() -> None:
         door = Door()
@@ -87,7 +83,7 @@ def test_an_engine_gets_what_it_can_work_on_and_the_rest_waits() -> None:
         await waits
         assert (door.in_flight, door.waiting) == (CAPACITY, 1)
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_several_completions_count_as_many_and_one_that_is_too_large_goes_alone() -> None:
@@ -106,7 +102,7 @@ def test_several_completions_count_as_many_and_one_that_is_too_large_goes_alone(
         waiting.release()
         assert not last.is_waiting
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_batches_do_not_crowd_out_interactive_requests() -> None:
@@ -124,7 +120,7 @@ def test_batches_do_not_crowd_out_interactive_requests() -> None:
         assert not any(t.is_waiting for t in later)
         assert not any(t.is_waiting for t in queued)
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
@@ -138,7 +134,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         text = door.metrics.exposition().decode()
         assert 'rigserve_admission_refusals_total{model="m",reason="queue_full"} 1.0' in text
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_in_a_full_queue_who_has_most_makes_place_for_others() -> None:
@@ -155,7 +151,7 @@ def test_in_a_full_queue_who_has_most_makes_place_for_others() -> None:
         assert door.waiting == 4
         assert door.refusal(a_tenant("greedy")).code == "queue_full"
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_deadlines_are_refused_early_by_what_requests_take_and_late_when_they_pass() -> None:
@@ -168,21 +164,21 @@ def test_deadlines_are_refused_early_by_what_requests_take_and_late_when_they_pa
             for ticket in tickets:
                 ticket.release(10)
         running = [door.enter() for _ in range(CAPACITY)]
-        for _ in range(199):
+        for _ in range(198):
             door.enter()
-        # Two seconds from now.
-        refusal = door.refusal(deadline=1.0)
+        # 1.99 seconds from now.
+        refusal = door.refusal(deadline=1.9)
         assert refusal.code == "deadline_unmeetable"
-        assert refusal.retry_after_seconds in (2, 3, 4)
+        assert refusal.retry_after_seconds == 2
         hopeful = door.enter(a_tenant("other"), deadline=0.2)
         with pytest.raises(ApiError) as caught:
             await hopeful.wait()
         assert caught.value.code == "deadline_unmeetable"
-        assert door.waiting == 199
+        assert door.waiting == 198
         assert door.refusal(deadline=0).code == "deadline_unmeetable"
         running[0].release()
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_requests_wait_for_their_model_and_it_owes_them_a_turn() -> None:
@@ -203,7 +199,7 @@ def test_requests_wait_for_their_model_and_it_owes_them_a_turn() -> None:
         door.becomes(EngineState.UNLOADED)
         assert door.refusal(deadline=0).code == "model_not_ready"
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_a_model_that_cannot_be_loaded_refuses_and_is_tried_again_later() -> None:
@@ -216,12 +212,12 @@ def test_a_model_that_cannot_be_loaded_refuses_and_is_tried_again_later() -> Non
         assert (caught.value.status, caught.value.code) == (503, "model_load_failed")
         assert "why" in caught.value.message
         assert door.refusal().code == "model_load_failed"
-        await asyncio.sleep(1.01)
+        await asyncio.sleep(1.0)
         assert door.enter().is_waiting
         door.becomes(EngineState.STOPPED)
         assert door.waiting == 0
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_an_engine_that_is_to_leave_gets_nothing_more() -> None:
@@ -235,7 +231,7 @@ def test_an_engine_that_is_to_leave_gets_nothing_more() -> None:
         door.admission.hold(door.rig, closed=False)
         assert not second.is_waiting
 
-    in_loop(main())
+    simulate(main())
 
 
 @settings(max_examples=60, deadline=None)
@@ -285,7 +281,7 @@ def test_nothing_leaks_whatever_happens_to_requests(seed: int) -> None:
         assert not door.enter(units=CAPACITY).is_waiting
         assert not door.enter(a_tenant(priority="batch"), units=0).is_waiting
 
-    in_loop(main())
+    simulate(main())
 
 
 def test_shares_of_tenants_follow_their_weights() -> None:
@@ -303,7 +299,46 @@ def test_shares_of_tenants_follow_their_weights() -> None:
             served[running[0][0]] += 1
         assert 2.3 < served["heavy"] / served["light"] < 3.9
 
-    in_loop(main())
+    simulate(main())
+
+
+@pytest.mark.parametrize("load", [1.5, 10])
+def test_what_a_refusal_says_is_how_long_it_would_have_taken(load: float) -> None:
+    """Requests of all lengths, at four slots that can do 8 a second: one that is refused waits all the same."""
+    dice = random.Random(7)
+
+    async def main() -> None:
+        door, slots, loop = (
+            Door(Rig(max_queue=40)),
+            asyncio.Semaphore(4),
+            asyncio.get_running_loop(),
+        )
+        told: list[tuple[int, float]] = []
+
+        async def request(*, is_refused: bool) -> None:
+            estimate = door.refusal(deadline=0.1).retry_after_seconds if is_refused else None
+            began_at, ticket = loop.time(), door.enter()
+            if ticket.is_waiting:
+                await ticket.wait()
+            if estimate is not None:
+                told.append((estimate, loop.time() - began_at))
+            async with slots:
+                await asyncio.sleep(dice.uniform(0.1, 0.9))
+            ticket.release(10)
+
+        async with asyncio.TaskGroup() as group:
+            while loop.time() < 60:
+                await asyncio.sleep(dice.expovariate(8 * load))
+                if door.waiting < 40:
+                    is_known = loop.time() > 3 and door.waiting > 4
+                    is_refused = is_known and dice.random() < 0.2
+                    group.create_task(request(is_refused=is_refused))
+        assert len(told) > 50
+        for estimate, waited in told:
+            # It is told in whole seconds, rounded up.
+            assert 0.75 * waited - 0.5 <= estimate <= 1.35 * waited + 1.5
+
+    simulate(main())
 
 
 @pytest.mark.parametrize(("deadline", "max_queue"), [(0.3, 256), (None, 32)])
@@ -347,4 +382,4 @@ def test_overload_leaves_the_goodput_where_it_was(deadline: float | None, max_qu
         peak = max(await goodput(0.9), await goodput(1.0))
         assert await goodput(10) >= 0.9 * peak
 
-    in_loop(main())
+    simulate(main())

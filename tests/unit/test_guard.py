@@ -55,6 +55,14 @@ def test_sigterm_is_passed_on() -> None:
     assert not psutil.wait_procs(children, timeout=5)[1]
 
 
+def test_a_stopped_engine_ends_no_later_than_others() -> None:
+    process = start(SLEEP)
+    [engine] = running(process)
+    engine.suspend()
+    process.terminate()
+    assert process.wait(guard.GRACE_SECONDS - 1) == 128 + signal.SIGTERM
+
+
 def test_an_engine_that_ignores_sigterm_is_killed() -> None:
     process = start(STUBBORN)
     children = running(process)

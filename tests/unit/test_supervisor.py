@@ -36,9 +36,13 @@ name, port = sys.argv[1], int(sys.argv[2])
 if "broken" in name: sys.exit("no such weights")
 if "slow" in name: time.sleep(60)
 if "stubborn" in name: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+asked = 0
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        global asked
+        asked += 1
+        if "hangs" in name and asked > 1: time.sleep(60)
+        self.send_response(500 if "fails" in name and asked > 1 else 200); self.end_headers()
     def log_message(self, *_): pass
 http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
 """
@@ -86,6 +90,7 @@ def run(
     **options: Any,
 ) -> None:
     """Run ``test`` with a supervisor of models that are loaded on demand; afterwards nothing is left of it."""
+    before = set(psutil.Process().children())
 
     async def main() -> None:
         models = [
@@ -106,7 +111,7 @@ def run(
             assert {engine.state for engine in supervisor.engines} == {EngineState.STOPPED}
 
     asyncio.run(main())
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 def processes() -> list[str]:
@@ -119,13 +124,9 @@ def processes() -> list[str]:
     return names
 
 
-def by_name(supervisor: Supervisor, name: str) -> Engine:
-    return next(engine for engine in supervisor.engines if engine.model.name == name)
-
-
 def test_what_goes_wrong_at_the_start_is_told_to_all_who_wait() -> None:
     async def test(supervisor: Supervisor) -> None:
-        broken = by_name(supervisor, "broken")
+        [broken] = supervisor.engines
         results = await asyncio.gather(
             supervisor.load(broken), supervisor.load(broken), return_exceptions=True
         )
@@ -135,11 +136,18 @@ def test_what_goes_wrong_at_the_start_is_told_to_all_who_wait() -> None:
         assert broken.state is EngineState.UNLOADED
         assert broken.failure
         assert not broken.shares_mib
-        slow = by_name(supervisor, "slow")
+
+    run(test, "broken")
+
+
+def test_one_that_is_not_ready_in_time_is_ended() -> None:
+    async def test(supervisor: Supervisor) -> None:
+        [slow] = supervisor.engines
         with pytest.raises(EngineStartError, match=r"not ready after 0\.3 s"):
             await supervisor.load(slow)
+        assert slow.pid is None
 
-    run(test, "broken", "slow", start_timeout_seconds=0.3)
+    run(test, "slow", start_timeout_seconds=0.3)
 
 
 def test_an_engine_that_is_unloaded_while_it_loads() -> None:
@@ -168,6 +176,26 @@ def test_one_that_ignores_sigterm_is_gone_when_its_unload_returns() -> None:
         assert not [each for each in family if each.is_running()]
 
     run(test, "stubborn")
+
+
+@pytest.mark.parametrize("name", ["hangs", "fails"])
+def test_one_that_answers_no_more_is_started_again(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(supervisor: Supervisor) -> None:
+        [engine] = supervisor.engines
+        away = asyncio.Event()
+        supervisor.subscribe(lambda e: away.set() if e.state is EngineState.BACKOFF else None)
+        await supervisor.load(engine)
+        first = engine.pid
+        async with asyncio.timeout(20):
+            await away.wait()
+            await engine.ready()
+        assert engine.pid != first
+        assert engine.restarts == 1
+        assert "did not answer for 0.5 s" in caplog.text
+
+    run(test, name, step_timeout_seconds=0.5)
 
 
 def test_nobody_leaves_who_may_not() -> None:
@@ -199,6 +227,8 @@ def test_models_of_a_group_are_never_loaded_together() -> None:
 
 
 def test_preloaded_models_that_do_not_fit_together_end_the_start() -> None:
+    before = set(psutil.Process().children())
+
     async def main() -> None:
         models = [LlamaCppModel(name=name, source="-") for name in ("first", "second")]
         async with aiohttp.ClientSession() as session:
@@ -209,7 +239,7 @@ def test_preloaded_models_that_do_not_fit_together_end_the_start() -> None:
         assert ended.group_contains(NoRoomError, match="no room for it")
 
     asyncio.run(main())
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize("seed", range(3))
