@@ -91,7 +91,7 @@ class UploadFields(Body):
 
     model_config = ConfigDict(strict=False)
 
-    purpose: str
+    purpose: str = Field(description="Only 'batch'.")
     expires_after: ExpiresAfter | None = None
 
     @model_validator(mode="after")
