@@ -98,13 +98,23 @@ def create_app(gateway: Gateway) -> FastAPI:
         engine = gateway.find(http.state.identity, name)
         return json_response(_model_entry(gateway, name, engine))
 
-    app.include_router(admin_keys.routes(gateway))
-    app.include_router(inference.routes(gateway))
-    app.include_router(responses.routes(gateway))
-    app.include_router(files.routes(gateway))
-    app.include_router(batches.routes(gateway))
-    app.include_router(messages.routes(gateway))
-    app.include_router(docs.routes())
+    routers = (
+        admin_keys.routes(gateway),
+        inference.routes(gateway),
+        responses.routes(gateway),
+        files.routes(gateway),
+        batches.routes(gateway),
+        messages.routes(gateway),
+        docs.routes(),
+    )
+    for router in routers:
+        app.include_router(router)
+    app.state.api_routes = [
+        route
+        for each in (app, *routers)
+        for route in each.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    ]
     describe(app, gateway)
     return app
 
@@ -172,8 +182,8 @@ def _near_paths(request: Request) -> list[str]:
     """Paths that the request may have meant: many forget or repeat the ``/v1`` of their base URL."""
     paths = [
         route.path
-        for route in request.app.routes
-        if isinstance(route, APIRoute) and request.method in route.methods and "{" not in route.path
+        for route in request.app.state.api_routes
+        if request.method in route.methods and "{" not in route.path
     ]
     asked = request.url.path[:_SHOWN_CHARACTERS].rstrip("/").lower()
     tail = [path for path in paths if path == f"/v1{asked}" or asked.endswith(path)]

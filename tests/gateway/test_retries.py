@@ -103,7 +103,7 @@ def test_what_can_never_succeed_is_asked_once(rig: KeyedBadRig) -> None:
         assert refused.value.request_id
         assert refused.value.message
     for status, refusal, fields, key in (
-        (400, anthropic.BadRequestError, {"temperature": 2}, rig.key),
+        (400, anthropic.BadRequestError, {"speed": "fast"}, rig.key),
         (401, anthropic.AuthenticationError, {}, "rs-wrong"),
         (403, anthropic.PermissionDeniedError, {}, narrow),
         (404, anthropic.NotFoundError, {"model": "nope"}, rig.key),
