@@ -78,9 +78,9 @@ class RefusingBody(_Body):
     def _without_refused(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        for name, refusal in cls.refused_values.items():
-            if fields.get(name) in refusal.values:
-                raise unsupported(name, refusal.reason, value=fields[name])
+        for name, other in cls.refused_values.items():
+            if fields.get(name) in other.values:
+                raise unsupported(name, other.reason, value=fields[name])
         if cls.refused.keys().isdisjoint(fields):
             return fields
         for name, refusal in cls.refused.items():

@@ -92,15 +92,12 @@ def test_an_output_of_a_function_in_the_responses_api(seeing: RigServer, png: st
         {"type": "input_text", "text": "A map."},
         {"type": "input_image", "image_url": url, "detail": "auto"},
     ]
-    first = seeing.client.responses.create(
-        model=MODEL,
-        input=[
-            QUESTION,
-            {"type": "function_call", "call_id": "call_1", **CALL},
-            {"type": "function_call_output", "call_id": "call_1", "output": output},
-        ],
-        max_output_tokens=2,
-    )
+    asked: Any = [
+        QUESTION,
+        {"type": "function_call", "call_id": "call_1", **CALL},
+        {"type": "function_call_output", "call_id": "call_1", "output": output},
+    ]
+    first = seeing.client.responses.create(model=MODEL, input=asked, max_output_tokens=2)
     image = {"type": "image_url", "image_url": {"url": url}}
     shown = prompt_tokens_of_a_chat(seeing, *called_and_shown("A map.", image))
     assert first.usage is not None

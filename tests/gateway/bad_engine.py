@@ -59,6 +59,7 @@ GARBAGE: dict[str, tuple[int, str, str]] = {
 DIES = "die once: "  # and the file by which it knows that it has
 BREAKS_OFF = "break off"
 GOES_DEAF = "go deaf"
+TAKES_ITS_TIME = "take your time"
 
 
 class _Launcher(LlamaCppLauncher):
@@ -102,6 +103,9 @@ class _BadEngine:
             return await self._break_off(request)
         if said == GOES_DEAF:
             self._go_deaf()
+            said = "fine"
+        elif said == TAKES_ITS_TIME:
+            await asyncio.sleep(1.5)
             said = "fine"
         elif said.startswith(DIES):
             _die_once(Path(said.removeprefix(DIES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 
 from serving.keys.store import KeyStore
 from serving.protocol.keys import NewKey
-from tests.gateway.bad_engine import BREAKS_OFF, DIES, GOES_DEAF
+from tests.gateway.bad_engine import BREAKS_OFF, DIES, GOES_DEAF, TAKES_ITS_TIME
 from tests.gateway.test_bad_engine import MODEL, BadRig
 from tests.processes import wait_for, write_config
 
@@ -147,16 +148,35 @@ def test_an_engine_that_dies_is_waited_for(rig: KeyedBadRig, tmp_path: Path) -> 
         assert time.monotonic() - began_at > 1.9, "Retry-After said 2"
 
 
-def test_a_limit_per_minute_is_waited_for(rig: KeyedBadRig) -> None:
-    secret = rig.new_key("often", requests_per_minute=30)  # the first few at once
+def test_429_is_waited_for(rig: KeyedBadRig) -> None:
+    secret = rig.new_key("alone", max_concurrent=1)
     wait_for(lambda: rig.knows(secret), "the key is known", 5)
-    clients = Counted(rig, secret, retries=10)
-    for _ in range(40):
+    for ask in ("chat", "message"):
+        first = threading.Thread(target=Counted(rig, secret).chat, args=(TAKES_ITS_TIME,))
+        first.start()
+        wait_for(lambda: rig.total("rigserve_requests_in_flight") == 1, "the first is under way")
+        clients = Counted(rig, secret)
+        assert getattr(clients, ask)().id
+        assert clients.statuses[-1] == 200
+        assert 1 <= clients.statuses.count(429) <= 2, "Retry-After said 1"
+        first.join()
+
+
+def test_a_limit_per_minute_says_when_to_come_again(rig: KeyedBadRig) -> None:
+    secret = rig.new_key("seldom", requests_per_minute=1)
+    wait_for(lambda: rig.knows(secret), "the key is known", 5)
+    clients = Counted(rig, secret, retries=0)
+    clients.chat()
+    with pytest.raises(openai.RateLimitError) as refused:
         clients.chat()
-        if 429 in clients.statuses:
-            break
-    assert clients.statuses[-1] == 200
-    assert clients.statuses.count(429) <= 2, "asked again too early"
+    headers = refused.value.response.headers
+    assert 50 < int(headers["retry-after"]) <= 60
+    assert headers["x-ratelimit-limit-requests"] == "1"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert 50 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    with pytest.raises(anthropic.RateLimitError) as told:
+        clients.message()
+    assert 50 < int(told.value.response.headers["retry-after"]) <= 60
 
 
 class _SlowAtFirst(httpx2.HTTPTransport):
