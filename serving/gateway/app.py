@@ -187,7 +187,7 @@ def _near_paths(request: Request) -> list[str]:
     ]
     asked = request.url.path[:_SHOWN_CHARACTERS].rstrip("/").lower()
     tail = [path for path in paths if path == f"/v1{asked}" or asked.endswith(path)]
-    return tail or difflib.get_close_matches(asked, paths, n=2, cutoff=0.8)
+    return tail or difflib.get_close_matches(asked, paths, n=1, cutoff=0.8)
 
 
 def _methods_at(request: Request) -> list[str]:
