@@ -112,6 +112,7 @@ A field is honoured, or the request is refused with a 400 whose `param` names th
 fields that nobody knows. Values that ask for nothing (null, or what is listed as such) are taken. With `lenient: true`,
 in the config under `server` or for one model, such fields are dropped instead, and the response header
 `x-rigserve-ignored` lists them; it also lists what a model's `filters` overrule. Other headers tell [what the answer cost](cost-model.md#what-a-client-is-told).
+The request headers `OpenAI-Organization`, `OpenAI-Project`, `OpenAI-Beta` and `Idempotency-Key` change nothing.
 """
 
 _FILTERS = """\
