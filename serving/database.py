@@ -34,8 +34,8 @@ def open_database(
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Only if it is not there: closing any descriptor of a file ends all locks that this process has on
-        # it. Then another process that closes the database takes itself for the last, and removes its WAL.
+        # Never open one that is there: to close it would drop the locks that other connections of this
+        # process have on it, and whoever closes the database next would take their log away.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         connection = sqlite3.connect(
