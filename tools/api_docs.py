@@ -13,7 +13,12 @@ from typing import Any, cast, get_args
 from unittest.mock import Mock
 
 import orjson
-from openai.types import completion_create_params, embedding_create_params
+from openai.types import (
+    batch_create_params,
+    completion_create_params,
+    embedding_create_params,
+    file_create_params,
+)
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
@@ -21,7 +26,10 @@ from pydantic import BaseModel
 from serving.config import ModelConfig
 from serving.gateway.app import create_app
 from serving.gateway.intake import Gateway
-from serving.protocol.requests import ModelRequest, RefusingBody
+from serving.protocol.anthropic import CountTokensRequest, MessagesRequest
+from serving.protocol.batches import MAX_FILE_BYTES, BatchRequest, UploadFields
+from serving.protocol.requests import ModelRequest, Refusal, RefusedValues, RefusingBody
+from serving.protocol.structured import Body
 
 FILE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -40,6 +48,15 @@ CONTRACTS: Mapping[str, tuple[type, ...]] = {
         response_create_params.ResponseCreateParamsBase,
         response_create_params.ResponseCreateParamsStreaming,
     ),
+    "/v1/files": (file_create_params.FileCreateParams,),
+    "/v1/batches": (batch_create_params.BatchCreateParams,),
+}
+# What engines do not see as it is; all other bodies are theirs, too.
+_GATEWAYS: Mapping[str, type[Body]] = {
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/files": UploadFields,
+    "/v1/batches": BatchRequest,
 }
 ENGINES: tuple[str, ...] = get_args(ModelConfig.model_fields["engine"].annotation)
 
@@ -53,10 +70,15 @@ _CONDITIONS: Mapping[str, Mapping[str, str]] = {
         "dimensions": "up to the length of the model's vectors",
         "input[].content[].image_url": _SEEING,
         "messages[].content[].image_url": _SEEING,
+        "messages[].content[].source": _SEEING,
+        "messages[].content[].content[].source": _SEEING,
+        "input[].output[].image_url": _SEEING,
         "guided_choice": _ENFORCEABLE,
         "guided_grammar": _ENFORCEABLE,
         "guided_json": _ENFORCEABLE,
         "guided_regex": _ENFORCEABLE,
+        "output_config.effort": _REASONING,
+        "output_config.format": _ENFORCEABLE,
         "n": "times prompts, up to 5 x the model's `max_sequences` + `max_queue`",
         "reasoning.effort": _REASONING,
         "reasoning_effort": _REASONING,
@@ -64,12 +86,20 @@ _CONDITIONS: Mapping[str, Mapping[str, str]] = {
         "structured_outputs": _ENFORCEABLE,
         "suffix": "where the model was trained to fill in the middle",
         "text.format": _ENFORCEABLE,
+        "thinking": _REASONING,
     }
 }
 # What an engine refuses at one endpoint only.
 _REFUSALS: Mapping[str, Mapping[tuple[str, str], str]] = {
     "llama_cpp": {
         ("/tokenize", "messages[].content[].image_url"): "only text can be tokenized",
+        **{
+            (
+                "/v1/messages/count_tokens",
+                f"messages[].content[].{place}",
+            ): "only text can be tokenized"
+            for place in ("source", "content[].source")
+        },
     }
 }
 
@@ -82,6 +112,7 @@ A field is honoured, or the request is refused with a 400 whose `param` names th
 fields that nobody knows. Values that ask for nothing (null, or what is listed as such) are taken. With `lenient: true`,
 in the config under `server` or for one model, such fields are dropped instead, and the response header
 `x-rigserve-ignored` lists them; it also lists what a model's `filters` overrule. Other headers tell [what the answer cost](cost-model.md#what-a-client-is-told).
+The request headers `OpenAI-Organization`, `OpenAI-Project`, `OpenAI-Beta` and `Idempotency-Key` change nothing.
 """
 
 _FILTERS = """\
@@ -116,18 +147,26 @@ status into an exception of its own, and by themselves try again after 408, 409,
 | status | when | |
 |---|---|---|
 | 400 | the body is no JSON (also NaN, halves of surrogate pairs, two fields of one name in an object, nesting too deep), or a field is missing, wrong, unknown or not supported | `param` names the field |
+| 401 | the server wants an API key, and this is none of its keys | |
+| 403 | the key is not for this model (`model_not_allowed`), or not for administration | |
 | 404 | there is no such model, or nothing at this path | near names are listed |
 | 405 | the path does not take this method | `Allow` lists those it takes |
 | 408 | the body was not complete within `server.body_timeout_seconds` | the connection is closed |
-| 413 | the body is larger than `server.max_body_bytes` | |
+| 409 | a batch has ended that is to be cancelled, or a key has a name that is taken | |
+| 413 | the body is larger than `server.max_body_bytes`, or a file than 200 MB | |
 | 415 | the body says it is not plain JSON in UTF-8; one without a content type is taken | |
-| 499 | the client left before its answer was complete | in the ledger and in metrics only |
+| 429 | a limit of the key (`rate_limit_exceeded`, `insufficient_quota`) or of the client's address (`too_many_connections`) | `Retry-After`, `x-ratelimit-*`; a spent budget is not worth a retry: `x-should-retry: false` |
+| 431 | the request's head is larger than `server.max_header_bytes`, or has more headers than `server.max_headers` | the connection is closed |
+| 499 | the client left before its answer was complete | in the log, the ledger and metrics only |
 | 500 | something failed here; the log has more under the request's id | |
 | 502 | the engine gave an answer that makes no sense | |
-| 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, or the server is shutting down | `Retry-After` |
+| 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, the server is shutting down, or has all the connections it takes | `Retry-After` |
+| 504 | no connection to the engine can be made in time | |
+| 507 | the disk is full on which files and batches are kept | |
 
-A stream that fails after it has begun sends an event `{"error": {...}}`, and ends. What is no HTTP gets a 400 in plain text. An
-engine that is stuck is noticed (`step_timeout_seconds`) and started again, which is a 503. A 504 is an engine to which no connection can be made in time.
+A stream that fails after it has begun sends an event `{"error": {...}}`, and ends; SDKs raise it, and do not begin anew. What is no HTTP
+gets a 400 of the same shape, without an id, and its connection is closed. An engine that is stuck is noticed
+(`step_timeout_seconds`) and started again, which is a 503. Messages have [Anthropic's shape](messages.md#errors).
 """
 
 
@@ -151,7 +190,7 @@ def api_docs() -> str:
             for method, operation in operations.items()
         ),
     )
-    kinds = {kind.path: kind for kind in _kinds(ModelRequest)}
+    kinds = {**{kind.path: kind for kind in _kinds(ModelRequest)}, **_GATEWAYS}
     bodies = (_body(path, kinds[path]) for path in paths if path in kinds)
     return "\n".join([_HEAD, "## Endpoints\n", endpoints, *bodies, _FILTERS, _ERRORS])
 
@@ -168,11 +207,13 @@ def _kinds(kind: type[ModelRequest]) -> Iterator[type[ModelRequest]]:
         yield from _kinds(each)
 
 
-def _body(path: str, kind: type[ModelRequest]) -> str:
+def _body(path: str, kind: type[Body]) -> str:
     openais = contract_fields(path)
-    rows = {
-        name: _row(kind, name) for name in sorted(kind.model_fields.keys() | kind.refused.keys())
-    }
+    names = sorted(kind.model_fields.keys() | _refused(kind).keys())
+    rows = {name: _row(path, kind, name) for name in names}
+    if path == "/v1/files":
+        largest = f"required; a file of at most {MAX_FILE_BYTES >> 20} MiB"
+        rows = {"file": ("`file`", largest, *("honoured" for _ in ENGINES)), **rows}
     header = ("field", "takes", *(f"`{engine}`" for engine in ENGINES))
     parts = [f"## `POST {path}`\n"]
     if openais:
@@ -183,24 +224,39 @@ def _body(path: str, kind: type[ModelRequest]) -> str:
             parts += ["Fields that OpenAI does not have:\n", _table(header, ours)]
     else:
         parts.append(_table(header, rows.values()))
-    if nested := _nested(kind):
+    if nested := _nested(path, kind):
         parts += ["Within them:\n", _table(header, nested)]
     return "\n".join(parts)
 
 
-def _row(kind: type[ModelRequest], name: str) -> tuple[str, ...]:
-    if refusal := kind.refused.get(name):
+def _refused(kind: type[BaseModel]) -> Mapping[str, Refusal]:
+    return kind.refused if issubclass(kind, RefusingBody) else {}
+
+
+def _refused_values(kind: type[BaseModel], name: str) -> str:
+    """What is said of a field's values that are refused; empty if there are none."""
+    refusal: RefusedValues | None = None
+    if issubclass(kind, RefusingBody):
+        refusal = kind.refused_values.get(name)
+    if refusal is None:
+        return ""
+    values = ", ".join(f"`{_json(value)}`" for value in refusal.values)
+    return f". Refused: {values} ({refusal.reason})"
+
+
+def _row(path: str, kind: type[Body], name: str) -> tuple[str, ...]:
+    if refusal := _refused(kind).get(name):
         nothing = " or ".join(f"`{_json(value)}`" for value in refusal.nothing)
         takes = f"nothing but {nothing}" if nothing else ""
         return (f"`{name}`", takes, *(f"refused: {refusal.reason}" for _ in ENGINES))
     schema = kind.model_json_schema()
-    takes = _takes(schema["properties"][name])
+    takes = _takes(schema["properties"][name]).removesuffix(".") + _refused_values(kind, name)
     if name in schema.get("required", ()):
         takes = f"required; {takes}"
-    return (f"`{name}`", takes, *(_answer(engine, kind.path, name) for engine in ENGINES))
+    return (f"`{name}`", takes, *(_answer(engine, path, name) for engine in ENGINES))
 
 
-def _nested(kind: type[ModelRequest]) -> list[tuple[str, ...]]:
+def _nested(path: str, kind: type[Body]) -> list[tuple[str, ...]]:
     """Rows for what the objects in a body hold, and what they refuse."""
     schema = kind.model_json_schema()
     bodies = {body.__name__: body for body in _bodies(kind, set())}
@@ -215,7 +271,10 @@ def _nested(kind: type[ModelRequest]) -> list[tuple[str, ...]]:
             if not name or name in within:
                 continue
             for field, inner in schema["$defs"][name].get("properties", {}).items():
-                taken.setdefault(f"{at}.{field}", []).append(_takes(inner))
+                told = _takes(inner)
+                if name in bodies:
+                    told = told.removesuffix(".") + _refused_values(bodies[name], field)
+                taken.setdefault(f"{at}.{field}", []).append(told)
                 walk(f"{at}.{field}", inner, (*within, name))
             for field, refusal in bodies[name].refused.items() if name in bodies else ():
                 refused[f"{at}.{field}"] = refusal.reason
@@ -223,13 +282,13 @@ def _nested(kind: type[ModelRequest]) -> list[tuple[str, ...]]:
     for field, part in schema["properties"].items():
         walk(field, part, ())
     rows = [
-        (f"`{path}`", _either(forms), *(_answer(engine, kind.path, path) for engine in ENGINES))
-        for path, forms in taken.items()
+        (f"`{place}`", _either(forms), *(_answer(engine, path, place) for engine in ENGINES))
+        for place, forms in taken.items()
     ]
     rows += [
-        (f"`{path}`", "", *(f"refused: {reason}" for _ in ENGINES))
-        for path, reason in refused.items()
-        if path not in taken
+        (f"`{place}`", "", *(f"refused: {reason}" for _ in ENGINES))
+        for place, reason in refused.items()
+        if place not in taken
     ]
     return rows
 

@@ -137,7 +137,7 @@ class AccessMiddleware:
         try:
             identity = access.identify(scope)
         except ApiError as error:
-            response = _response_of(error, path, State(scope["state"]).request_id)
+            response = in_shape(error, path, State(scope["state"]).request_id)
             await response(scope, receive, send)
             return
         scope["state"]["identity"] = identity
@@ -189,7 +189,7 @@ def _secret_of(headers: Headers) -> str:
     return found
 
 
-def _response_of(error: ApiError, path: str, request_id: str) -> Response:
+def in_shape(error: ApiError, path: str, request_id: str) -> Response:
     """The response that an error is, in the shape of the API that was asked."""
     response = error.response
     if path.startswith(_ANTHROPIC_PATH):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import aiohttp
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -18,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
 from serving.engines.supervisor import Engine
-from serving.gateway.access import AccessMiddleware, may_use
+from serving.gateway.access import AccessMiddleware, in_shape, may_use
 from serving.gateway.access_log import AccessLogMiddleware
 from serving.gateway.api_document import describe
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
@@ -96,13 +98,23 @@ def create_app(gateway: Gateway) -> FastAPI:
         engine = gateway.find(http.state.identity, name)
         return json_response(_model_entry(gateway, name, engine))
 
-    app.include_router(admin_keys.routes(gateway))
-    app.include_router(inference.routes(gateway))
-    app.include_router(responses.routes(gateway))
-    app.include_router(files.routes(gateway))
-    app.include_router(batches.routes(gateway))
-    app.include_router(messages.routes(gateway))
-    app.include_router(docs.routes())
+    routers = (
+        admin_keys.routes(gateway),
+        inference.routes(gateway),
+        responses.routes(gateway),
+        files.routes(gateway),
+        batches.routes(gateway),
+        messages.routes(gateway),
+        docs.routes(),
+    )
+    for router in routers:
+        app.include_router(router)
+    app.state.api_routes = [
+        route
+        for each in (app, *routers)
+        for route in each.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    ]
     describe(app, gateway)
     return app
 
@@ -153,9 +165,9 @@ def _respond_with_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     asked = f"{request.method} {request.scope['path'][:_SHOWN_CHARACTERS]}"
     if error.status_code == 404:
-        return ApiError(
-            404, f"There is nothing at {asked}; /docs lists what there is.", code="unknown_url"
-        ).response
+        near = _near_paths(request)
+        hint = f"did you mean {' or '.join(near)}?" if near else "/docs lists what there is."
+        return ApiError(404, f"There is nothing at {asked}; {hint}", code="unknown_url").response
     if error.status_code == 405:
         allowed = ", ".join(_methods_at(request))
         refusal = ApiError(
@@ -164,6 +176,18 @@ def _respond_with_http_error(request: Request, error: Exception) -> Response:
         refusal.headers["allow"] = allowed
         return refusal
     return ApiError(error.status_code, f"{error.detail}.", code="invalid_request").response
+
+
+def _near_paths(request: Request) -> list[str]:
+    """Paths that the request may have meant: many forget or repeat the ``/v1`` of their base URL."""
+    paths = [
+        route.path
+        for route in request.app.state.api_routes
+        if request.method in route.methods and "{" not in route.path
+    ]
+    asked = request.url.path[:_SHOWN_CHARACTERS].rstrip("/").lower()
+    tail = [path for path in paths if path == f"/v1{asked}" or asked.endswith(path)]
+    return tail or difflib.get_close_matches(asked, paths, n=1, cutoff=0.8)
 
 
 def _methods_at(request: Request) -> list[str]:
@@ -190,9 +214,8 @@ def _respond_with_bad_query(_request: Request, error: Exception) -> Response:
 def _respond_with_bug(request: Request, _error: Exception) -> Response:
     # Starlette logs the traceback; the client learns only where to look for it.
     request_id = request.scope["state"]["request_id"]
-    response = ApiError(
-        500, f"Something failed inside rigserve; its log has more under {request_id}."
-    ).response
+    bug = ApiError(500, f"Something failed inside rigserve; its log has more under {request_id}.")
+    response = in_shape(bug, request.url.path, request_id)
     # Starlette sends this past the middleware.
     response.headers[REQUEST_ID_HEADER] = request_id
     return response

@@ -31,6 +31,8 @@ SECURITY_HEADERS = (
     ("referrer-policy", "no-referrer"),
 )
 _IPV6_NETWORK_BITS = 64
+# To those who find all connections taken.
+_RETRY_AFTER_SECONDS = 1
 
 _log = logging.getLogger("rigserve.access")
 
@@ -223,6 +225,8 @@ class _Connection(HttpToolsProtocol):
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
             ]
+            if error.retry_after_seconds is not None:
+                headers.append((b"retry-after", str(error.retry_after_seconds).encode()))
             lines = [
                 STATUS_LINE[error.status],
                 *(b"%b: %b\r\n" % each for each in headers),
@@ -283,7 +287,10 @@ class _Connection(HttpToolsProtocol):
 
 def _too_many(status: int, whose: str, setting: str) -> ApiError:
     return ApiError(
-        status, f"The {whose} has too many connections ({setting}).", code="too_many_connections"
+        status,
+        f"The {whose} has too many connections ({setting}).",
+        code="too_many_connections",
+        retry_after_seconds=_RETRY_AFTER_SECONDS,
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from serving.chat.rendering import ChatPrompt, ChatRenderer, Reply
@@ -85,7 +86,7 @@ class Engine:
             threads=options.threads,
             use_gpu=options.gpu_layers != 0,
             batch_tokens=self._context.batch_tokens,
-            check_length=self._check_length,
+            check_length=partial(self._check_length, "messages"),
         )
         self.tokenization = Tokenization(model, self._text_of, options.context_length)
         self._speculation = speculation_of(
@@ -233,8 +234,9 @@ class Engine:
             weight=tenancy.weight,
             priority=tenancy.priority,
         )
+        param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
         for prompt in prompts:
-            self._check_length(len(prompt))
+            self._check_length(param, len(prompt))
             room = self.options.context_length - len(prompt)
             wanted = room if request.token_limit is None else request.token_limit
             job.add(
@@ -267,14 +269,15 @@ class Engine:
         self.adapters.hold(job.adapter, len(job.sequences))
         return job
 
-    def _check_length(self, tokens: int) -> None:
+    def _check_length(self, param: str, tokens: int) -> None:
         if not tokens:
-            raise ApiError(400, "The prompt is empty.", param="prompt", code="invalid_value")
+            raise ApiError(400, "The prompt is empty.", param=param, code="invalid_value")
         if tokens >= self.options.context_length:
             raise ApiError(
                 400,
                 f"The prompt has {tokens} tokens; this model's context takes "
                 f"{self.options.context_length}, with room for at least one new token.",
+                param=param,
                 code="context_length_exceeded",
             )
 

@@ -73,7 +73,7 @@ class BatchRequest(Body):
     """What a batch is made of."""
 
     input_file_id: str = Field(max_length=128)
-    endpoint: str
+    endpoint: str = Field(description=f"One of {', '.join(ENDPOINTS)}.")
     completion_window: Literal["24h"]
     metadata: _Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
@@ -91,7 +91,7 @@ class UploadFields(Body):
 
     model_config = ConfigDict(strict=False)
 
-    purpose: str
+    purpose: str = Field(description="Only 'batch'.")
     expires_after: ExpiresAfter | None = None
 
     @model_validator(mode="after")

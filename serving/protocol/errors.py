@@ -107,12 +107,15 @@ def conflict(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
 
 
-def unsupported(param: str, reason: str, *, tells_kind: bool = False) -> PydanticCustomError:
+def unsupported(
+    param: str, reason: str, *, value: str | None = None, tells_kind: bool = False
+) -> PydanticCustomError:
     """What a model validator raises about ``param``, a field that is known but not honoured.
 
-    ``tells_kind``: without that field, all of the object means nothing.
+    ``value``: what is not honoured, where other values are. ``tells_kind``: without that field, all
+    of the object means nothing.
     """
-    context = {"param": param, "message": reason, "tells_kind": tells_kind}
+    context = {"param": param, "message": reason, "value": value, "tells_kind": tells_kind}
     return PydanticCustomError("unsupported", "{message}", context)
 
 
@@ -146,7 +149,9 @@ def from_validation(error: ValidationError) -> ApiError:
     if kind == "extra_forbidden":
         return refusal(f"Unknown parameter: '{where}'", UNKNOWN_PARAMETER)
     if kind == "unsupported":
-        return refusal(f"'{where}' is not supported: {message}", UNSUPPORTED_PARAMETER)
+        value = first["ctx"]["value"]
+        what = f"'{where}' is" if value is None else f"'{where}': {value!r} is"
+        return refusal(f"{what} not supported: {message}", UNSUPPORTED_PARAMETER)
     if kind == "conflict":
         subject = f"'{where}': " if len(location) > 1 else ""
         return refusal(f"{subject}{message}", "invalid_value")
@@ -155,6 +160,9 @@ def from_validation(error: ValidationError) -> ApiError:
             f"'{where}': at most {first['ctx']['max_length']} are allowed", "array_above_max_length"
         )
     reason = message.removeprefix("Value error, ")
+    if kind in ("model_type", "dict_type"):
+        # Pydantic would tell what the type is called here.
+        reason = "must be a JSON object"
     subject = f"'{where}': " if where else ""
     return refusal(f"{subject}{reason}", "invalid_value")
 

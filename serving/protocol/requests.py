@@ -55,18 +55,33 @@ class Refusal:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedValues:
+    """Values that OpenAI has for a field that is honoured, and why they are refused."""
+
+    reason: str
+    values: tuple[str, ...]
+
+
 class RefusingBody(_Body):
-    """A body that knows more fields of OpenAI's than it honours.
+    """A body that knows more of OpenAI's than it honours.
 
     ``refused``: fields that no engine of ours implements. Values that ask for nothing are dropped.
+    ``refused_values``: of the other fields.
     """
 
     refused: ClassVar[Mapping[str, Refusal]] = {}
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _without_refused(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or cls.refused.keys().isdisjoint(fields):
+        if not isinstance(fields, dict):
+            return fields
+        for name, other in cls.refused_values.items():
+            if fields.get(name) in other.values:
+                raise unsupported(name, other.reason, value=fields[name])
+        if cls.refused.keys().isdisjoint(fields):
             return fields
         for name, refusal in cls.refused.items():
             if not refusal.accepts(fields.get(name)):
@@ -74,13 +89,14 @@ class RefusingBody(_Body):
         return {name: value for name, value in fields.items() if name not in cls.refused}
 
 
-class StreamOptions(_Body):
+class StreamOptions(RefusingBody):
     """``include_usage`` asks for one more chunk, before ``[DONE]``, with the request's usage."""
 
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "include_obfuscation": Refusal("chunks are not padded here", (False,))
+    }
+
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = Field(
-        None, description="Only false: chunks are not padded."
-    )
 
 
 class ModelRequest(RefusingBody):
@@ -202,8 +218,20 @@ class TextPart(_Part):
     text: str
 
 
-class ImageUrl(_Body):
-    """An image; ``detail`` cannot be chosen: how closely a model looks is its projector's matter."""
+# Of chat completions and of responses.
+OTHER_DETAIL = RefusedValues(
+    "how closely a model looks is its projector's matter", ("low", "high", "original")
+)
+OTHER_TIERS = RefusedValues(
+    "no request here goes before the others; 'flex' goes after them",
+    ("fast", "priority", "scale"),
+)
+
+
+class ImageUrl(RefusingBody):
+    """An image."""
+
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {"detail": OTHER_DETAIL}
 
     url: str = Field(description="A data URL.")
     detail: Literal["auto"] | None = None
@@ -232,11 +260,20 @@ class Function(_Body):
         return value
 
 
+def only_functions(tool: Any) -> Any:
+    """Before a tool is read: refuses all of it by its ``type``, unless it is a function."""
+    if isinstance(tool, dict) and tool.get("type") not in (None, "function"):
+        raise unsupported("type", "only tools of type 'function' can be used here", tells_kind=True)
+    return tool
+
+
 class Tool(_Body):
     """A tool of the only kind there is: a function."""
 
     type: Literal["function"]
     function: Function
+
+    _only_functions = model_validator(mode="before")(only_functions)
 
 
 class FunctionName(_Body):
@@ -281,7 +318,8 @@ ToolChoice = Annotated[
     Discriminator(
         _kind_of_choice,
         custom_error_type="tool_choice",
-        custom_error_message="must be 'none', 'auto', 'required', a function or allowed_tools",
+        custom_error_message="must be 'none', 'auto', 'required', a function or allowed_tools: "
+        "there are no other tools here",
     ),
 ]
 
@@ -292,7 +330,8 @@ ContentPart = Annotated[
     Discriminator(
         _kind_of_choice,
         custom_error_type="content_part",
-        custom_error_message="a part's type must be 'text' or 'image_url': models here read no files and hear no audio",
+        custom_error_message="a part's type must be 'text' or 'image_url': models here read no files and hear no "
+        "audio, and a refusal goes back as text",
     ),
 ]
 Content = Annotated[
@@ -416,6 +455,7 @@ class ChatCompletionRequest(GenerationRequest):
         ),
         "web_search_options": Refusal("models here cannot search the web"),
     }
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {"service_tier": OTHER_TIERS}
 
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INT32)

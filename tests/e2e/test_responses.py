@@ -438,6 +438,7 @@ def test_refusals_name_the_field(
     [
         ("resp_1?stream=true", "stream"),
         ("resp_1?include[]=file_search_call.results", "include[0]"),
+        ("resp_1?starting_after=0", "starting_after"),
         ("resp_1?what=1", "what"),
         ("resp_1/input_items?limit=0", "limit"),
         ("resp_1/input_items?limit=many", "limit"),

@@ -179,7 +179,10 @@ def test_without_a_limit_an_answer_ends_with_the_context(engine: EngineServer) -
 def test_a_prompt_beyond_the_context_is_refused(engine: EngineServer) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(engine, messages=[{"role": "user", "content": "sea " * 600}])
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        engine.client.completions.create(model="smol", prompt="sea " * 600)
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "prompt")
 
 
 def test_batched_and_tokenized_prompts(engine: EngineServer) -> None:

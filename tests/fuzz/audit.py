@@ -18,13 +18,7 @@ from tests.processes import RigServer, wait_for
 DEADLINE_SECONDS = 60.0
 METERED = frozenset(kind.path for kind in KINDS if kind.is_metered)
 # Errors about the request as a whole; all other 400s are about a field.
-_OF_NO_FIELD = frozenset(
-    (
-        *("invalid_json", "request_too_complex", "invalid_form"),
-        # All messages and tools together.
-        *("context_length_exceeded", "template_error"),
-    )
-)
+_OF_NO_FIELD = frozenset(("invalid_json", "request_too_complex", "invalid_form"))
 # How a stream may end.
 _LAST_EVENTS = (
     b"data: [DONE]",

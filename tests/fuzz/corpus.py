@@ -28,6 +28,10 @@ _PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
     "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+_IMAGE_BLOCK = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": _PIXEL.partition(",")[2]},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +157,28 @@ KINDS = (
             {"model": CHAT_MODEL, "input": "Hi.", "stream": True, "store": False},
             {
                 "model": CHAT_MODEL,
+                "input": [
+                    {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
+                    {
+                        "type": "function_call_output",
+                        "call_id": "1",
+                        "output": [{"type": "input_image", "image_url": _PIXEL}],
+                    },
+                ],
+            },
+            {
+                "model": CHAT_MODEL,
                 "instructions": "Be short.",
                 "input": [
                     {"role": "user", "content": [{"type": "input_text", "text": "Hi."}]},
                     {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
                     {"type": "function_call_output", "call_id": "1", "output": "A sea."},
+                    {"type": "function_call", "call_id": "2", "name": "look", "arguments": "{}"},
+                    {
+                        "type": "function_call_output",
+                        "call_id": "2",
+                        "output": [{"type": "input_text", "text": "A sea."}],
+                    },
                 ],
                 "tools": [{"type": "function", "strict": False, **_FUNCTION}],
                 "text": {"format": {"type": "text"}},
@@ -192,6 +213,27 @@ KINDS = (
                 ],
                 "tools": [{"name": "look", "input_schema": _SCHEMA}],
                 "tool_choice": {"type": "auto"},
+            },
+            {
+                "model": CHAT_MODEL,
+                "max_tokens": 2,
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}],
+                    },
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "tool_result",
+                                "tool_use_id": "t1",
+                                "content": [{"type": "text", "text": "A sea."}, _IMAGE_BLOCK],
+                            },
+                            _IMAGE_BLOCK,
+                        ],
+                    },
+                ],
             },
         ),
         is_metered=True,

@@ -27,13 +27,17 @@ from tests.processes import RigServer, wait_for, write_config
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
 CHAT = "/v1/chat/completions"
 BODY = {"model": "smollm2-135m", "messages": HELLO, "max_tokens": 2}
+JSON_PATHS = (
+    *(CHAT, "/v1/completions", "/v1/embeddings", "/v1/rerank", "/tokenize", "/detokenize"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/batches"),
+)
 SYSTEM_PROMPT = "You are the captain of a ship. Answer in one sentence."
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[RigServer]:
     """A server that waits a second for bodies, with a second, lenient and filtered model."""
-    path = write_config(tmp_path_factory.mktemp("rig"), cache_dir, max_sequences=2)
+    path = write_config(tmp_path_factory.mktemp("rig"), cache_dir, max_sequences=2, max_queue=8)
     config = yaml.safe_load(path.read_text())
     config["server"] |= {"body_timeout_seconds": 1, "max_body_bytes": 200_000}
     filters = {
@@ -88,7 +92,11 @@ def test_404_names_the_path_or_the_model(rig: RigServer) -> None:
     assert answer.status_code == 404
     error = error_of(answer)
     assert (error["code"], error["param"]) == ("unknown_url", None)
-    assert "POST /v1/chat/completion;" in error["message"]
+    assert "POST /v1/chat/completion; did you mean /v1/chat/completions?" in error["message"]
+    for path in ("/chat/completions", "/v1/v1/chat/completions", "/v1//v1/chat/completions"):
+        error = error_of(post(rig, path, json=BODY))
+        assert error["message"].endswith("; did you mean /v1/chat/completions?")
+    assert error_of(post(rig, "/v1/moderations"))["message"].endswith("/docs lists what there is.")
     answer = post(rig, json=BODY | {"model": "filtred"})
     assert answer.status_code == 404
     error = error_of(answer)
@@ -163,26 +171,75 @@ def test_json_is_taken_however_it_is_announced(rig: RigServer, headers: dict[str
         b"{",
         b"[]",
         b"\xff\xfe",
+        b"\0" * 1000,
         b'{"model": "smollm2-135m", "model": "smollm2-135m"}',
         b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"model": NaN}',
-        b'{"model": []}',
-        b'{"model": "\\u0000"}',
+        b'{"temperature": -Infinity}',
         b'{"n": 1e400}',
         b"[" * 100_000,
         b'{"messages":' * 10_000,
-        json.dumps(BODY | {"n": -1}).encode(),
-        json.dumps(BODY | {"n": 10**30}).encode(),
-        json.dumps(BODY | {"max_tokens": -5}).encode(),
-        json.dumps(BODY | {"user": "\0" * 300}).encode(),
-        json.dumps(BODY | {"\0\r\n": 1}).encode(),
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+@pytest.mark.parametrize("path", JSON_PATHS)
+def test_400_for_what_is_no_json_object(rig: RigServer, path: str, body: bytes) -> None:
+    answer = post(rig, path, data=body)
+    assert answer.status_code == 400
+    if path.startswith("/v1/messages"):
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    else:
+        assert error_of(answer)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("n", -1, "invalid_value"),
+        ("n", 0, "invalid_value"),
+        ("n", 129, "invalid_value"),
+        ("n", 10**30, "invalid_value"),
+        ("n", 1.5, "invalid_value"),
+        ("n", "1", "invalid_value"),
+        ("n", True, "invalid_value"),
+        ("max_tokens", -5, "invalid_value"),
+        ("max_tokens", 2**31, "invalid_value"),
+        ("temperature", -0.1, "invalid_value"),
+        ("temperature", 1e308, "invalid_value"),
+        ("top_p", 0, "invalid_value"),
+        ("seed", -(2**63) - 1, "invalid_value"),
+        ("presence_penalty", -2.1, "invalid_value"),
+        ("model", [], "invalid_value"),
+        ("user", "\0" * 300, "invalid_value"),
+        ("\0\r\n", 1, "unknown_parameter"),
+        ("stream_options", {"include_usage": True}, "invalid_value"),
+        ("response_format", "json", "invalid_value"),
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/tokenize"])
-def test_400_for_what_makes_no_sense(rig: RigServer, path: str, body: bytes) -> None:
-    answer = post(rig, path, data=body)
-    assert answer.status_code in (400, 404)
-    error_of(answer)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_400_names_the_field_that_makes_no_sense(
+    rig: RigServer, path: str, field: str, value: Any, code: str
+) -> None:
+    if path != CHAT and field == "response_format":
+        code = "unknown_parameter"
+    body = BODY if path == CHAT else {"model": BODY["model"], "prompt": "The sea"}
+    answer = post(rig, path, json=body | {field: value})
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert (error["param"], error["code"]) == (field, code)
+
+
+def test_a_model_that_cannot_exist_is_not_found(rig: RigServer) -> None:
+    answer = post(rig, json=BODY | {"model": "\0\r\nx"})
+    assert answer.status_code == 404
+    assert error_of(answer)["param"] == "model"
+
+
+def test_more_choices_than_there_can_be_are_refused(rig: RigServer) -> None:
+    answer = post(rig, json=BODY | {"n": 128})
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert (error["param"], error["code"]) == ("n", "too_many_choices")
 
 
 def test_odd_characters_do_no_harm(rig: RigServer) -> None:
@@ -228,6 +285,10 @@ def _check_bugs(gateway: Gateway) -> None:
     async def bug() -> None:
         raise AssertionError
 
+    @app.get("/v1/messages/bug")
+    async def bug_of_messages() -> None:
+        raise AssertionError
+
     @app.get("/number")
     async def number(limit: int) -> int:
         return limit
@@ -237,6 +298,12 @@ def _check_bugs(gateway: Gateway) -> None:
     assert answer.status_code == 500
     assert answer.headers.get_list("x-request-id") == ["mine"]
     assert "mine" in answer.json()["error"]["message"]
+    # The route above comes after the one that answers for all that is not there.
+    app.router.routes.insert(0, app.router.routes.pop(-2))
+    answer = client.get("/v1/messages/bug")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "api_error"
+    assert answer.json()["request_id"] == answer.headers["request-id"]
     answer = client.get("/number", params={"limit": "many"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "limit"

@@ -176,6 +176,7 @@ def test_503_beyond_the_most_connections(rig: RigServer) -> None:
         answers = [all_of(client) for client in clients]
     refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503 ")]
     assert 10 <= len(refused) <= 11
+    assert all(b"\r\nretry-after: 1\r\n" in answer for answer in refused)
     assert rig.get("/health").status_code == 200  # they count no more
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -168,6 +169,37 @@ def test_clients_that_vanish_in_a_body_are_499(rig: RigServer) -> None:
             lambda before=before: rig.series("rigserve_requests_total").get(label, 0) == before + 1,  # type: ignore[misc]
             "the request is counted",
         )
+
+
+def test_half_an_upload_is_408_and_one_that_is_broken_off_leaves_nothing(rig: RigServer) -> None:
+    # Beyond what is kept in memory, it goes to the disk.
+    part = (
+        b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"x" * 2**21
+    )
+    head = "\r\n".join(
+        [
+            "POST /v1/files HTTP/1.1",
+            "host: x",
+            "content-type: multipart/form-data; boundary=b",
+            f"content-length: {2**22}",
+            "",
+            "",
+        ]
+    ).encode()
+    process = psutil.Process(rig.process.pid)
+    rig.get("/health")
+    before = process.num_fds()
+    with connect(rig) as client:
+        client.sendall(head + part)
+        status, answer = answer_to(client)
+    assert status == 408
+    assert answer["error"]["code"] == "request_timeout"
+    for _ in range(10):
+        client = connect(rig)
+        client.sendall(head + part)
+        gone(client)
+    wait_for(lambda: process.num_fds() <= before, "connections and temporary files are closed")
+    assert rig.get("/v1/files").json()["data"] == []
 
 
 def test_clients_that_reset_give_their_slots_back(rig: RigServer) -> None:

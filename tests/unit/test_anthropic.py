@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
-from pydantic import TypeAdapter
+from anthropic import types
+from anthropic.types import Message, RawMessageStreamEvent, message_create_params
+from anthropic.types.beta import message_count_tokens_params as beta_count_tokens_params
+from anthropic.types.beta import message_create_params as beta_message_create_params
+from pydantic import BaseModel, TypeAdapter
 
 from serving.protocol.anthropic import (
     CountTokensRequest,
     MessagesRequest,
     MessageTranslation,
+    blocks,
     error_json,
+    request,
 )
 from serving.protocol.errors import ApiError
-from serving.protocol.requests import ChatCompletionRequest, validated
+from serving.protocol.requests import ChatCompletionRequest, RefusingBody, validated
 
 STREAM_EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 HELLO: dict[str, Any] = {
@@ -56,6 +61,73 @@ def refused(**fields: Any) -> ApiError:
 
 def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
+
+
+def known(body: type[BaseModel]) -> set[str]:
+    names = {field.alias or name for name, field in body.model_fields.items()}
+    return names | set(body.refused if issubclass(body, RefusingBody) else ())
+
+
+def declared(*theirs: Any) -> set[str]:
+    return set().union(*(each.__annotations__ for each in theirs))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            MessagesRequest,
+            declared(
+                message_create_params.MessageCreateParamsBase,
+                message_create_params.MessageCreateParamsStreaming,
+                beta_message_create_params.MessageCreateParamsBase,
+            )
+            - {"betas"},  # a header
+        ),
+        (
+            CountTokensRequest,
+            declared(
+                types.MessageCountTokensParams, beta_count_tokens_params.MessageCountTokensParams
+            )
+            - {"betas"},
+        ),
+        (blocks.Turn, declared(*get_args(types.MessageParam))),
+        (blocks.TextBlock, declared(types.TextBlockParam)),
+        (blocks.ImageBlock, declared(types.ImageBlockParam)),
+        (blocks.Base64Source, declared(types.Base64ImageSourceParam)),
+        (blocks.ThinkingBlock, declared(types.ThinkingBlockParam)),
+        (blocks.ToolUseBlock, declared(types.ToolUseBlockParam)),
+        (blocks.ToolResultBlock, declared(types.ToolResultBlockParam)),
+        (blocks.CacheControl, declared(types.CacheControlEphemeralParam)),
+        (request.Tool, declared(types.ToolParam)),
+        (
+            request.ToolChoice,
+            declared(
+                types.ToolChoiceAnyParam,
+                types.ToolChoiceAutoParam,
+                types.ToolChoiceNoneParam,
+                types.ToolChoiceToolParam,
+            ),
+        ),
+        (request.ThinkingEnabled, declared(types.ThinkingConfigEnabledParam)),
+        (request.ThinkingAdaptive, declared(types.ThinkingConfigAdaptiveParam)),
+        (request.ThinkingDisabled, declared(types.ThinkingConfigDisabledParam)),
+        (request.OutputConfig, declared(types.OutputConfigParam)),
+        (request.OutputFormat, declared(types.JSONOutputFormatParam)),
+        (request.Metadata, declared(types.MetadataParam)),
+    ],
+    ids=lambda each: each.__name__ if isinstance(each, type) else "",
+)
+def test_every_field_of_anthropics_is_known(ours: type[BaseModel], theirs: set[str]) -> None:
+    assert theirs
+    assert theirs - known(ours) == set()
+
+
+@pytest.mark.parametrize("name", sorted(MessagesRequest.refused))
+def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
+    error = refused(**{name: {"some": "thing"}})
+    assert (error.param, error.code) == (name, "unsupported_parameter")
+    assert MessagesRequest.refused[name].reason in error.message
 
 
 def test_fields_are_read() -> None:
@@ -128,6 +200,30 @@ def test_images_become_data_urls_in_their_places() -> None:
         {"type": "text", "text": "a\nb"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
         {"type": "text", "text": "c"},
+    ]
+
+
+def test_images_in_results_follow_them_as_the_users() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    image = {"type": "image", "source": source}
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    calls = [CALL, CALL | {"id": "toolu_2"}]
+    results = [
+        RESULT | {"content": [text("a map"), image]},
+        RESULT | {"tool_use_id": "toolu_2", "content": [image]},
+    ]
+    told = [
+        {"role": "tool", "content": "a map", "tool_call_id": "toolu_1"},
+        {"role": "tool", "content": "", "tool_call_id": "toolu_2"},
+    ]
+    before = (("user", "hi"), ("assistant", calls))
+    assert messages(*before, ("user", results))[2:] == [
+        *told,
+        {"role": "user", "content": [part, part]},
+    ]
+    assert messages(*before, ("user", [*results, text("So?")]), ("user", "Well?"))[2:] == [
+        *told,
+        {"role": "user", "content": [part, part, {"type": "text", "text": "So?\nWell?"}]},
     ]
 
 
@@ -316,25 +412,13 @@ def with_tool(**fields: Any) -> dict[str, Any]:
                     {
                         "role": "user",
                         "content": [
-                            RESULT
-                            | {
-                                "content": [
-                                    {
-                                        "type": "image",
-                                        "source": {
-                                            "type": "base64",
-                                            "media_type": "image/png",
-                                            "data": "",
-                                        },
-                                    }
-                                ]
-                            }
+                            RESULT | {"content": [{"type": "document", "source": {"type": "text"}}]}
                         ],
                     },
                 ]
             },
             "messages[1].content[0].content[0]",
-            "from users only",
+            "no documents",
         ),
     ],
 )

@@ -10,7 +10,13 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types import shared_params
+from openai.types import (
+    batch_create_params,
+    batch_list_params,
+    file_create_params,
+    file_list_params,
+    shared_params,
+)
 from openai.types.chat import (
     chat_completion_assistant_message_param,
     chat_completion_content_part_image_param,
@@ -26,7 +32,7 @@ from openai.types.chat import (
 from pydantic import BaseModel
 
 from serving.gateway.filters import Filters
-from serving.protocol import requests
+from serving.protocol import batches, requests
 from serving.protocol.embeddings import EmbeddingRequest
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
@@ -104,6 +110,92 @@ def test_every_field_of_the_objects_in_them_is_known(theirs: type, ours: type[Ba
     fields = set(theirs.__annotations__)
     assert fields
     assert fields - known(ours) == set()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (batch_create_params.BatchCreateParams, batches.BatchRequest),
+        (batch_create_params.OutputExpiresAfter, batches.ExpiresAfter),
+        (batch_list_params.BatchListParams, batches.PageQuery),
+        (file_create_params.ExpiresAfter, batches.ExpiresAfter),
+        (file_list_params.FileListParams, batches.FilesQuery),
+    ],
+)
+def test_every_field_of_files_and_batches_is_known(theirs: type, ours: type[BaseModel]) -> None:
+    assert theirs.__annotations__.keys() == known(ours)
+
+
+def test_every_field_of_an_upload_is_known() -> None:
+    fields = set(file_create_params.FileCreateParams.__annotations__)
+    assert fields == known(batches.UploadFields) | {"file"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"service_tier": "priority"}, "service_tier", "'priority' is not supported: no request"),
+        ({"service_tier": "scale"}, "service_tier", "'flex' goes after"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "'function'"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "not padded",
+        ),
+        *(
+            (
+                {
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "image_url", "image_url": {"url": "x", "detail": detail}}
+                            ],
+                        }
+                    ]
+                },
+                "messages[0].content[0].image_url.detail",
+                "projector's matter",
+            )
+            for detail in ("low", "high", "original")
+        ),
+    ],
+)
+def test_a_refused_value_is_named_with_the_reason(
+    fields: dict[str, Any], param: str, why: str
+) -> None:
+    error = refusal(ChatCompletionRequest, fields)
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+    assert why in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice", "no other"),
+        ({"response_format": "json"}, "response_format", "must be a JSON object"),
+        ({"messages": ["hi"]}, "messages[0]", "must be a JSON object"),
+        *(
+            (
+                {"messages": [{"role": "user", "content": [{"type": kind}]}]},
+                "messages[0].content[0]",
+                why,
+            )
+            for kind, why in (
+                ("file", "read no files"),
+                ("input_audio", "hear no audio"),
+                ("refusal", "goes back as text"),
+            )
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_the_clients_words(
+    fields: dict[str, Any], param: str, why: str
+) -> None:
+    error = refusal(ChatCompletionRequest, fields)
+    assert (error.param, error.code) == (param, "invalid_value")
+    assert why in error.message
 
 
 REFUSALS = [(kind, name, refused) for kind in SMALLEST for name, refused in kind.refused.items()]

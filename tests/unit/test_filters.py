@@ -343,6 +343,28 @@ def test_a_lenient_server_drops_tools_of_kinds_that_are_not_here() -> None:
     assert caught.value.param == "tools[0].type"
 
 
+def test_a_lenient_server_drops_values_that_are_not_here() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,", "detail": "high"}}
+    function = {"type": "function", "function": {"name": "f"}}
+    request, ignored = lenient_read(
+        {
+            "service_tier": "priority",
+            "messages": [{"role": "user", "content": [image]}],
+            "tools": [{"type": "custom", "custom": {"name": "c"}}, function],
+            "stream": True,
+            "stream_options": {"include_usage": True, "include_obfuscation": True},
+        }
+    )
+    assert request.service_tier is None
+    assert request.has_images
+    assert [tool.function.name for tool in request.tools or ()] == ["f"]
+    assert request.wants_usage_chunk
+    assert set(ignored) == {
+        *("service_tier", "messages[].content[].image_url.detail", "tools[]"),
+        "stream_options.include_obfuscation",
+    }
+
+
 def test_a_lenient_server_still_refuses_what_is_wrong() -> None:
     wrong: list[dict[str, Any]] = [
         {"temperature": 9},

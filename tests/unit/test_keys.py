@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +92,31 @@ def test_changes_arrive_by_themselves_and_uses_are_written(tmp_path: Path, store
     used_at = store.get("a").last_used_at
     assert used_at is not None
     assert abs(time.time() - used_at) < 5
+
+
+_MAKE_KEY = """
+import sys
+from pathlib import Path
+from serving.keys.store import KeyStore
+from serving.protocol.keys import NewKey
+store = KeyStore(Path(sys.argv[1]))
+print(store.create(NewKey(name=sys.argv[2]))[1])
+store.close()
+"""
+
+
+def test_changes_of_other_processes_arrive_again_and_again(
+    tmp_path: Path, store: KeyStore, ring: KeyRing
+) -> None:
+    """A server has several connections; a command that ends must not take the last one's log away."""
+    for name in ("first", "second", "third"):
+        command = [sys.executable, "-c", _MAKE_KEY, str(tmp_path), name]
+        made = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        secret = made.stdout.strip()
+        wait_for(lambda secret=secret: ring.find(secret), f"the {name} key is known", 5)  # type: ignore[misc]
+        store.revoke(name)
+        with closing(KeyStore(tmp_path)) as other:
+            assert other.get(name).revoked_at is not None
 
 
 def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

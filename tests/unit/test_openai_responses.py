@@ -10,7 +10,15 @@ import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types import responses, shared_params
+from openai.types.responses import (
+    Response,
+    ResponseStreamEvent,
+    response_create_params,
+    response_input_item_param,
+    response_reasoning_item_param,
+    response_retrieve_params,
+)
 from openai.types.responses.response_create_params import (
     ResponseCreateParamsBase,
     ResponseCreateParamsStreaming,
@@ -24,9 +32,16 @@ from serving.protocol.openai_responses import (
     ResponseRequest,
     ResponseTranslation,
     begun,
+    items,
     numbered,
+    request,
 )
-from serving.protocol.requests import ChatCompletionRequest, read_object, validated
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    RefusingBody,
+    read_object,
+    validated,
+)
 
 EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
 SDK_ITEM: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseItem)
@@ -186,6 +201,63 @@ def test_images_are_the_users() -> None:
         {"type": "image_url", "image_url": {"url": PNG}},
     ]
     assert refused(input=[{"role": "system", "content": [image]}]).param == "input[0].content"
+
+
+def test_images_in_outputs_follow_them_as_the_users() -> None:
+    image = {"type": "input_image", "image_url": PNG, "detail": "auto"}
+    output = OUTPUT | {"output": [{"type": "input_text", "text": "see"}, image]}
+    shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PNG}}]}
+    said = {"role": "tool", "tool_call_id": "call_1", "content": "see"}
+    assert messages([CALL, output])[1:] == [said, shown]
+    second = {"call_id": "call_2"}
+    asked = messages(
+        [CALL, CALL | second, output, OUTPUT | second, {"role": "user", "content": "?"}]
+    )
+    assert asked[1:] == [
+        said,
+        {"role": "tool", "tool_call_id": "call_2", "content": "a cat"},
+        shown,
+        {"role": "user", "content": "?"},
+    ]
+    error = refused(input=[CALL, OUTPUT | {"output": [{"type": "input_file", "file_id": "f"}]}])
+    assert error.param == "input[1].output[0]"
+    assert "read no files" in error.message
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (items.MessageItem, responses.EasyInputMessageParam),
+        (items.MessageItem, response_input_item_param.Message),
+        (items.MessageItem, responses.ResponseOutputMessageParam),
+        (items.InputText, responses.ResponseInputTextParam),
+        (items.InputImage, responses.ResponseInputImageParam),
+        (items.OutputText, responses.ResponseOutputTextParam),
+        (items.OutputRefusal, responses.ResponseOutputRefusalParam),
+        (items.ReasoningItem, responses.ResponseReasoningItemParam),
+        (items.SummaryText, response_reasoning_item_param.Summary),
+        (items.ReasoningText, response_reasoning_item_param.Content),
+        (items.FunctionCallItem, responses.ResponseFunctionToolCallParam),
+        (items.FunctionCallOutputItem, response_input_item_param.FunctionCallOutput),
+        (request.FunctionTool, responses.FunctionToolParam),
+        (request.NamedFunction, responses.ToolChoiceFunctionParam),
+        (request.AllowedTools, responses.ToolChoiceAllowedParam),
+        (request.TextConfig, responses.ResponseTextConfigParam),
+        (request.SchemaFormat, responses.ResponseFormatTextJSONSchemaConfigParam),
+        (request.Reasoning, shared_params.Reasoning),
+        (request.StreamOptions, response_create_params.StreamOptions),
+        (request.RetrieveQuery, response_retrieve_params.ResponseRetrieveParamsStreaming),
+        (request.RetrieveQuery, response_retrieve_params.ResponseRetrieveParamsBase),
+        (request.InputItemsQuery, responses.InputItemListParams),
+    ],
+)
+def test_every_field_of_the_objects_in_them_is_known(
+    ours: type[pydantic.BaseModel], theirs: Any
+) -> None:
+    names = {field.alias or name for name, field in ours.model_fields.items()}
+    names |= set(ours.refused if issubclass(ours, RefusingBody) else ())
+    assert theirs.__annotations__
+    assert set(theirs.__annotations__) - names == set()
 
 
 @pytest.mark.parametrize(

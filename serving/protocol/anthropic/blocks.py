@@ -127,7 +127,7 @@ _Shown = Annotated[
     Discriminator(
         by_type,
         custom_error_type="block",
-        custom_error_message="a block's type must be 'text' here: models read no documents and "
+        custom_error_message="a block's type must be 'text' or 'image' here: models read no documents and "
         "no search results",
     ),
 ]
@@ -154,19 +154,15 @@ class ToolResultBlock(_Block):
         None, description="Chat templates know no errors: the text then begins with 'Error: '."
     )
 
-    @model_validator(mode="after")
-    def _only_text(self) -> Self:
-        for index, block in enumerate(self.content or ()):
-            if isinstance(block, ImageBlock):
-                raise conflict(
-                    f"content[{index}]",
-                    "chat templates take images from users only; send it beside the tool_result",
-                )
-        return self
+    @property
+    def images(self) -> list[ImageBlock]:
+        """What the result shows."""
+        shown = self.content if isinstance(self.content, list) else ()
+        return [block for block in shown if isinstance(block, ImageBlock)]
 
     @property
     def text(self) -> str:
-        """The result as one string."""
+        """What the result says, as one string."""
         if isinstance(self.content, str):
             text = self.content
         else:
@@ -271,15 +267,23 @@ class _ChatTurn:
 
 
 def conversation(turns: Iterable[Turn]) -> list[dict[str, Any]]:
-    """The turns as a chat's messages: what one speaker says in a row is one message, each result its own."""
+    """The turns as a chat's messages: what one speaker says in a row is one message, each result its own.
+
+    Chat templates take images from users only: those in results follow them, as the user's.
+    """
     chat: list[_ChatTurn] = []
     for turn in turns:
+        images: list[TextBlock | ImageBlock] = []
         for block in turn.blocks:
             if isinstance(block, ToolResultBlock):
                 result = TextBlock(type="text", text=block.text)
                 chat.append(_ChatTurn("tool", answers=block.tool_use_id, shown=[result]))
+                images += block.images
                 continue
             if not chat or chat[-1].role != turn.role:
-                chat.append(_ChatTurn(turn.role))
+                chat.append(_ChatTurn(turn.role, shown=images))
+                images = []
             chat[-1].add(block)
+        if images:
+            chat.append(_ChatTurn("user", shown=images))
     return [each.message for each in chat]

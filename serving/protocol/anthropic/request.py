@@ -182,6 +182,10 @@ class CountTokensRequest(RefusingBody):
     """Body of ``POST /v1/messages/count_tokens``: a conversation."""
 
     refused: ClassVar[Mapping[str, Refusal]] = {
+        "billing_policy": Refusal("nothing is billed here"),
+        "compaction": Refusal(
+            "conversations are not shortened here; send what the model should see"
+        ),
         "context_management": Refusal(
             "conversations are not edited here; send what the model should see",
             ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
@@ -191,6 +195,10 @@ class CountTokensRequest(RefusingBody):
         ),
         "output_format": Refusal("Anthropic has replaced it by 'output_config.format'; send that"),
         "speed": Refusal("every request is served as fast as the engine can", ("standard",)),
+        "user_profile_id": Refusal("there are no such profiles here; send 'metadata.user_id'"),
+        "workspace_id": Refusal(
+            "there are no workspaces here; the API key says whose a request is"
+        ),
     }
 
     model: str = Field(min_length=1, max_length=256)
@@ -296,7 +304,10 @@ class MessagesRequest(CountTokensRequest):
         **CountTokensRequest.refused,
         "container": Refusal("nothing here runs code"),
         "diagnostics": Refusal("messages are not kept here, so none can be compared"),
+        "fallback_credit_token": Refusal("there are no such credits here"),
+        "fallbacks": Refusal("only the model that is named answers", ([],)),
         "inference_geo": Refusal("inference happens where this server is"),
+        "thread": Refusal("conversations are not kept here; send all of it"),
     }
 
     max_tokens: int = Field(ge=1, le=_MAX_INT32)

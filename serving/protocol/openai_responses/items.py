@@ -12,11 +12,13 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from serving.protocol.errors import ApiError, conflict, unsupported
 from serving.protocol.requests import (
     MAX_PARTS,
+    OTHER_DETAIL,
     FunctionCall,
     ImagePart,
     ImageUrl,
     Message,
     Refusal,
+    RefusedValues,
     RefusingBody,
     TextPart,
     ToolCall,
@@ -65,11 +67,18 @@ class InputText(_InputPart):
 
 
 class InputImage(_InputPart):
-    """An image; ``detail`` cannot be chosen: how closely a model looks is its projector's matter."""
+    """An image."""
+
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {"detail": OTHER_DETAIL}
 
     type: Literal["input_image"]
     image_url: str = Field(description="A data URL.")
     detail: Literal["auto"] = "auto"
+
+    @property
+    def part(self) -> ImagePart:
+        """The same in a chat."""
+        return ImagePart(type="image_url", image_url=ImageUrl(url=self.image_url))
 
 
 class OutputText(_Part):
@@ -111,7 +120,8 @@ ContentPart = Annotated[
     Discriminator(
         by_type,
         custom_error_type="content_part",
-        custom_error_message="a part's type must be 'input_text', 'input_image', 'output_text' or 'refusal'",
+        custom_error_message="a part's type must be 'input_text', 'input_image', 'output_text' or 'refusal': "
+        "models here read no files and hear no audio",
     ),
 ]
 _Content = Annotated[
@@ -119,8 +129,17 @@ _Content = Annotated[
     | Annotated[ListOf[ContentPart], Field(min_length=1, max_length=MAX_PARTS), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
 ]
+_OutputPart = Annotated[
+    Annotated[InputText, Tag("<input_text>")] | Annotated[InputImage, Tag("<input_image>")],
+    Discriminator(
+        by_type,
+        custom_error_type="output_part",
+        custom_error_message="a part's type must be 'input_text' or 'input_image' here: models read no files",
+    ),
+]
 _Output = Annotated[
-    Annotated[str, Tag("<str>")] | Annotated[ListOf[InputText], Tag("<list>")],
+    Annotated[str, Tag("<str>")]
+    | Annotated[ListOf[_OutputPart], Field(max_length=MAX_PARTS), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<str>"),
 ]
 
@@ -163,7 +182,7 @@ class MessageItem(_Part):
         return Message(
             role=self.role,
             content=[
-                ImagePart(type="image_url", image_url=ImageUrl(url=part.image_url))
+                part.part
                 if isinstance(part, InputImage)
                 else TextPart(type="text", text=_text_of(part))
                 for part in self._parts
@@ -247,8 +266,18 @@ def _unseal(sealed: str) -> str:
     )
 
 
+_CALLER = Refusal("only the model calls functions here", ({"type": "direct"},))
+_NAMESPACE = Refusal("functions have no namespaces here")
+
+
 class FunctionCallItem(_Part):
     """A call the model made."""
+
+    refused: ClassVar[Mapping[str, Refusal]] = {
+        "async": Refusal("functions are called, not awaited, here", (False,)),
+        "caller": _CALLER,
+        "namespace": _NAMESPACE,
+    }
 
     type: Literal["function_call"]
     id: str | None = Field(None, max_length=256)
@@ -272,17 +301,28 @@ class FunctionCallItem(_Part):
 class FunctionCallOutputItem(_Part):
     """What came of a call."""
 
+    refused: ClassVar[Mapping[str, Refusal]] = {"caller": _CALLER, "namespace": _NAMESPACE}
+
     type: Literal["function_call_output"]
     id: str | None = Field(None, max_length=256)
     call_id: str = Field(min_length=1, max_length=256)
+    name: str | None = Field(
+        None, max_length=256, exclude=True, description="The function's, which the call has, too."
+    )
     output: _Output
     status: _Status = "completed"
 
     @property
+    def images(self) -> list[ImagePart]:
+        """What it shows, as parts of a chat's message."""
+        parts = self.output if isinstance(self.output, list) else ()
+        return [part.part for part in parts if isinstance(part, InputImage)]
+
+    @property
     def message(self) -> Message:
-        """The same in a chat."""
+        """What it says, in a chat."""
         output = self.output
-        text = output if isinstance(output, str) else "".join(part.text for part in output)
+        text = output if isinstance(output, str) else "".join(map(_text_of, output))
         return Message(role="tool", tool_call_id=self.call_id, content=text)
 
     def to_json(self) -> dict[str, Any]:
@@ -331,12 +371,17 @@ def numbered(items: Iterable[Item], taken: set[str]) -> list[dict[str, Any]]:
 def conversation(items: Iterable[Item]) -> list[Message]:
     """The items as messages of a chat.
 
+    Chat templates take images from users only: those in outputs of functions follow them, as the user's.
     Raises :class:`ApiError` (400) when a function's call and its output do not come in pairs.
     """
     messages: list[Message] = []
+    images: list[ImagePart] = []
     turn = _AssistantTurn()
     unanswered: set[str] = set()
     for item in items:
+        if images and not isinstance(item, FunctionCallOutputItem):
+            messages.append(Message(role="user", content=[*images]))
+            images = []
         spoken = isinstance(item, MessageItem) and item.role == "assistant"
         if spoken or isinstance(item, ReasoningItem | FunctionCallItem):
             if not turn.takes(item):
@@ -357,12 +402,15 @@ def conversation(items: Iterable[Item]) -> list[Message]:
                     f"No function call found for the output with call_id '{item.call_id}'."
                 )
             unanswered.remove(item.call_id)
+            images += item.images
         assert isinstance(item, MessageItem | FunctionCallOutputItem)
         messages.append(item.message)
     if unanswered:
         raise _mismatch(f"No output found for the function call '{min(unanswered)}'.")
     if not turn.is_empty:
         messages.append(turn.message)
+    if images:
+        messages.append(Message(role="user", content=[*images]))
     return messages
 
 

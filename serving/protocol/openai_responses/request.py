@@ -7,18 +7,21 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from serving.protocol.errors import ApiError, conflict, unsupported
+from serving.protocol.errors import ApiError, conflict
 from serving.protocol.openai_responses.items import Item, MessageItem, by_type, conversation
 from serving.protocol.openai_responses.names import renamed
 from serving.protocol.requests import (
     MAX_MESSAGES,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
+    OTHER_TIERS,
     ChatCompletionRequest,
     Function,
     ModelRequest,
     Refusal,
+    RefusedValues,
     RefusingBody,
+    only_functions,
     validated,
 )
 from serving.protocol.structured import Body, JsonSchema, ListOf
@@ -64,14 +67,7 @@ class FunctionTool(RefusingBody, Function):
 
     type: Literal["function"]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _only_functions(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") not in (None, "function"):
-            raise unsupported(
-                "type", "only tools of type 'function' can be used here", tells_kind=True
-            )
-        return value
+    _only_functions = model_validator(mode="before")(only_functions)
 
 
 class NamedFunction(Body):
@@ -96,7 +92,8 @@ ToolChoice = Annotated[
     Discriminator(
         lambda value: "<word>" if isinstance(value, str) else by_type(value),
         custom_error_type="tool_choice",
-        custom_error_message="must be 'none', 'auto', 'required', a function or allowed_tools",
+        custom_error_message="must be 'none', 'auto', 'required', a function or allowed_tools: "
+        "there are no other tools here",
     ),
 ]
 
@@ -147,15 +144,12 @@ class Reasoning(RefusingBody):
         "mode": Refusal("models here have one mode", ("standard",)),
     }
 
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {
+        "summary": RefusedValues(_NO_SUMMARIES, ("concise", "detailed"))
+    }
+
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto"] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _in_full(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("summary") in ("concise", "detailed"):
-            raise unsupported("summary", _NO_SUMMARIES)
-        return value
 
 
 _Input = Annotated[
@@ -197,6 +191,7 @@ class ResponseRequest(ModelRequest):
             "what does not fit into the model's context is refused, not shortened", ("disabled",)
         ),
     }
+    refused_values: ClassVar[Mapping[str, RefusedValues]] = {"service_tier": OTHER_TIERS}
 
     input: _Input | None = None
     instructions: str | None = None
@@ -347,11 +342,13 @@ class RetrieveQuery(_Query):
 
     stream: bool = False
     include_obfuscation: bool = False
+    starting_after: int | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        for name in ("stream", "include_obfuscation"):
-            if getattr(self, name):
+        for name in ("stream", "include_obfuscation", "starting_after"):
+            value = getattr(self, name)
+            if value is not None and value is not False:
                 raise conflict(
                     name, f"'{name}' is not supported: stored responses are not streamed"
                 )
