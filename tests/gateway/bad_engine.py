@@ -16,12 +16,15 @@ from serving.config import ModelConfig
 from serving.engines.launch import Files, Launch
 from serving.engines.llama_cpp import LlamaCppLauncher
 
+# Where it stands in a body, the engine puts that header of the request.
+TRACEPARENT = "TRACEPARENT"
 _DONE = "data: [DONE]\n\n"
 # By what is said: the status, the content type and the body.
 GARBAGE: dict[str, tuple[int, str, str]] = {
     "page": (200, "text/html", "<html>Welcome to nginx!</html>"),
     "list": (200, "application/json", "[]"),
     "error page": (500, "text/html", "<html>Bad gateway</html>"),
+    "traceparent": (200, "application/json", f'{{"choices": [], "id": "{TRACEPARENT}"}}'),
     "nothing": (200, "application/json", ""),
     "odd usage": (200, "application/json", '{"choices": [], "usage": {"prompt_tokens": "many"}}'),
     "odd timings": (200, "application/json", '{"usage": {}, "timings": {"predicted_ms": 1}}'),
@@ -47,6 +50,7 @@ async def _answer(request: web.Request) -> web.Response:
     body = json.loads(await request.read())
     said = body["messages"][0]["content"] if "messages" in body else "list"
     status, kind, text = GARBAGE[said]
+    text = text.replace(TRACEPARENT, request.headers.get("traceparent", "-"))
     return web.Response(status=status, content_type=kind, text=text)
 
 

@@ -33,6 +33,7 @@ def report(tmp_path: Path, text: str) -> list[str]:
     [
         ("    context_length: abc\n", "4: models[0].context_length: expected a whole number; got 'abc'"),
         ("    context_length: 4096.5\n", "4: models[0].context_length: expected a whole number; got 4096.5"),
+        ("tracing: {endpoint: 'collector:4318'}\n", "4: tracing.endpoint: 'collector:4318' is no base URL, such as http://collector.example.org:4318"),
         ("    context_length: '4096'\n", "4: models[0].context_length: expected a whole number; got '4096'; leave out the quotes"),
         ("    context_length: true\n", "4: models[0].context_length: expected a whole number; got true"),
         ("    context_length: [1, 2]\n", "4: models[0].context_length: expected a whole number; got a list of 2"),
