@@ -36,6 +36,7 @@ _SECRETS = (
     ),
     re.compile(r"(?i)([?&](?:api[_-]?key|key|token|access_token|secret)=)[^\s&\"']+"),
     re.compile(r"()\bsk-[\w-]{12,}"),
+    re.compile(r"()\brs-[\w-]{40,}"),
 )
 
 
@@ -74,13 +75,17 @@ def lines_of(folder: Path, model: str | None, count: int, *, follow: bool) -> It
     name = "*" if model is None else quote(model, safe="")
     paths = sorted(folder.glob(f"{name}{_SUFFIX}")) if folder.is_dir() else []
     if not paths:
-        raise LogError(f"no engine {'of ' + model if model else ''} has written to {folder} yet")
-    readers = [_Reader(path, show_name=len(paths) > 1) for path in paths]
-    for reader in readers:
+        whose = f"no engine of {model}" if model else "no engine"
+        raise LogError(f"{whose} has written to {folder} yet")
+    show_names = len(paths) > 1 or (follow and model is None)
+    readers = {path: _Reader(path, show_name=show_names) for path in paths}
+    for reader in readers.values():
         yield from reader.last(count)
     while follow:
-        for reader in readers:
-            yield from reader.new()
+        for path in sorted(folder.glob(f"{name}{_SUFFIX}")):
+            if path not in readers:  # an engine's first start
+                readers[path] = _Reader(path, show_name=show_names)
+            yield from readers[path].new()
         time.sleep(_FOLLOW_INTERVAL_SECONDS)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from serving.config import load_config
 from serving.keys.key import Key
-from serving.keys.render import key_table, keys_table
+from serving.keys.render import key_table, keys_table, moment_text
 from serving.keys.store import KeyStore
 from serving.protocol.keys import BudgetPeriod, NewKey
 from serving.protocol.requests import validated
@@ -118,6 +118,8 @@ def _rotate(args: argparse.Namespace) -> int:
     with closing(_store(args)) as store:
         key, secret = store.rotate(args.name, args.grace)
     _print_key(args, key, secret)
+    if args.grace and not args.json:
+        print(f"The secret before it is good until {moment_text(time.time() + args.grace)}.")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -90,6 +92,29 @@ def test_changes_arrive_by_themselves_and_uses_are_written(tmp_path: Path, store
     used_at = store.get("a").last_used_at
     assert used_at is not None
     assert abs(time.time() - used_at) < 5
+
+
+def test_commands_reach_a_server_whose_keys_nobody_else_has_open(tmp_path: Path) -> None:
+    """A server has the keys open twice, and each command, a process that ends, is the only other one."""
+    (tmp_path / "m.gguf").touch()
+    config = tmp_path / "rig.yaml"
+    config.write_text("models: [{name: m, source: m.gguf}]\nstorage: {data_dir: .}\n")
+
+    def command(*words: str) -> Any:
+        line = [sys.executable, "-m", "serving", "keys", *words, "--json", "--config", str(config)]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+        return json.loads(done.stdout)
+
+    with closing(KeyRing(tmp_path)) as ring, closing(KeyStore(tmp_path)) as admin_api:
+        for name in ("one", "two"):
+            secret = command("create", name)["secret"]
+            wait_for(lambda s=secret: ring.find(s), "the new key is known", 3)
+            new = command("rotate", name)["secret"]
+            wait_for(lambda s=new: ring.find(s), "the new secret is known", 3)
+            assert ring.find(secret) is None
+            command("revoke", name)
+            wait_for(lambda s=new: ring.find(s) is None, "it is revoked", 3)
+        assert [key.state(0) for key in admin_api.all()] == ["revoked", "revoked"]
 
 
 def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
