@@ -36,6 +36,7 @@ _SECRETS = (
     ),
     re.compile(r"(?i)([?&](?:api[_-]?key|key|token|access_token|secret)=)[^\s&\"']+"),
     re.compile(r"()\bsk-[\w-]{12,}"),
+    re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)"),
     re.compile(r"()\brs-[\w-]{40,}"),
 )
 

@@ -288,6 +288,19 @@ def test_sdks_understand_429(rig: KeyedRig) -> None:
         )
 
 
+def test_a_client_that_hangs_up_gives_its_place_back(rig: KeyedRig) -> None:
+    secret = rig.new_key("fickle", max_concurrent=1, tokens_per_minute=1000)
+    headers = {"authorization": f"Bearer {secret}"}
+    body = BODY | {"stream": True, "max_tokens": 400, "ignore_eos": True}
+    with requests.post(
+        rig.base_url + CHAT, json=body, headers=headers, stream=True, timeout=60
+    ) as stream:
+        next(stream.iter_lines())
+        assert rig.chat(secret).status_code == 429
+    # And the tokens that it left unused: 400 more would not have fitted beside them.
+    wait_for(lambda: rig.chat(secret, max_tokens=400).status_code == 200, "its place is free", 10)
+
+
 def test_limits_are_exact_across_50_requests_at_once(rig: KeyedRig) -> None:
     for name, limits in (
         ("by-count", {"requests_per_minute": 7}),

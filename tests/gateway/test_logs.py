@@ -244,6 +244,7 @@ def test_prompts_are_written_only_when_asked_and_only_there(
         "GET /v1/models?api_key=SECRET-1234567890&x=1",
         "/x?a=1&token=SECRET-1234567890",
         "the key sk-SECRET-1234567890 is wrong",
+        "cannot reach https://ana:SECRET-1@collector.example.org:4318/v1/traces",
         f"rigserve's own: {new_secret()[:3]}SECRET{new_secret()[9:]}",
     ],
 )
@@ -253,5 +254,5 @@ def test_keys_are_redacted(text: str) -> None:
 
 
 def test_other_words_are_left_alone() -> None:
-    text = "a bearer of news; 5 tokens: 12 keys, authorization failed; key ana of team"
+    text = "a bearer of news; 5 tokens: 12 keys, authorization failed; key ana of team; http://127.0.0.1:80/@x:1"
     assert redacted(text) == text

@@ -138,6 +138,8 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert (keys["intern"]["budget_usd"], keys["intern"]["budget_period"]) == (5.0, "day")
     assert "rs-" in told["rotate"]
     assert "rs-" not in told["list"] + told["show"] + told["revoke"]
+    assert main(["keys", "create", "typo", "--models", "smolm2", "--config", str(config)]) == 0
+    assert capsys.readouterr().err == f"note: {config} serves no smolm2\n"
     for wrong in (
         ["show", "nobody"],
         ["create", "ops"],
