@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import requests
@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tests.gateway.test_bad_engine import BadRig
 from tests.processes import RigServer, wait_for, write_config
 
-CHAT = "/v1/chat/completions"
+CHAT: Final = "/v1/chat/completions"
 SECRET = "the-password-is-swordfish"  # noqa: S105
 BODY: dict[str, Any] = {
     "model": "gpt-4o-mini",
@@ -179,6 +179,7 @@ def test_a_request_is_a_span_with_its_phases_below(
 
 def test_each_kind_of_request_has_its_operation(rig: RigServer, collector: Collector) -> None:
     plain = {"model": "smollm2-135m", "max_tokens": 2}
+    body: Any
     for path, body, name in (
         ("/v1/completions", {"prompt": "The sea"}, "text_completion smollm2-135m"),
         ("/v1/messages", {"messages": BODY["messages"]}, "chat smollm2-135m"),
@@ -188,7 +189,7 @@ def test_each_kind_of_request_has_its_operation(rig: RigServer, collector: Colle
             "chat smollm2-135m",
         ),
     ):
-        fields = {k: v for k, v in (plain | body).items() if v is not None}
+        fields: Any = {k: v for k, v in (plain | body).items() if v is not None}
         headers = {"x-request-id": f"kind-{path}"}
         answer = requests.post(rig.base_url + path, json=fields, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
@@ -253,7 +254,7 @@ def test_a_response_in_the_background_and_a_batch_are_traced(
     rig: RigServer, collector: Collector
 ) -> None:
     trace_id = "3" * 32
-    body = {
+    body: Any = {
         "model": "smollm2-135m", "input": "Hi", "max_output_tokens": 2, "background": True
     }  # fmt: skip
     headers = {"x-request-id": "behind", "traceparent": f"00-{trace_id}-{PARENT_ID}-01"}

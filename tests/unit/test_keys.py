@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,18 @@ def test_commands_reach_a_server_whose_keys_nobody_else_has_open(tmp_path: Path)
         done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
         return json.loads(done.stdout)
 
+    def is_gone(secret: str) -> bool:
+        return ring.find(secret) is None
+
     with closing(KeyRing(tmp_path)) as ring, closing(KeyStore(tmp_path)) as admin_api:
         for name in ("one", "two"):
             secret = command("create", name)["secret"]
-            wait_for(lambda s=secret: ring.find(s), "the new key is known", 3)
+            wait_for(partial(ring.find, secret), "the new key is known", 3)
             new = command("rotate", name)["secret"]
-            wait_for(lambda s=new: ring.find(s), "the new secret is known", 3)
+            wait_for(partial(ring.find, new), "the new secret is known", 3)
             assert ring.find(secret) is None
             command("revoke", name)
-            wait_for(lambda s=new: ring.find(s) is None, "it is revoked", 3)
+            wait_for(partial(is_gone, new), "it is revoked", 3)
         assert [key.state(0) for key in admin_api.all()] == ["revoked", "revoked"]
 
 

@@ -73,7 +73,7 @@ def test_models_fit_80_columns() -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_keys_fit_80_columns(width: int) -> None:
     everything = Allowance(60, 20_000, 2, 5.0, 1_000_000, "day")
-    moments = {"created_at": NOW_UNIX, "last_used_at": NOW_UNIX}
+    moments: Any = {"created_at": NOW_UNIX, "last_used_at": NOW_UNIX}
     table = keys_table(
         [
             Key("key-1", "alice", "alice", 1.0, "interactive", None, Allowance(), True, **moments),
