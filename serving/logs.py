@@ -98,8 +98,18 @@ def redacted(text: str) -> str:
 
 
 class _HumanFormatter(logging.Formatter):
+    """A line of text: when, unless systemd's journal notes that itself, and how bad, unless it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stat = os.fstat(sys.stderr.fileno())
+        in_journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+        self._time = None if in_journal else "%Y-%m-%d %H:%M:%S "
+
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        time = self.formatTime(record, self._time) if self._time else ""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return redacted(f"{time}{level}{super().format(record)}")
 
 
 class _JsonFormatter(logging.Formatter):

@@ -89,7 +89,7 @@ async def _serve(options: EngineOptions, port: int) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 1
     _log.info(
-        "loaded %s in %.1f s: %d sequences of %d tokens, %d threads",
+        "loaded %s in %.1f s: %d sequences of %d tokens, threads: %d",
         *(options.model_path.name, time.monotonic() - began_at),
         *(options.max_sequences, options.context_length, options.threads),
     )

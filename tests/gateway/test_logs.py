@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -149,6 +150,28 @@ for number in range(200):
     assert list(lines_of(folder, None, 1, follow=False)) == [
         "[org/other] Bearer [redacted]",
         "[smol] line 199",
+    ]
+
+
+@pytest.mark.parametrize("in_journal", [False, True])
+def test_text_has_the_time_unless_the_journal_has(tmp_path: Path, in_journal: bool) -> None:
+    script = """
+import logging, os, pathlib, sys
+from serving import logs
+from serving.config import LoggingConfig
+stat = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}" if sys.argv[2] == "True" else "1:2"
+logs.set_up(LoggingConfig(), pathlib.Path(sys.argv[1]))
+logging.info("all is well")
+logging.error("with Bearer SECRET-1234567890")
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), str(in_journal)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    times = [line[:20] for line in lines if not in_journal]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", each) for each in times)
+    assert [line[0 if in_journal else 20 :] for line in lines] == [
+        "all is well",
+        "ERROR: with Bearer [redacted]",
     ]
 
 
