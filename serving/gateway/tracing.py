@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import __version__
 from serving.config import TracingConfig
 from serving.cost.ledger import UsageRecord
-from serving.protocol.requests import ChatCompletionRequest, GenerationRequest, ModelRequest
+from serving.protocol.requests import ChatCompletionRequest, CompletionRequest, ModelRequest
 from serving.protocol.requests import Message as ChatMessage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _OPERATIONS = {
     "/v1/rerank": "rerank",
 }
 # Inside a JSON string the quotes would be escaped: generated text cannot look like this.
-_FINISH_REASON = re.compile(rb'"finish_reason":"([a-z_]+)"')
+_FINISH_REASON = re.compile(rb'"finish_reason": ?"([a-z_]+)"')
 # How long the end of the server waits for a collector that does not answer.
 _LAST_WORDS_SECONDS = 3.0
 
@@ -66,9 +66,9 @@ class Trace:
             return
         self._span.update_name(f"{self._operation} {body.model}")
         told: dict[str, Any] = {"gen_ai.request.model": body.model}
-        if isinstance(body, GenerationRequest):
+        if isinstance(body, ChatCompletionRequest | CompletionRequest):
             told |= {
-                "gen_ai.request.max_tokens": getattr(body, "token_limit", None),
+                "gen_ai.request.max_tokens": body.token_limit,
                 "gen_ai.request.temperature": body.temperature,
                 "gen_ai.request.top_p": body.top_p,
                 "gen_ai.request.top_k": body.top_k,
@@ -84,8 +84,7 @@ class Trace:
 
     def saw(self, answer: bytes) -> None:
         """Whole events, or all, of what the engine answers."""
-        if b'"finish_reason":"' in answer:
-            self._finish_reasons += (each.decode() for each in _FINISH_REASON.findall(answer))
+        self._finish_reasons += (each.decode() for each in _FINISH_REASON.findall(answer))
 
     def finished(self, record: UsageRecord, key_name: str, ttft_seconds: float | None) -> None:
         """The request has ended at an engine."""
