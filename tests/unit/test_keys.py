@@ -106,16 +106,17 @@ def test_commands_reach_a_server_whose_keys_nobody_else_has_open(tmp_path: Path)
         done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
         return json.loads(done.stdout)
 
-    def is_gone(secret: str) -> bool:
-        return ring.find(secret) is None
+    with closing(KeyRing(tmp_path)) as keys, closing(KeyStore(tmp_path)) as admin_api:
 
-    with closing(KeyRing(tmp_path)) as ring, closing(KeyStore(tmp_path)) as admin_api:
+        def is_gone(secret: str) -> bool:
+            return keys.find(secret) is None
+
         for name in ("one", "two"):
             secret = command("create", name)["secret"]
-            wait_for(partial(ring.find, secret), "the new key is known", 3)
+            wait_for(partial(keys.find, secret), "the new key is known", 3)
             new = command("rotate", name)["secret"]
-            wait_for(partial(ring.find, new), "the new secret is known", 3)
-            assert ring.find(secret) is None
+            wait_for(partial(keys.find, new), "the new secret is known", 3)
+            assert keys.find(secret) is None
             command("revoke", name)
             wait_for(partial(is_gone, new), "it is revoked", 3)
         assert [key.state(0) for key in admin_api.all()] == ["revoked", "revoked"]
