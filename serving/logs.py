@@ -36,6 +36,8 @@ _SECRETS = (
     ),
     re.compile(r"(?i)([?&](?:api[_-]?key|key|token|access_token|secret)=)[^\s&\"']+"),
     re.compile(r"()\bsk-[\w-]{12,}"),
+    re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)"),
+    re.compile(r"()\brs-[\w-]{40,}"),
 )
 
 
@@ -74,13 +76,17 @@ def lines_of(folder: Path, model: str | None, count: int, *, follow: bool) -> It
     name = "*" if model is None else quote(model, safe="")
     paths = sorted(folder.glob(f"{name}{_SUFFIX}")) if folder.is_dir() else []
     if not paths:
-        raise LogError(f"no engine {'of ' + model if model else ''} has written to {folder} yet")
-    readers = [_Reader(path, show_name=len(paths) > 1) for path in paths]
-    for reader in readers:
+        whose = f"no engine of {model}" if model else "no engine"
+        raise LogError(f"{whose} has written to {folder} yet")
+    show_names = len(paths) > 1 or (follow and model is None)
+    readers = {path: _Reader(path, show_name=show_names) for path in paths}
+    for reader in readers.values():
         yield from reader.last(count)
     while follow:
-        for reader in readers:
-            yield from reader.new()
+        for path in sorted(folder.glob(f"{name}{_SUFFIX}")):
+            if path not in readers:  # an engine's first start
+                readers[path] = _Reader(path, show_name=show_names)
+            yield from readers[path].new()
         time.sleep(_FOLLOW_INTERVAL_SECONDS)
 
 
@@ -92,8 +98,18 @@ def redacted(text: str) -> str:
 
 
 class _HumanFormatter(logging.Formatter):
+    """A line of text: when, unless systemd's journal notes that itself, and how bad, unless it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stat = os.fstat(sys.stderr.fileno())
+        in_journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+        self._time = None if in_journal else "%Y-%m-%d %H:%M:%S "
+
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        time = self.formatTime(record, self._time) if self._time else ""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return redacted(f"{time}{level}{super().format(record)}")
 
 
 class _JsonFormatter(logging.Formatter):

@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TypeVar
 import aiohttp
 import uvloop
 
-from serving.config import Config, ServerConfig
+from serving.config import Config, ServerConfig, TracingConfig
 from serving.cost.ledger import Ledger, read_requests_of_keys, read_usage_of_keys
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
@@ -43,6 +43,7 @@ from serving.gateway.routes import admin_models, admin_reload
 from serving.gateway.routing import Router
 from serving.gateway.swapping import Swapper
 from serving.gateway.tls import Certificate, TlsError
+from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
 from serving.hardware.energy import open_meter
 from serving.keys.ring import KeyRing
@@ -90,12 +91,13 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(open_meter(config.cost.power)) as power,
+        _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
         metrics.ledger_waiting.set_function(lambda: ledger.waiting)
         certificate = _certificate(config.server, metrics)
-        meter = Meter(ledger, metrics, CostModel(config.cost), prices, power)
+        meter = Meter(ledger, metrics, CostModel(config.cost), prices, power, tracing)
         access = Access(
             ring,
             _limits_of(ledger_path(config)),
@@ -106,7 +108,7 @@ def serve(config: Config, file: Path) -> None:
         runner.run(
             _serve(
                 *(config, file, listener, meter, metrics, access, keys, responses, files, batches),
-                certificate,
+                *(certificate, tracing),
             )
         )
 
@@ -118,6 +120,19 @@ def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:
         return Certificate(Path(server.tls_certificate), Path(server.tls_key), metrics)
     except TlsError as error:
         raise ServeError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _tracing(config: TracingConfig) -> Iterator[Tracing | None]:
+    if not config.enabled:
+        yield None
+        return
+    try:
+        tracing = Tracing(config)
+    except TracingError as error:
+        raise ServeError(str(error)) from error
+    with closing(tracing):
+        yield tracing
 
 
 def _data_dir(config: Config) -> Path:
@@ -214,6 +229,7 @@ async def _serve(
     files: FileStore,
     batches: BatchStore,
     certificate: Certificate | None,
+    tracing: Tracing | None,
 ) -> None:
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
@@ -243,7 +259,7 @@ async def _serve(
         batch_runner = BatchRunner(gateway)
         swapper = Swapper(supervisor, admission, lambda: supervisor.memory.max_wait_seconds)
         reloader = Reloader(file, config, supervisor, gateway, admission)
-        app = create_app(gateway)
+        app = create_app(gateway, tracing)
         app.include_router(admin_models.routes(gateway, supervisor, admission))
         app.include_router(admin_reload.routes(reloader))
         let_sites_in(app, config.server.cors_origins)

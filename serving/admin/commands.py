@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from datetime import datetime
 from typing import Any
@@ -24,6 +25,7 @@ def add_models_command(commands: Any) -> None:
     actions = command.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("ps", help="list all models: loaded or not, memory, requests")
+    action.add_argument("--json", action="store_true", help="print JSON, which has more of each")
     _add_server(action)
     action.set_defaults(run=_ps)
 
@@ -60,10 +62,16 @@ def _add_server(command: argparse.ArgumentParser) -> None:
 
 def _ps(args: argparse.Namespace) -> int:
     told = ask(args.server, "GET", "/admin/models")
+    if args.json:
+        print(json.dumps(told["data"], indent=2))
+        return 0
     console = Console()
     # What is read by a program must not be folded to 80 columns.
     console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
     console.print(table_of(told["data"]))
+    for model in told["data"]:
+        if model["failure"]:
+            print(f"{model['id']}: {model['failure']}")
     return 0
 
 
@@ -99,17 +107,17 @@ def _print_status(told: dict[str, Any]) -> int:
 
 
 def table_of(models: list[dict[str, Any]]) -> Table:
-    """What `rigserve models ps` prints of the server's answer."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("MODEL", "STATE", "ENGINE", "DEVICE", "MEMORY"):
-        table.add_column(title, no_wrap=True)
-    for title in ("IN FLIGHT", "WAITING", "IDLE", "TTL"):
+    """What `rigserve models ps` prints of the server's answer. In 80 columns long names are folded, nothing is cut."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("MODEL", "STATE", "DEVICE"):
+        table.add_column(title, overflow="fold")
+    table.add_column("MEMORY", no_wrap=True)
+    for title in ("BUSY", "WAIT", "IDLE", "TTL"):
         table.add_column(title, justify="right", no_wrap=True)
     for model in models:
         table.add_row(
             model["id"],
             model["state"],
-            model["engine"],
             ", ".join(model["devices"]) or "-",
             _memory(model),
             str(model["in_flight"]),
@@ -126,9 +134,13 @@ def _memory(model: dict[str, Any]) -> str:
     if not memory:
         return "-"
     by_device = memory["reserved_mib"] or memory["needed_mib"]
-    amounts = " + ".join(f"{mib} MiB" for mib in by_device.values() if mib)
-    return f"{amounts} ({memory['source']})"
+    amounts = "+".join(str(mib) for mib in by_device.values() if mib)
+    return f"{'~' if memory['source'] == 'estimated' else ''}{amounts} MiB"
 
 
 def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.0f} s"
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 6000 else f"{seconds / 3600:.0f}h"

@@ -19,6 +19,7 @@ from serving.config.schema import (
     PowerConfig,
     ServerConfig,
     StorageConfig,
+    TracingConfig,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Problem",
     "ServerConfig",
     "StorageConfig",
+    "TracingConfig",
     "config_json_schema",
     "load_config",
     "located",

@@ -24,6 +24,8 @@ Quantization = Literal[
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
+_BASE_URL = re.compile(r"https?://[^/\s?#]+[^\s?#]*")
+
 
 class Section(BaseModel):
     """A mapping of the file. Unknown keys are errors; values cannot change after loading."""
@@ -344,6 +346,35 @@ class LoggingConfig(Section):
     )
 
 
+class TracingConfig(Section):
+    """OpenTelemetry traces, sent by OTLP over HTTP. What is unset is as the OTEL_* environment variables say."""
+
+    enabled: bool = Field(
+        False,
+        description="Send a trace of each request to a model. Needs the extra: pip install 'rigserve[otel]'.",
+    )
+    endpoint: str | None = Field(
+        None,
+        description="The collector's base URL, to which /v1/traces is added. Unset: $OTEL_EXPORTER_OTLP_ENDPOINT, or else http://localhost:4318.",
+    )
+    sample_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of requests to trace, of those whose client has not decided that by its traceparent. Unset: $OTEL_TRACES_SAMPLER, or else all.",
+    )
+    prompts: bool = Field(
+        False, description="Put conversations into the spans, as gen_ai.input.messages."
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint_is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and not _BASE_URL.fullmatch(value):
+            raise ValueError(f"{value!r} is no base URL, such as http://collector.example.org:4318")
+        return value
+
+
 class MemoryConfig(Section):
     """How much memory engines may have together. Who does not fit beside the others waits until some leave."""
 
@@ -415,5 +446,6 @@ class Config(Section):
     )
     storage: StorageConfig = StorageConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     memory: MemoryConfig = MemoryConfig()
     cost: CostConfig = CostConfig()

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.cost.ledger import UsageRecord
+from serving.gateway.tracing import Trace
 from serving.protocol.sse import CLIENT_CLOSED_REQUEST
 
 _log = logging.getLogger("rigserve.access")
@@ -25,9 +26,10 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(slots=True)
 class Entry:
-    """What the log has of a request; ``is_metered`` once it is on its way to an engine."""
+    """How a request is told of; ``is_metered`` once it is on its way to an engine."""
 
     is_metered: bool = False
+    trace: Trace | None = None
 
 
 class AccessLogMiddleware:

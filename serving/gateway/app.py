@@ -28,6 +28,7 @@ from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Gateway, json_response
 from serving.gateway.routes import admin_keys, batches, docs, files, inference, messages, responses
 from serving.gateway.routing import adapters_of, own_name_of
+from serving.gateway.tracing import Tracing, TracingMiddleware
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
 from serving.protocol.sse import ClientDisconnected, respond_to_nobody
@@ -40,7 +41,7 @@ _SHOWN_CHARACTERS = 200
 _PRIVATE_FOLDERS = ("/v1/", "/admin/")
 
 
-def create_app(gateway: Gateway) -> FastAPI:
+def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(
         title="rigserve",
@@ -51,6 +52,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(AccessMiddleware, access=gateway.access)
+    if tracing is not None:
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(AccessLogMiddleware)
     app.add_middleware(_RequestHeaders)
     app.add_exception_handler(ApiError, respond_with_error)

@@ -11,7 +11,14 @@ from serving.gateway.bill import COST_HEADERS
 
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 # What browsers keep from scripts unless they are told.
-_EXPOSED = ("x-request-id", "retry-after", "x-rigserve-ignored", *COST_HEADERS)
+_EXPOSED = (
+    *("x-request-id", "retry-after", "x-rigserve-ignored", *COST_HEADERS),
+    *(
+        f"x-ratelimit-{name}-{what}"
+        for what in ("requests", "tokens")
+        for name in ("limit", "remaining", "reset")
+    ),
+)
 _PREFLIGHT_SECONDS = 600
 
 

@@ -15,7 +15,9 @@ from serving.gateway.access_log import tell_of_metered
 from serving.gateway.bill import Bill, Comparison
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Reservation
+from serving.gateway.tracing import Trace, Tracing
 from serving.metrics import Metrics
+from serving.protocol.requests import ModelRequest
 from serving.protocol.responses import Timings, Usage
 
 _TIMINGS = {each.name for each in fields(Timings)}
@@ -49,6 +51,7 @@ class Request:
     identity: Identity
     reservation: Reservation | None
     streamed: bool
+    trace: Trace | None = None
     queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -71,21 +74,30 @@ class Meter:
         cost: CostModel,
         prices: PriceBook,
         power: PowerSource,
+        tracing: Tracing | None = None,
     ) -> None:
         self._ledger = ledger
         self._metrics = metrics
         self._cost = cost
         self._prices = prices
         self._power = power
+        self._tracing = tracing
 
     def configure(self, cost: CostModel, prices: PriceBook) -> None:
         """Price what ends from now on in another way."""
         self._cost = cost
         self._prices = prices
 
-    def started(self, request: Request) -> None:
+    def started(self, request: Request, body: ModelRequest) -> None:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
+        if self._tracing is None:
+            return
+        # A batch's lines have no trace yet, and who asked for work in the background has been answered.
+        if request.trace is None or request.trace.has_ended:
+            request.trace = self._tracing.begin(request.endpoint, above=request.trace)
+        if request.trace is not None:
+            request.trace.asked(body)
 
     def streamed(self, request: Request, chunks: int) -> None:
         """``chunks`` with generated text have arrived together."""
@@ -157,6 +169,8 @@ class Meter:
         first_at, arrived_at = request.first_chunk_at, request.arrived_at
         ttft_seconds = None if first_at is None else first_at - arrived_at
         tell_of_metered(record, request.identity.key_name, ttft_seconds, ended_at - arrived_at)
+        if request.trace is not None:
+            request.trace.finished(record, request.identity.key_name, ttft_seconds)
         self._count(record, request, ended_at)
         return record
 

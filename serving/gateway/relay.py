@@ -26,6 +26,7 @@ from serving.gateway.metering import Meter, Request
 from serving.gateway.routing import adapters_of, endpoint_of
 from serving.gateway.stream import StreamTap
 from serving.gateway.token_bound import token_bound
+from serving.gateway.tracing import Trace
 from serving.gateway.translation import Translation, translated
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
@@ -137,6 +138,7 @@ class Relay:
             identity=caller.identity,
             reservation=reservation,
             streamed=_is_streamed(body),
+            trace=caller.log_entry.trace,
         )
         self.open_requests += 1
         self._idle.clear()
@@ -153,8 +155,8 @@ class Relay:
             written_id = orjson.dumps(caller.request_id).decode()
             _prompts.info('{"request_id":%s,"body":%s}', written_id, sent.decode())
         caller.log_entry.is_metered = True
-        self._meter.started(request)
-        call = _Call(self._session, engine, endpoint, body, sent, caller.identity)
+        self._meter.started(request, body)
+        call = _Call(self._session, engine, endpoint, body, sent, caller.identity, request.trace)
         if isinstance(body, GenerationRequest) and body.stream:
             tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
             return await self._stream(caller, call, request, tap, translation)
@@ -236,6 +238,8 @@ class Relay:
             raise
         try:
             answer, payload = answering.result()
+            if request.trace:
+                request.trace.saw(payload)
             final = _final(call.engine, answer, payload)
             response = _relayed(call.engine, answer, payload, translation)
         except ApiError as error:
@@ -307,6 +311,8 @@ class Relay:
             async for data in upstream.content.iter_any():
                 before, was_finished = tap.text_events, tap.finished
                 chunk = tap.feed(data)
+                if request.trace:
+                    request.trace.saw(chunk)
                 self._meter.streamed(request, tap.text_events - before)
                 if tap.finished and not was_finished:
                     # Without a wait in between: a stream that is finished is metered.
@@ -388,6 +394,7 @@ class _Call:
         body: ModelRequest,
         sent: bytes,
         identity: Identity,
+        trace: Trace | None = None,
     ) -> None:
         self.engine = engine
         self._session = session
@@ -401,6 +408,7 @@ class _Call:
             "content-type": "application/json",
             "x-request-id": self._engine_request_id,
             **_tenancy_of(body, identity).to_headers(),
+            **(trace.headers if trace else {}),
         }
 
     async def open(self) -> aiohttp.ClientResponse:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from serving.config import load_config
 from serving.keys.key import Key
-from serving.keys.render import key_table, keys_table
+from serving.keys.render import key_table, keys_table, moment_text
 from serving.keys.store import KeyStore
 from serving.protocol.keys import BudgetPeriod, NewKey
 from serving.protocol.requests import validated
@@ -83,6 +84,7 @@ def _create(args: argparse.Namespace) -> int:
     if args.expires is not None:
         fields["expires_in_seconds"] = int(args.expires)
     asked = validated(NewKey, fields | {"is_admin": args.admin})
+    _tell_of_unknown(asked.models or (), args.config)
     with closing(_store(args)) as store:
         key, secret = store.create(asked)
     _print_key(args, key, secret)
@@ -118,7 +120,20 @@ def _rotate(args: argparse.Namespace) -> int:
     with closing(_store(args)) as store:
         key, secret = store.rotate(args.name, args.grace)
     _print_key(args, key, secret)
+    if args.grace and not args.json:
+        print(f"The secret before it is good until {moment_text(time.time() + args.grace)}.")
     return 0
+
+
+def _tell_of_unknown(models: Iterable[str], file: Path) -> None:
+    """A key may be for models that are still to come; or there is a typing error in one."""
+    served = {
+        name
+        for model in load_config(file).models
+        for name in (model.name, *model.aliases, *(adapter.name for adapter in model.adapters))
+    }
+    if unknown := sorted(set(models) - served):
+        print(f"note: {file} serves no {', '.join(unknown)}", file=sys.stderr)
 
 
 def _store(args: argparse.Namespace) -> KeyStore:

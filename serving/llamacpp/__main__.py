@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +23,8 @@ from serving.llamacpp.runtime import Model, RuntimeFault, pooling_of
 from serving.llamacpp.server import create_app
 from serving.llamacpp.speculation import SpeculationKind
 from serving.protocol.errors import ApiError
+
+_log = logging.getLogger("serving.llamacpp")
 
 # Passed through the environment: a command line can be read by every user of the machine.
 API_KEY_VARIABLE = "RIGSERVE_ENGINE_KEY"
@@ -78,12 +81,18 @@ async def _open(options: EngineOptions, model: Model) -> tuple[Engine | Embedder
 
 
 async def _serve(options: EngineOptions, port: int) -> int:
+    began_at = time.monotonic()
     try:
         model = Model(options.model_path, options.gpu_layers)
         engine, app = await _open(options, model)
     except (RuntimeFault, ApiError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
+    _log.info(
+        "loaded %s in %.1f s: %d sequences of %d tokens, threads: %d",
+        *(options.model_path.name, time.monotonic() - began_at),
+        *(options.max_sequences, options.context_length, options.threads),
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -98,6 +107,7 @@ async def _serve(options: EngineOptions, port: int) -> int:
     )
     await server.serve()
     engine.close()
+    _log.info("ended")
     return 0
 
 

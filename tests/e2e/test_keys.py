@@ -22,6 +22,7 @@ import yaml
 from serving.cli import main
 from serving.keys.store import KeyStore
 from serving.protocol.keys import NewKey
+from tests.lora_files import random_lora, write_lora
 from tests.processes import RigServer, wait_for, write_config
 
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
@@ -142,6 +143,33 @@ def test_a_key_for_some_models_sees_no_others(rig: KeyedRig) -> None:
     assert rig.chat(by_own_name, model="gpt-4o-mini").status_code == 200
 
 
+def test_a_key_for_an_adapter_has_that_and_neither_its_base_nor_its_siblings(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    shapes = {f"blk.{layer}.attn_q.weight": (576, 576) for layer in range(0, 30, 3)}
+    for seed, name in enumerate(("legal", "support")):
+        write_lora(tmp_path / f"{name}.gguf", random_lora(shapes, seed=seed, rank=8))
+    adapters = [{"name": name, "path": f"{name}.gguf"} for name in ("legal", "support")]
+    with KeyedRig(write_config(tmp_path, cache_dir, adapters=adapters)) as rig:
+        for allowed, others in (
+            ("legal", (MODEL, "gpt-4o-mini", "support")),
+            (MODEL, ("legal", "support")),
+        ):
+            secret = rig.new_key(f"for-{allowed}", models=[allowed])
+            listed = {model.id for model in rig.sdk(secret).models.list()}
+            assert listed == ({"legal"} if allowed == "legal" else {MODEL, "gpt-4o-mini"})
+            answer = rig.chat(secret, model=allowed, max_tokens=8)
+            assert answer.status_code == 200
+            for name in others:
+                refused = rig.chat(secret, model=name)
+                assert refused.status_code == 403, name
+                assert refused.json()["error"]["code"] == "model_not_allowed"
+        wait_for(lambda: rig.ledger_rows(f"for-{MODEL}"), "the ledger has both", 5)
+        with closing(sqlite3.connect(rig.ledger_path)) as ledger:
+            used = ledger.execute("SELECT model, count(*) FROM usage GROUP BY model").fetchall()
+        assert sorted(used) == [("legal", 1), (MODEL, 1)]
+
+
 def test_the_command_line_changes_a_running_server(rig: KeyedRig) -> None:
     made = rig.command("create", "carol", "--tenant", "acme", "--weight", "2.5")
     old = made["secret"]
@@ -258,6 +286,19 @@ def test_sdks_understand_429(rig: KeyedRig) -> None:
         rig.sdk(alone, max_retries=20).chat.completions.create(
             model=MODEL, messages=HELLO, max_tokens=2
         )
+
+
+def test_a_client_that_hangs_up_gives_its_place_back(rig: KeyedRig) -> None:
+    secret = rig.new_key("fickle", max_concurrent=1, tokens_per_minute=1000)
+    headers = {"authorization": f"Bearer {secret}"}
+    body = BODY | {"stream": True, "max_tokens": 400, "ignore_eos": True}
+    with requests.post(
+        rig.base_url + CHAT, json=body, headers=headers, stream=True, timeout=60
+    ) as stream:
+        next(stream.iter_lines())
+        assert rig.chat(secret).status_code == 429
+    # And the tokens that it left unused: 400 more would not have fitted beside them.
+    wait_for(lambda: rig.chat(secret, max_tokens=400).status_code == 200, "its place is free", 10)
 
 
 def test_limits_are_exact_across_50_requests_at_once(rig: KeyedRig) -> None:

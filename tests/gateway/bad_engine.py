@@ -20,6 +20,8 @@ from serving.config import ModelConfig
 from serving.engines.launch import Files, Launch
 from serving.engines.llama_cpp import LlamaCppLauncher
 
+# Where it stands in a body, the engine puts that header of the request.
+TRACEPARENT = "TRACEPARENT"
 _DONE = "data: [DONE]\n\n"
 _COMPLETION = {"id": "chatcmpl-1", "created": 1, "model": "smollm2-135m"}
 _FINE = json.dumps(
@@ -49,6 +51,7 @@ GARBAGE: dict[str, tuple[int, str, str]] = {
     "page": (200, "text/html", "<html>Welcome to nginx!</html>"),
     "list": (200, "application/json", "[]"),
     "error page": (500, "text/html", "<html>Bad gateway</html>"),
+    "traceparent": (200, "application/json", f'{{"choices": [], "id": "{TRACEPARENT}"}}'),
     "nothing": (200, "application/json", ""),
     "odd usage": (200, "application/json", '{"choices": [], "usage": {"prompt_tokens": "many"}}'),
     "odd timings": (200, "application/json", '{"usage": {}, "timings": {"predicted_ms": 1}}'),
@@ -111,6 +114,7 @@ class _BadEngine:
             _die_once(Path(said.removeprefix(DIES)))
             said = "fine"
         status, kind, text = GARBAGE[said]
+        text = text.replace(TRACEPARENT, request.headers.get("traceparent", "-"))
         answer = web.Response(status=status, content_type=kind, text=text)
         # A connection that stays open would still be heard by an engine that has gone deaf.
         answer.force_close()

@@ -17,6 +17,7 @@ import pytest
 import requests
 import yaml
 
+from serving.gateway.http_server import _network_of
 from tests.processes import RigServer, wait_for, write_config
 
 HOST = "127.0.0.1"
@@ -180,6 +181,52 @@ def test_503_beyond_the_most_connections(rig: RigServer) -> None:
     assert rig.get("/health").status_code == 200  # they count no more
 
 
+def test_429_beyond_the_most_connections_of_an_address(tmp_path: Path, cache_dir: Path) -> None:
+    address = own_address()
+    path = impatient(
+        tmp_path,
+        cache_dir,
+        host="0.0.0.0",  # noqa: S104
+        allow_remote=True,
+        max_connections_per_address=5,
+    )
+    with RigServer(path) as rig:
+        wait_for(lambda: rig.answers("/health"), "it listens")
+        there = (address, rig.config["server"]["port"])
+        with ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(there, 10)) for _ in range(12)]
+            # This machine's own are not counted, and are let in all the while.
+            assert rig.get("/health").status_code == 200
+            answers = [all_of(client) for client in clients]
+        refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 429 ")]
+        assert len(refused) == 7
+        assert b"server.max_connections_per_address" in refused[0]
+        again = requests.get(f"http://{address}:{there[1]}/health", timeout=10)
+        assert again.status_code == 200  # they count no more
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses a way
+        except OSError:
+            pytest.skip("this machine has no address but loopback's")
+        return str(probe.getsockname()[0])
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("127.0.0.1", ""), ("::1", ""), ("::ffff:127.0.0.1", ""),
+        ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"),
+    ],
+)  # fmt: skip
+def test_whose_an_address_is(address: str, network: str) -> None:
+    assert _network_of(address) == network
+
+
 def test_security_headers_on_all_that_is_answered(rig: RigServer) -> None:
     for path in ("/health", "/v1/models", "/nothing", "/docs"):
         headers = rig.get(path).headers
@@ -202,7 +249,8 @@ def test_only_listed_sites_may_use_it_from_a_browser(rig: RigServer) -> None:
         assert "access-control-allow-origin" not in refused.headers
     answer = rig.get("/v1/models", headers={"origin": ORIGIN})
     assert answer.headers["access-control-allow-origin"] == ORIGIN
-    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    exposed = answer.headers["access-control-expose-headers"]
+    assert {"x-request-id", "x-ratelimit-remaining-tokens"} <= set(exposed.split(", "))
 
 
 def write_certificate(folder: Path, name: str) -> tuple[Path, Path]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 import requests
 import yaml
 
+from serving.keys.key import new_secret
 from serving.logs import lines_of, redacted
 from tests.processes import RigServer, wait_for, write_config
 
@@ -148,6 +153,61 @@ for number in range(200):
     ]
 
 
+@pytest.mark.parametrize("in_journal", [False, True])
+def test_text_has_the_time_unless_the_journal_has(tmp_path: Path, in_journal: bool) -> None:
+    script = """
+import logging, os, pathlib, sys
+from serving import logs
+from serving.config import LoggingConfig
+stat = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{stat.st_dev}:{stat.st_ino}" if sys.argv[2] == "True" else "1:2"
+logs.set_up(LoggingConfig(), pathlib.Path(sys.argv[1]))
+logging.info("all is well")
+logging.error("with Bearer SECRET-1234567890")
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), str(in_journal)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    times = [line[:20] for line in lines if not in_journal]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", each) for each in times)
+    assert [line[0 if in_journal else 20 :] for line in lines] == [
+        "all is well",
+        "ERROR: with Bearer [redacted]",
+    ]
+
+
+def test_an_engine_that_starts_later_is_followed_too(tmp_path: Path) -> None:
+    (tmp_path / "early.log").write_text("one\n")
+    lines = lines_of(tmp_path, None, 0, follow=True)
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(next, lines)
+        time.sleep(0.5)
+        (tmp_path / "org%2Flate.log").write_text("two\n")
+        assert told.result(10) == "[org/late] two"
+
+
+def test_the_output_of_a_real_engine_is_followed(rig: RigServer) -> None:
+    """It is unloaded and loaded again, which it says."""
+    command = [sys.executable, "-m", "serving", "logs", "-f", "-n", "0", "smollm2-135m"]
+    with subprocess.Popen(
+        [*command, "--config", str(rig.config_path)], stdout=subprocess.PIPE, text=True
+    ) as follower:
+        try:
+            assert follower.stdout is not None
+            output, told = follower.stdout, list[str]()
+            first = threading.Thread(target=lambda: told.append(output.readline()))
+            first.start()
+            time.sleep(2)  # it has found the end of the file
+            models = rig.base_url + "/admin/models/smollm2-135m/"
+            requests.post(models + "unload", timeout=60).raise_for_status()
+            requests.post(models + "load", timeout=60).raise_for_status()
+            first.join(20)
+        finally:
+            follower.terminate()
+    folder = Path(rig.config["storage"]["data_dir"]) / "logs"
+    assert told
+    assert told[0] in (folder / "smollm2-135m.log").read_text()
+
+
 def test_logs_command(rig: RigServer) -> None:
     folder = Path(rig.config["storage"]["data_dir"]) / "logs"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -207,6 +267,8 @@ def test_prompts_are_written_only_when_asked_and_only_there(
         "GET /v1/models?api_key=SECRET-1234567890&x=1",
         "/x?a=1&token=SECRET-1234567890",
         "the key sk-SECRET-1234567890 is wrong",
+        "cannot reach https://ana:SECRET-1@collector.example.org:4318/v1/traces",
+        f"rigserve's own: {new_secret()[:3]}SECRET{new_secret()[9:]}",
     ],
 )
 def test_keys_are_redacted(text: str) -> None:
@@ -215,5 +277,5 @@ def test_keys_are_redacted(text: str) -> None:
 
 
 def test_other_words_are_left_alone() -> None:
-    text = "a bearer of news; 5 tokens: 12 keys, authorization failed; key ana of team"
+    text = "a bearer of news; 5 tokens: 12 keys, authorization failed; key ana of team; http://127.0.0.1:80/@x:1"
     assert redacted(text) == text

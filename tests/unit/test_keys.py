@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,29 +95,31 @@ def test_changes_arrive_by_themselves_and_uses_are_written(tmp_path: Path, store
     assert abs(time.time() - used_at) < 5
 
 
-_MAKE_KEY = """
-import sys
-from pathlib import Path
-from serving.keys.store import KeyStore
-from serving.protocol.keys import NewKey
-store = KeyStore(Path(sys.argv[1]))
-print(store.create(NewKey(name=sys.argv[2]))[1])
-store.close()
-"""
+def test_commands_reach_a_server_whose_keys_nobody_else_has_open(tmp_path: Path) -> None:
+    """A server has the keys open twice, and each command, a process that ends, is the only other one."""
+    (tmp_path / "m.gguf").touch()
+    config = tmp_path / "rig.yaml"
+    config.write_text("models: [{name: m, source: m.gguf}]\nstorage: {data_dir: .}\n")
 
+    def command(*words: str) -> Any:
+        line = [sys.executable, "-m", "serving", "keys", *words, "--json", "--config", str(config)]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+        return json.loads(done.stdout)
 
-def test_changes_of_other_processes_arrive_again_and_again(
-    tmp_path: Path, store: KeyStore, ring: KeyRing
-) -> None:
-    """A server has several connections; a command that ends must not take the last one's log away."""
-    for name in ("first", "second", "third"):
-        command = [sys.executable, "-c", _MAKE_KEY, str(tmp_path), name]
-        made = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        secret = made.stdout.strip()
-        wait_for(lambda secret=secret: ring.find(secret), f"the {name} key is known", 5)  # type: ignore[misc]
-        store.revoke(name)
-        with closing(KeyStore(tmp_path)) as other:
-            assert other.get(name).revoked_at is not None
+    with closing(KeyRing(tmp_path)) as keys, closing(KeyStore(tmp_path)) as admin_api:
+
+        def is_gone(secret: str) -> bool:
+            return keys.find(secret) is None
+
+        for name in ("one", "two"):
+            secret = command("create", name)["secret"]
+            wait_for(partial(keys.find, secret), "the new key is known", 3)
+            new = command("rotate", name)["secret"]
+            wait_for(partial(keys.find, new), "the new secret is known", 3)
+            assert keys.find(secret) is None
+            command("revoke", name)
+            wait_for(partial(is_gone, new), "it is revoked", 3)
+        assert [key.state(0) for key in admin_api.all()] == ["revoked", "revoked"]
 
 
 def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +143,8 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert (keys["intern"]["budget_usd"], keys["intern"]["budget_period"]) == (5.0, "day")
     assert "rs-" in told["rotate"]
     assert "rs-" not in told["list"] + told["show"] + told["revoke"]
+    assert main(["keys", "create", "typo", "--models", "smolm2", "--config", str(config)]) == 0
+    assert capsys.readouterr().err == f"note: {config} serves no smolm2\n"
     for wrong in (
         ["show", "nobody"],
         ["create", "ops"],
