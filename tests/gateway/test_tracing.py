@@ -48,7 +48,8 @@ class Collector:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 if self.headers["content-encoding"] == "gzip":
                     body = gzip.decompress(body)
-                collector.requests.append(ExportTraceServiceRequest.FromString(body))
+                read: Any = ExportTraceServiceRequest.FromString
+                collector.requests.append(read(body))
                 self.send_response(200)
                 self.end_headers()
 
