@@ -21,9 +21,9 @@ from serving.llamacpp.runtime import Model, RuntimeFault
 
 SpeculationKind = Literal["none", "prompt_lookup", "draft_model"]
 
-# A draft starts short, doubles while all of it is right, and is never longer than this. With the last
-# token it makes a power of two: CPU kernels compute rows in tiles.
-_FIRST_DRAFT, _LONGEST_DRAFT = 7, 31
+# With the last token it makes a power of two, and so do its halves: CPU kernels compute rows in tiles, and
+# the first few are the dearest.
+_LONGEST_DRAFT = 31
 # Shorter repetitions are chance. Of the latest occurrences the one that matches furthest back is taken.
 _SHORTEST_MATCH, _LONGEST_MATCH, _OCCURRENCES = 3, 32, 8
 # A draft is made when it is expected to gain this many times what it costs.
@@ -32,7 +32,7 @@ _MARGIN = 1.1
 # many tokens: then it is tried again.
 _HOPE, _HALF_LIFE_TOKENS = 0.9, 256
 # Tokens that drafts may cost at first, for each token since, and at most.
-_CREDIT_AT_START, _CREDIT_PER_TOKEN, _MOST_CREDIT = 4.0, 1 / 64, 32.0
+_CREDIT_AT_START, _CREDIT_PER_TOKEN, _MOST_CREDIT = 8.0, 1 / 64, 32.0
 # Rows beyond what was measured are hoped to cost this share of what a row costs there.
 _HOPED_SHARE = 0.25
 # Measurements are running means; steps whose rows differ by no more than a tenth are of one kind.
@@ -252,7 +252,6 @@ class Speculator:
     def __init__(self, speculation: Speculation, proposer: Proposer) -> None:
         self._speculation = speculation
         self._proposer = proposer
-        self._reach = _FIRST_DRAFT
         self._kind = 0
 
     def draft(self, tokens: Sequence[int], running: int, at_most: int) -> list[int]:
@@ -260,7 +259,7 @@ class Speculator:
         self._kind = self._proposer.evidence(tokens, running) if at_most > 0 else 0
         if not self._kind:
             return []
-        length = self._speculation.length(self._kind, running, min(self._reach, at_most))
+        length = self._speculation.length(self._kind, running, min(_LONGEST_DRAFT, at_most))
         if not length:
             return []
         started = time.perf_counter()
@@ -271,11 +270,8 @@ class Speculator:
 
     def record(self, proposed: int, accepted: int) -> None:
         """Tell how many of the drafts went into the step, and how many were right."""
-        if not proposed:
-            return
-        self._speculation.record(self._kind, proposed, accepted)
-        if accepted == proposed:
-            self._reach = min(max(self._reach, 2 * proposed + 1), _LONGEST_DRAFT)
+        if proposed:
+            self._speculation.record(self._kind, proposed, accepted)
 
 
 def speculation_of(
