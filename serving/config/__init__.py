@@ -9,6 +9,7 @@ from serving.config.load import (
 )
 from serving.config.schema import (
     AdapterConfig,
+    AnyModel,
     Config,
     CostConfig,
     FiltersConfig,
@@ -17,12 +18,16 @@ from serving.config.schema import (
     MemoryConfig,
     ModelConfig,
     PowerConfig,
+    RemoteModel,
+    RouteConfig,
     ServerConfig,
     StorageConfig,
+    UsdPerMillion,
 )
 
 __all__ = [
     "AdapterConfig",
+    "AnyModel",
     "Config",
     "ConfigError",
     "CostConfig",
@@ -33,8 +38,11 @@ __all__ = [
     "ModelConfig",
     "PowerConfig",
     "Problem",
+    "RemoteModel",
+    "RouteConfig",
     "ServerConfig",
     "StorageConfig",
+    "UsdPerMillion",
     "config_json_schema",
     "load_config",
     "located",
