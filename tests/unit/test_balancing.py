@@ -32,7 +32,9 @@ class Here(Engine):
 
 
 def away(name: str, **options: Any) -> Remote:
-    return Remote(RemoteModel(name=name, engine="remote", base_url="http://a.example/v1", **options))
+    return Remote(
+        RemoteModel(name=name, engine="remote", base_url="http://a.example/v1", **options)
+    )
 
 
 @dataclass

@@ -60,9 +60,7 @@ def test_reasoning_in_a_message_is_ours_too() -> None:
 
 
 def test_what_openai_knows_passes_untouched() -> None:
-    asked = chat(
-        temperature=0, max_completion_tokens=5, n=2, logprobs=True, top_logprobs=2, seed=1
-    )
+    asked = chat(temperature=0, max_completion_tokens=5, n=2, logprobs=True, top_logprobs=2, seed=1)
     assert only_openai("far", asked, lenient=False) == (asked, [])
 
 
