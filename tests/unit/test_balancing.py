@@ -17,6 +17,9 @@ from serving.gateway.routing import Backend, Route, Router
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 
 
+NO_MARKS = Marks()
+
+
 class Here(Engine):
     """An engine of this machine's, in whatever state."""
 
@@ -71,7 +74,7 @@ class House:
         self.load = Load()
         self.balancer = Balancer(self.load, random.Random(1))
 
-    def order(self, marks: Marks = Marks(), *, may_spill: bool = True) -> str:
+    def order(self, marks: Marks = NO_MARKS, *, may_spill: bool = True) -> str:
         ordered = self.balancer.order(self.route, marks, may_spill=may_spill)
         return "".join(each.name for each in ordered)
 
