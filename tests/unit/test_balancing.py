@@ -16,7 +16,6 @@ from serving.gateway.balancing import Balancer, Marks, Memory, marks_of
 from serving.gateway.routing import Backend, Route, Router
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 
-
 NO_MARKS = Marks()
 
 

@@ -49,7 +49,11 @@ def test_a_good_one(tmp_path: Path) -> None:
     assert config.routes[0].models == ("house", "away", "paid")
     assert [model.name for model in config.local_models] == ["home"]
     away, paid = config.remote_models
-    assert (away.base_url, away.costs_money, away.has_key) == ("https://rig.example/v1", False, False)
+    assert (away.base_url, away.costs_money, away.has_key) == (
+        "https://rig.example/v1",
+        False,
+        False,
+    )
     assert (paid.costs_money, paid.has_key) == (True, True)
 
 
