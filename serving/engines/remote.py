@@ -34,11 +34,13 @@ class Remote:
         self.id = f"{model.name}@{next(_numbers)}"
         self.model = model
         self.breaker = Breaker(model.name)
+        # Always there to be asked; whether it works is for the breaker to say.
+        self.endpoint = Endpoint(model.base_url, "")
         self.probed_at = time.monotonic()
 
     @property
     def state(self) -> EngineState:
-        """Always ready to be asked; whether it is, is for its breaker to say."""
+        """As that of an engine which takes requests."""
         return EngineState.READY
 
     @property
@@ -47,9 +49,10 @@ class Remote:
         return self.breaker.lets_through
 
     @property
-    def endpoint(self) -> Endpoint:
-        """Where it takes requests. The key is read anew: it may have been changed. Empty if there is none."""
-        return Endpoint(self.model.base_url, _key_of(self.model))
+    def authorization(self) -> dict[str, str]:
+        """The header with its API key, if it has one. The key is read anew: it may have been changed."""
+        key = _key_of(self.model)
+        return {"authorization": f"Bearer {key}"} if key else {}
 
     @property
     def name_there(self) -> str:
@@ -65,12 +68,10 @@ class Remote:
     async def probe(self, session: aiohttp.ClientSession) -> None:
         """Ask whether it is there and knows the key; the breaker learns of it."""
         self.probed_at = time.monotonic()
-        endpoint = self.endpoint
-        headers = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         try:
             async with session.get(
                 self.url("/v1/models"),
-                headers=headers,
+                headers=self.authorization,
                 timeout=aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_SECONDS),
                 allow_redirects=False,
             ) as answer:
@@ -80,7 +81,9 @@ class Remote:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             works, reason = False, str(error) or type(error).__name__
         if not works:
-            _log.warning("%s: a probe of %s failed: %s", self.model.name, endpoint.base_url, reason)
+            _log.warning(
+                "%s: a probe of %s failed: %s", self.model.name, self.model.base_url, reason
+            )
         self.breaker.probed(works=works)
 
 

@@ -112,11 +112,12 @@ def _nobody(route: str, refusals: Sequence[tuple[Candidate, ApiError]]) -> ApiEr
     *_, (_, last) = refusals
     if len(refusals) == 1:
         return last
+    spent = [each for _, each in refusals if each.code == "budget_exhausted"]
     told = " ".join(error.message for _, error in refusals)
     waits = [each.retry_after_seconds for _, each in refusals if each.retry_after_seconds]
     return ApiError(
         last.status,
         f"No model of '{route}' could take the request. {told}",
-        code=last.code,
+        code=(spent or [last])[0].code,
         retry_after_seconds=min(waits, default=None),
     )

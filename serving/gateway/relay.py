@@ -246,19 +246,23 @@ class Relay:
                 reservation.withdraw()
             raise
         call = self._call(engine, endpoint, body, sent, caller, clearance)
-        status = CLIENT_CLOSED_REQUEST
+        status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
             _object(engine, payload)
             status = answer.status
         except ApiError as error:
             status = error.status
+            if attempt.may_pass_on and status in _PASSED_ON:
+                status = None
+                raise PassedOn(error) from error
             raise
         finally:
             ticket.release()
             if reservation:
                 reservation.settle(0, 0.0)
-            self._meter.unmetered(engine.model.name, caller.endpoint, status)
+            if status is not None:
+                self._meter.unmetered(engine.model.name, caller.endpoint, status)
         return _relayed(engine, answer, payload)
 
     @contextlib.contextmanager
@@ -290,7 +294,9 @@ class Relay:
         """
         ticket, status = None, CLIENT_CLOSED_REQUEST
         try:
-            deadline_seconds = attempt.deadline_seconds(_deadline_seconds(caller.deadline))
+            deadline_seconds = _deadline_seconds(caller.deadline)
+            if attempt.may_pass_on:
+                deadline_seconds = attempt.deadline_seconds(deadline_seconds)
             owner = _tenancy_of(body, caller.identity)
             tokens = expected_tokens(body, sent)
             ticket = self.admission.enter(engine, owner, units, deadline_seconds, tokens)
@@ -298,7 +304,7 @@ class Relay:
                 await while_connected(caller.receive, ticket.wait())
             clearance = None
             if isinstance(engine, Remote):
-                clearance = clear(engine, body, sent, self.spending)
+                clearance = clear(engine, body, sent, self.spending if units else None)
             return ticket, endpoint_of(engine), clearance
         except BaseException as error:
             if ticket is not None:
@@ -322,7 +328,7 @@ class Relay:
         if isinstance(engine, Remote):
             assert clearance is not None
             return RemoteCall(
-                *(self._session, engine, endpoint, body, sent, clearance.passage),
+                *(self._session, engine, body, sent, clearance.passage),
                 streamed=_is_streamed(body),
             )
         return _Call(self._session, engine, endpoint, body, sent, caller.identity)

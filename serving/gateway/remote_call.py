@@ -12,7 +12,6 @@ import aiohttp
 
 from serving.engines.breaker import Passage
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Endpoint
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.gateway.spending import Purchase, Spending
 from serving.gateway.token_bound import token_bounds
@@ -31,7 +30,7 @@ _SHOWN_BYTES = 300
 
 
 class NotStarted(ApiError):
-    """A request that did not reach its server: nothing was done for it."""
+    """A request that did not reach its server, or was turned away there: nothing was done for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +47,11 @@ class Clearance:
             self.purchase.settle(0.0)
 
 
-def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending) -> Clearance:
-    """Let a request go to a remote; raises :class:`ApiError` (503) if it may not."""
+def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending | None) -> Clearance:
+    """Let a request go to a remote; raises :class:`ApiError` (503) if it may not.
+
+    Without ``spending`` it is one that costs nothing anywhere.
+    """
     passage = remote.breaker.enter()
     if passage is None:
         seconds = remote.breaker.seconds_until_probe
@@ -61,7 +63,7 @@ def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending) -
         )
     try:
         purchase = None
-        if remote.model.costs_money:
+        if spending is not None and remote.model.costs_money:
             purchase = spending.reserve(remote.model, *token_bounds(remote.model, body, sent))
     except BaseException:
         passage.withdraw()
@@ -76,7 +78,6 @@ class RemoteCall:
         self,
         session: aiohttp.ClientSession,
         remote: Remote,
-        endpoint: Endpoint,
         body: ModelRequest,
         sent: bytes,
         passage: Passage,
@@ -93,9 +94,11 @@ class RemoteCall:
         self._response: aiohttp.ClientResponse | None = None
         self._working: asyncio.Task[Any] | None = None
         # Nothing of who asks, and of what engines are told: the server is somebody else's.
-        self._headers = {"content-type": "application/json", "x-request-id": new_id("call")}
-        if endpoint.api_key:
-            self._headers["authorization"] = f"Bearer {endpoint.api_key}"
+        self._headers = {
+            "content-type": "application/json",
+            "x-request-id": new_id("call"),
+            **remote.authorization,
+        }
 
     async def open(self) -> aiohttp.ClientResponse:
         """Send the request; returns once the response's headers, and the first bytes of a stream, are there.
@@ -186,13 +189,16 @@ class RemoteCall:
         return result
 
     async def _open(self) -> aiohttp.ClientResponse:
-        connect_seconds = self.engine.model.connect_timeout_seconds
+        model = self.engine.model
         response = await self._session.post(
             self._url,
             data=self._sent,
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(
-                total=None, connect=connect_seconds, sock_connect=connect_seconds
+                total=None,
+                connect=model.connect_timeout_seconds,
+                sock_connect=model.connect_timeout_seconds,
+                sock_read=max(model.first_byte_timeout_seconds, model.idle_timeout_seconds),
             ),
             # Where requests and keys go is for the config to say, not for an answer.
             allow_redirects=False,
@@ -204,7 +210,7 @@ class RemoteCall:
                 "%s: %s refuses: %d %r", self.engine.model.name, self._url, response.status, body
             )
             response.close()
-            raise ApiError(
+            raise NotStarted(
                 502,
                 f"The server of the model '{self.engine.model.name}' refuses requests (status "
                 f"{response.status}); the operator has to see to its base_url, model and API key.",

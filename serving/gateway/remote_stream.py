@@ -58,5 +58,5 @@ class CanonicalEvents:
             self._usage = {**chunk, "choices": []}
             if not choices:
                 return b""
-            chunk["usage"] = None
+            del chunk["usage"]
         return event(chunk)
