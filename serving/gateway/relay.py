@@ -22,6 +22,7 @@ from serving.engines.remote import Remote
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.access_log import Entry
 from serving.gateway.admission import Admission, Ticket
+from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
@@ -94,51 +95,6 @@ class Caller:
         deadline = http.headers.get(DEADLINE_HEADER)
         owner = (state.request_id, http.url.path, state.identity)
         return Caller(*owner, http.receive, deadline, state.log_entry)
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One try to have a route's request answered. The request has been under way since ``began_at``.
-
-    It may wait for its start for ``max_wait_seconds`` at most; None is as long as it can.
-    """
-
-    route: str = "-"
-    served_as: str = "-"
-    began_at: float | None = None
-    max_wait_seconds: float | None = None
-
-    @property
-    def may_pass_on(self) -> bool:
-        """Whether others can be asked when this one fails."""
-        return self.began_at is not None
-
-    @property
-    def waited_seconds(self) -> float:
-        """What has gone by before it."""
-        return 0.0 if self.began_at is None else time.monotonic() - self.began_at
-
-    def deadline_seconds(self, asked_seconds: float | None) -> float | None:
-        """In what time it must start, if its client gave it ``asked_seconds`` in all."""
-        left = None if asked_seconds is None else max(0.0, asked_seconds - self.waited_seconds)
-        limits = [each for each in (left, self.max_wait_seconds) if each is not None]
-        return min(limits, default=None)
-
-
-# A request for a model, not for a route.
-DIRECT = Attempt()
-
-
-class PassedOn(Exception):
-    """An attempt failed before a byte of the answer was there: another may be made elsewhere."""
-
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-# A server that is not there, has no room, or whose own server did not answer; of remotes also one that sets us limits.
-_PASSED_ON = frozenset((429, 502, 503, 504))
 
 
 class Relay:
@@ -253,7 +209,7 @@ class Relay:
             status = answer.status
         except ApiError as error:
             status = error.status
-            if attempt.may_pass_on and status in _PASSED_ON:
+            if attempt.may_pass_on and status in PASSED_ON:
                 status = None
                 raise PassedOn(error) from error
             raise
@@ -310,7 +266,7 @@ class Relay:
             if ticket is not None:
                 ticket.release()
             if isinstance(error, ApiError):
-                if attempt.may_pass_on and error.status in _PASSED_ON:
+                if attempt.may_pass_on and error.status in PASSED_ON:
                     raise PassedOn(error) from error
                 status = error.status
             self._meter.unmetered(engine.model.name, caller.endpoint, status)
@@ -358,9 +314,9 @@ class Relay:
             raise
         try:
             answer, payload = answering.result()
-            if attempt.may_pass_on and answer.status in _PASSED_ON:
+            if attempt.may_pass_on and answer.status in PASSED_ON:
                 self._withdraw(request)
-                raise PassedOn(_refusal_of(call.engine, answer, payload))
+                raise PassedOn(refusal_of(call.engine.model.name, answer, payload))
             final = _final(call.engine, answer, payload)
             response = _relayed(call.engine, answer, payload, translation)
         except ApiError as error:
@@ -409,9 +365,9 @@ class Relay:
             upstream = opening.result()
             if upstream.status != 200:
                 payload = await upstream.read()
-                if attempt.may_pass_on and upstream.status in _PASSED_ON:
+                if attempt.may_pass_on and upstream.status in PASSED_ON:
                     self._withdraw(request)
-                    raise PassedOn(_refusal_of(call.engine, upstream, payload))
+                    raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
                 final = _final(call.engine, upstream, payload)
                 self._finish(request, upstream.status, final)
                 return _relayed(call.engine, upstream, payload, translation)
@@ -513,7 +469,7 @@ class Relay:
 
     def _failed(self, request: Request, error: ApiError, attempt: Attempt) -> ApiError | PassedOn:
         """What to raise for a request that its engine has failed; it is metered, unless another will be."""
-        passes_on = attempt.may_pass_on and error.status in _PASSED_ON
+        passes_on = attempt.may_pass_on and error.status in PASSED_ON
         if passes_on and (not request.purchase or isinstance(error, NotStarted)):
             self._withdraw(request)
             return PassedOn(error)
@@ -679,22 +635,6 @@ def _object(engine: Backend, payload: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _bad_answer(engine)
     return body
-
-
-def _refusal_of(engine: Backend, answer: aiohttp.ClientResponse, payload: bytes) -> ApiError:
-    """What an engine's error response says."""
-    try:
-        error = _object(engine, payload).get("error")
-    except ApiError:
-        error = None
-    told = error if isinstance(error, dict) else {}
-    retry_after = answer.headers.get("retry-after", "")
-    return ApiError(
-        answer.status,
-        str(told.get("message") or f"The model '{engine.model.name}' answers {answer.status}."),
-        code=str(told.get("code") or f"status_{answer.status}"),
-        retry_after_seconds=int(retry_after) if retry_after.isdigit() else None,
-    )
 
 
 def _relayed(
