@@ -212,13 +212,42 @@ class Metrics:
             "source",
         )
         self.cost = self._counter(
-            "rigserve_cost_usd", "Cost of requests: energy, idle, hardware.", "model", "part"
+            "rigserve_cost_usd",
+            "Cost of requests: energy, idle, hardware; api is what other servers ask for.",
+            "model",
+            "part",
         )
         self.commercial_cost = self._counter(
             "rigserve_commercial_cost_usd",
             "What the same tokens would have cost at a commercial model.",
             "model",
             "compared_to",
+        )
+
+        self.passed_on = self._counter(
+            "rigserve_route_passed_on",
+            "Times that a model did not take a route's request, before its answer began.",
+            "route",
+            "model",
+            "reason",
+        )
+        self.breaker_state = self._gauge(
+            "rigserve_breaker_state",
+            "1 for the state of a remote's circuit breaker: closed, open, half_open.",
+            "model",
+            "state",
+        )
+        self.api_budget = self._gauge(
+            "rigserve_api_budget_usd",
+            "The budget of a model that costs money; period is day or month.",
+            "model",
+            "period",
+        )
+        self.api_spent = self._gauge(
+            "rigserve_api_spent_usd",
+            "What of it is spent, without what is under way.",
+            "model",
+            "period",
         )
 
         self.refusals = self._counter(

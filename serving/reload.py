@@ -17,14 +17,24 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving.config import Config, ConfigError, ModelConfig, load_config, located
+from serving.config import (
+    AnyModel,
+    Config,
+    ConfigError,
+    ModelConfig,
+    RemoteModel,
+    load_config,
+    located,
+)
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook, UnknownModel
+from serving.engines.remote import Remote
 from serving.engines.supervisor import Engine, EngineStartError, NoRoomError, Supervisor
 from serving.gateway.filters import filters_of
 from serving.gateway.fleet import Traffic
 from serving.gateway.intake import Gateway
 from serving.gateway.routing import Router
+from serving.gateway.spending import prices_of
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +59,7 @@ _AT_ONCE = {
     "cost.lifetime_years",
     "cost.power.idle_watts",
     "cost.utilization",
+    "routes",
 }
 
 
@@ -95,7 +106,13 @@ def changes_of(
     before = {model.name: model for model in old.models}
     after = {model.name: model for model in new.models}
     both = [name for name in after if name in before and before[name] != after[name]]
-    restarted = [name for name in both if needs_restart(before[name], after[name])]
+
+    def restarts(old_model: AnyModel, new_model: AnyModel) -> bool:
+        if isinstance(old_model, RemoteModel) or isinstance(new_model, RemoteModel):
+            return old_model.engine != new_model.engine
+        return needs_restart(old_model, new_model)
+
+    restarted = [name for name in both if restarts(before[name], after[name])]
     return Changes(
         added=tuple(name for name in after if name not in before),
         removed=tuple(name for name in before if name not in after),
@@ -183,15 +200,22 @@ class Reloader:
     async def _apply(self) -> Changes:
         new = await asyncio.to_thread(load_config, self._file)
         prices = PriceBook(new.cost.compare_to)
+        api_prices = prices_of(new.remote_models)
         supervisor = self._supervisor
         changes = changes_of(self.config, new, supervisor.needs_restart)
         old = {engine.model.name: engine for engine in self._gateway.router.engines}
         fresh = {
             model.name: supervisor.make(model)
-            for model in new.models
+            for model in new.local_models
             if model.name in (*changes.added, *changes.restarted)
         }
-        engines = [fresh.get(model.name) or old[model.name] for model in new.models]
+        engines = [fresh.get(model.name) or old[model.name] for model in new.local_models]
+        before = self._gateway.router.remotes
+        # What has not changed keeps what its breaker has learnt.
+        remotes = [
+            next((remote for remote in before if remote.model == model), None) or Remote(model)
+            for model in new.remote_models
+        ]
         with located(self._file):
             filters_of(new.models, lenient=new.server.lenient)
         leaving = [engine for name, engine in old.items() if name in fresh or engine not in engines]
@@ -204,14 +228,18 @@ class Reloader:
             await supervisor.remove(fresh.values())
             raise
         # Nothing is awaited from here on: a request sees all of the old config or all of the new.
-        for engine, model in zip(engines, new.models, strict=True):
+        for engine, model in zip(engines, new.local_models, strict=True):
             if model.load == "preload" and engine.model.load != "preload":
                 later.append(engine)
             if model.memory_mib != engine.model.memory_mib:
                 engine.footprint = None
             engine.model = model
             engine.is_expected = model.load == "preload"
-        self._gateway.configure(Router(engines), new.server)
+        self._gateway.configure(Router(engines, remotes, new.routes), new.server)
+        self._gateway.relay.spending.configure(api_prices)
+        for remote in before:
+            if remote not in remotes:
+                self._gateway.relay.admission.forget(remote)
         self._gateway.meter.configure(CostModel(new.cost), prices)
         self.config = new
         self._afterwards(leaving, later)

@@ -18,20 +18,28 @@ import aiohttp
 import uvloop
 
 from serving.config import Config, ServerConfig, TracingConfig
-from serving.cost.ledger import Ledger, read_requests_of_keys, read_usage_of_keys
+from serving.cost.ledger import (
+    Ledger,
+    read_requests_of_keys,
+    read_spending,
+    read_usage_of_keys,
+)
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
+from serving.engines.remote import Remote, watch
 from serving.engines.supervisor import EngineStartError, Supervisor
 from serving.gateway.access import Access, is_loopback
 from serving.gateway.admission import Admission
 from serving.gateway.app import create_app
 from serving.gateway.background import BackgroundResponses
+from serving.gateway.balancing import Balancer
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.cors import let_sites_in
+from serving.gateway.dispatch import Dispatcher
 from serving.gateway.file_store import FileStore
 from serving.gateway.http_server import HttpServer
 from serving.gateway.intake import Gateway
@@ -41,6 +49,7 @@ from serving.gateway.relay import Relay
 from serving.gateway.response_store import ResponseStore
 from serving.gateway.routes import admin_models, admin_reload
 from serving.gateway.routing import Router
+from serving.gateway.spending import Spending, prices_of
 from serving.gateway.swapping import Swapper
 from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
@@ -82,6 +91,7 @@ def serve(config: Config, file: Path) -> None:
     Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``.
     """
     prices = PriceBook(config.cost.compare_to)
+    spending = Spending(prices_of(config.remote_models))
     with (
         closing(_store(KeyRing, _data_dir(config))) as ring,
         closing(_store(KeyStore, _data_dir(config))) as keys,
@@ -98,6 +108,9 @@ def serve(config: Config, file: Path) -> None:
         metrics.ledger_waiting.set_function(lambda: ledger.waiting)
         certificate = _certificate(config.server, metrics)
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power, tracing)
+        for period in ("day", "month"):
+            since = period_start(period, time.time())
+            spending.restore(period, read_spending(ledger_path(config), since))
         access = Access(
             ring,
             _limits_of(ledger_path(config)),
@@ -108,7 +121,7 @@ def serve(config: Config, file: Path) -> None:
         runner.run(
             _serve(
                 *(config, file, listener, meter, metrics, access, keys, responses, files, batches),
-                *(certificate, tracing),
+                *(certificate, tracing, spending),
             )
         )
 
@@ -230,6 +243,7 @@ async def _serve(
     batches: BatchStore,
     certificate: Certificate | None,
     tracing: Tracing | None,
+    spending: Spending,
 ) -> None:
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
@@ -237,15 +251,19 @@ async def _serve(
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        supervisor = Supervisor(config.models, launchers, session, config.memory)
+        supervisor = Supervisor(config.local_models, launchers, session, config.memory)
         admission = Admission(metrics)
-        relay = Relay(session, meter, access.limits, admission)
-        responses = BackgroundResponses(response_store, relay)
+        relay = Relay(session, meter, access.limits, admission, spending)
+        dispatcher = Dispatcher(relay, meter, Balancer(admission))
+        responses = BackgroundResponses(response_store, dispatcher)
         gateway = Gateway(
             access=access,
             keys=keys,
-            router=Router(supervisor.engines),
+            router=Router(
+                supervisor.engines, [Remote(model) for model in config.remote_models], config.routes
+            ),
             relay=relay,
+            dispatcher=dispatcher,
             meter=meter,
             metrics=metrics,
             session=session,
@@ -277,6 +295,7 @@ async def _serve(
         engines = asyncio.create_task(supervisor.run())
         reloading = asyncio.create_task(reloader.run())
         swapping = asyncio.create_task(swapper.run())
+        watching = asyncio.create_task(watch(lambda: gateway.router.remotes, session))
         stopping = asyncio.create_task(signals.get())
         sockets = [listener.socket]
         if listener.is_shared and not await _preloaded(supervisor, engines, stopping, signals):
@@ -302,6 +321,7 @@ async def _serve(
         if renewing:
             renewing.cancel()
         swapping.cancel()
+        watching.cancel()
         engines.cancel()
         ended = (await asyncio.gather(engines, return_exceptions=True))[0]
         await _settle(relay)

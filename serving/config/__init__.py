@@ -9,6 +9,7 @@ from serving.config.load import (
 )
 from serving.config.schema import (
     AdapterConfig,
+    AnyModel,
     Config,
     CostConfig,
     FiltersConfig,
@@ -17,13 +18,17 @@ from serving.config.schema import (
     MemoryConfig,
     ModelConfig,
     PowerConfig,
+    RemoteModel,
+    RouteConfig,
     ServerConfig,
     StorageConfig,
     TracingConfig,
+    UsdPerMillion,
 )
 
 __all__ = [
     "AdapterConfig",
+    "AnyModel",
     "Config",
     "ConfigError",
     "CostConfig",
@@ -34,9 +39,12 @@ __all__ = [
     "ModelConfig",
     "PowerConfig",
     "Problem",
+    "RemoteModel",
+    "RouteConfig",
     "ServerConfig",
     "StorageConfig",
     "TracingConfig",
+    "UsdPerMillion",
     "config_json_schema",
     "load_config",
     "located",

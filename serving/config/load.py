@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from serving.config.document import (
     dotted,
     read_document,
 )
-from serving.config.schema import Config, ServerConfig, StorageConfig
+from serving.config.schema import Config, LlamaCppModel, RemoteModel, ServerConfig, StorageConfig
 
 __all__ = ["ConfigError", "Problem", "config_json_schema", "load_config", "located"]
 
@@ -46,6 +47,7 @@ _EXPECTED = {
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "letters, digits and any of . _ : / @ -, beginning with one of the first two",
 }
+_KINDS_OF_MODELS: tuple[type[BaseModel], ...] = (LlamaCppModel, RemoteModel)
 _SHOWN_CHARACTERS = 60
 
 
@@ -62,6 +64,8 @@ def load_config(file: Path) -> Config:
     document = read_document(file)
     _place_files(document)
     _check_names(document)
+    _check_routes(document)
+    _check_keys_of_remotes(document)
     _check_ports(document)
     config = _validate(document)
     if config is None or document.problems:
@@ -96,10 +100,12 @@ def _validate(document: Document) -> Config | None:
         # What is said of a value already, such as an unset variable, is why it does not fit.
         known = {problem.path for problem in document.problems}
         for detail in error.errors(include_url=False):
+            # Tags of unions are no keys of the file.
+            path = tuple(part for part in detail["loc"] if not str(part).startswith("<"))
             # Pydantic counts only good items: a list whose items are bad is not empty for that.
             is_empty_of_good = detail["type"] == "too_short" and detail["input"]
-            if dotted(detail["loc"]) not in known and not is_empty_of_good:
-                document.report(detail["loc"], _message(detail))
+            if dotted(path) not in known and not is_empty_of_good:
+                document.report(path, _message(detail, path, document))
     return None
 
 
@@ -116,6 +122,8 @@ def _place_files(document: Document) -> None:
         if isinstance(server, dict) and isinstance(server.get(key), str):
             _place(document, ("server",), server, key)
     for position, model in _models(document):
+        if isinstance(model.get("api_key_file"), str):
+            _place(document, ("models", position), model, "api_key_file")
         for number, adapter in _entries(model.get("adapters")):
             if isinstance(adapter.get("path"), str):
                 _place(document, ("models", position, "adapters", number), adapter, "path")
@@ -160,7 +168,21 @@ def _entries(values: Any) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _check_names(document: Document) -> None:
+    """No two things have one name."""
     first_use: dict[str, KeyPath] = {}
+    for name, path in _names(document):
+        if name in first_use:
+            other = first_use[name]
+            document.report(
+                path,
+                f"the name {name!r} is taken by {dotted(other)} on line {document.lines[other]}; "
+                "names, aliases, adapters and routes must differ",
+            )
+        first_use.setdefault(name, path)
+
+
+def _names(document: Document) -> Iterator[tuple[str, KeyPath]]:
+    """All names that clients may ask for, and where they stand."""
     for position, model in _models(document):
         names: list[tuple[Any, KeyPath]] = [(model.get("name"), ("models", position, "name"))]
         aliases = model.get("aliases")
@@ -172,17 +194,73 @@ def _check_names(document: Document) -> None:
             (adapter.get("name"), ("models", position, "adapters", number, "name"))
             for number, adapter in _entries(model.get("adapters"))
         ]
-        for name, path in names:
-            if not isinstance(name, str):
-                continue
-            if name in first_use:
-                other = first_use[name]
+        yield from ((name, path) for name, path in names if isinstance(name, str))
+    for position, route in _entries(document.values.get("routes")):
+        if isinstance(route.get("name"), str):
+            yield route["name"], ("routes", position, "name")
+
+
+def _check_routes(document: Document) -> None:
+    """Routes lead to models that are there, never to routes, and to each of them once."""
+    routes = _entries(document.values.get("routes"))
+    names_of_routes = [route.get("name") for _, route in routes]
+    models: dict[str, dict[str, Any]] = {}
+    for name, path in _names(document):
+        if path[0] == "models" and isinstance(path[1], int):
+            models[name] = document.values["models"][path[1]]
+    for position, route in routes:
+        seen: set[str] = set()
+        for name, path in _targets(position, route):
+            if name in models:
+                if name in seen:
+                    document.report(path, f"{name!r} is in this route already; keep one of them")
+                seen.add(name)
+                if path[2] == "spill_over" and (missing := _missing_for_spill_over(models[name])):
+                    document.report(path, f"{name!r} cannot be spilled over to: {missing}")
+            elif name in names_of_routes:
+                what = "this route itself" if name == route.get("name") else "a route"
                 document.report(
                     path,
-                    f"the name {name!r} is taken by {dotted(other)} on line {document.lines[other]}; "
-                    "names, aliases and adapters must differ",
+                    f"{name!r} is {what}; routes lead to models only, so that none leads in a circle",
                 )
-            first_use.setdefault(name, path)
+            else:
+                document.report(path, f"there is no model {name!r}{_nearest(name, list(models))}")
+
+
+def _targets(position: int, route: dict[str, Any]) -> Iterator[tuple[str, KeyPath]]:
+    """The names that a route leads to, and where they stand."""
+    for number, target in _entries(route.get("targets")):
+        if isinstance(target.get("model"), str):
+            yield target["model"], ("routes", position, "targets", number, "model")
+    for key in ("fallback", "spill_over"):
+        names = route.get(key)
+        for number, name in enumerate(names if isinstance(names, list) else []):
+            if isinstance(name, str):
+                yield name, ("routes", position, key, number)
+
+
+def _missing_for_spill_over(model: dict[str, Any]) -> str:
+    """What a model lacks of what a commercial API must have; empty if nothing."""
+    if model.get("engine") != "remote":
+        return "it is not a remote model (engine: remote)"
+    needs = {
+        "a key (api_key_env or api_key_file)": ("api_key_env", "api_key_file"),
+        "a price (price_of or usd_per_million)": ("price_of", "usd_per_million"),
+        "budget_usd": ("budget_usd",),
+    }
+    lacking = [need for need, keys in needs.items() if all(model.get(key) is None for key in keys)]
+    return f"it needs {', '.join(lacking)}" if lacking else ""
+
+
+def _check_keys_of_remotes(document: Document) -> None:
+    """The API keys for other servers are where they are said to be. They are read when they are used."""
+    for position, model in _models(document):
+        variable = model.get("api_key_env")
+        if isinstance(variable, str) and not os.environ.get(variable, "").strip():
+            document.report(
+                ("models", position, "api_key_env"),
+                f"the environment variable {variable} is not set; it is to hold the API key",
+            )
 
 
 def _check_ports(document: Document) -> None:
@@ -203,12 +281,12 @@ def _check_ports(document: Document) -> None:
         taken.setdefault(port, dotted(path))
 
 
-def _message(detail: ErrorDetails) -> str:
+def _message(detail: ErrorDetails, path: KeyPath, document: Document) -> str:
     """One of pydantic's errors, in words for the file's author."""
-    path, kind, value = detail["loc"], detail["type"], detail["input"]
+    kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _keys_at(path[:-1])
+        known = _keys_at(path[:-1], document)
         return f"unknown key{_nearest(str(path[-1]), known)}; known: {', '.join(known)}"
     if kind == "missing":
         return "this key is required"
@@ -218,6 +296,8 @@ def _message(detail: ErrorDetails) -> str:
         choices = [
             choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")
         ]
+        if path[-1] == "engine":
+            choices = [name for kind in _KINDS_OF_MODELS for name in _engines_of(kind)]
         return f"expected one of {', '.join(choices)}; got {_shown(value)}{_nearest(str(value), choices)}"
     if kind not in _EXPECTED:
         return f"{detail['msg']}; got {_shown(value)}"
@@ -249,17 +329,26 @@ def _quoting(kind: str, value: Any) -> str:
     return ""
 
 
-def _keys_at(path: KeyPath) -> list[str]:
+def _keys_at(path: KeyPath, document: Document) -> list[str]:
     """The keys that the schema knows in the mapping at a path."""
-    model: type[BaseModel] = Config
+    schema: type[BaseModel] = Config
+    values: Any = document.values
     for part in path:
+        values = values[part]
         if isinstance(part, int):
+            if schema in _KINDS_OF_MODELS:
+                is_remote = isinstance(values, dict) and values.get("engine") == "remote"
+                schema = RemoteModel if is_remote else LlamaCppModel
             continue
-        annotation: Any = model.model_fields[part].annotation
+        annotation: Any = schema.model_fields[part].annotation
         while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             annotation = get_args(annotation)[0]
-        model = annotation
-    return list(model.model_fields)
+        schema = annotation
+    return list(schema.model_fields)
+
+
+def _engines_of(kind: type[BaseModel]) -> tuple[str, ...]:
+    return get_args(kind.model_fields["engine"].annotation)
 
 
 def _nearest(word: str, known: list[str]) -> str:

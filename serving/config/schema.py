@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -21,6 +23,7 @@ Quantization = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
+_BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
@@ -316,6 +319,179 @@ class LlamaCppModel(Section):
 
 
 ModelConfig = LlamaCppModel
+"""A model with an engine of this machine's."""
+
+
+class UsdPerMillion(Section):
+    """What a million tokens cost."""
+
+    input: float = Field(ge=0, description="Tokens of prompts.")
+    cached_input: float | None = Field(
+        None, ge=0, description="Those of them that were cached there. Unset: as the others."
+    )
+    output: float = Field(ge=0, description="Generated tokens.")
+
+
+class RemoteModel(Section):
+    """A model that another server has, behind an OpenAI-compatible API: no process of this machine's."""
+
+    name: ModelName = Field(description="The name clients ask for.")
+    engine: Literal["remote"]
+    base_url: str = Field(
+        description="As OpenAI's SDKs take it, mostly with /v1 at its end: https://api.openai.com/v1."
+    )
+    model: str | None = Field(
+        None, min_length=1, description="The model's name there. Unset: the same as here."
+    )
+    dialect: Literal["openai", "rigserve"] = Field(
+        "openai",
+        description="Which fields of requests are understood there: OpenAI's, or all that rigserve has. Others are refused.",
+    )
+    api_key_env: str | None = Field(
+        None, min_length=1, description="The environment variable that holds the API key for it."
+    )
+    api_key_file: str | None = Field(
+        None, min_length=1, description="A file that holds the API key, and nothing else."
+    )
+    price_of: str | None = Field(
+        None, description="What it costs: the price of PROVIDER/MODEL in genai-prices."
+    )
+    usd_per_million: UsdPerMillion | None = Field(
+        None, description="Or the price itself. Neither of them: it costs nothing."
+    )
+    budget_usd: float | None = Field(
+        None, gt=0, description="What it may cost in a budget_period; then requests are refused."
+    )
+    budget_period: Literal["day", "month"] = Field(
+        "month", description="A calendar day or month, in UTC."
+    )
+    connect_timeout_seconds: float = Field(
+        5.0, gt=0, description="How long a connection to it may take."
+    )
+    first_byte_timeout_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="How long it may take until its answer begins; one that is not streamed is there as a whole then.",
+    )
+    idle_timeout_seconds: float = Field(
+        60.0, gt=0, description="How long a stream may pause; then it counts as cut off."
+    )
+    aliases: tuple[ModelName, ...] = Field(
+        (), strict=False, description="Other names that reach this model."
+    )
+    filters: FiltersConfig = FiltersConfig()
+    lenient: bool | None = Field(
+        None, description="As server.lenient, for this model. Unset: as it says there."
+    )
+    context_length: int = Field(
+        131_072,
+        ge=64,
+        description="Most tokens of a prompt and its completion there; what a request may cost follows from it.",
+    )
+    max_sequences: int = Field(
+        64, ge=1, description="Requests it works on at a time; it is sent a quarter more."
+    )
+    max_queue: int = Field(
+        256, ge=0, description="Requests of a class that may wait here for it; one more gets 503."
+    )
+    queue_timeout_seconds: float = Field(
+        300.0, gt=0, description="How long a request may wait here until it is sent; then 503."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_base_url(cls, value: str) -> str:
+        if not _BASE_URL.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no base URL, such as https://api.openai.com/v1; no user, query or fragment"
+            )
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> RemoteModel:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("the API key is in api_key_env or api_key_file; keep one of them")
+        if self.price_of is not None and self.usd_per_million is not None:
+            raise ValueError("the price is price_of or usd_per_million; keep one of them")
+        if self.costs_money != (self.budget_usd is not None):
+            raise ValueError(
+                "a price (price_of or usd_per_million) and budget_usd go together: what costs money has a budget"
+            )
+        return self
+
+    @property
+    def costs_money(self) -> bool:
+        """Whether its answers have a price."""
+        return self.price_of is not None or self.usd_per_million is not None
+
+    @property
+    def has_key(self) -> bool:
+        """Whether it asks for an API key."""
+        return self.api_key_env is not None or self.api_key_file is not None
+
+    @property
+    def adapters(self) -> tuple[AdapterConfig, ...]:
+        """None: what adapters it has, and their names, are that server's matter."""
+        return ()
+
+
+# Pydantic puts the tag into an error's place in the file; in angle brackets it is told from keys.
+AnyModel = Annotated[
+    Annotated[LlamaCppModel, Tag("<llama_cpp>")] | Annotated[RemoteModel, Tag("<remote>")],
+    Discriminator(lambda value: "<remote>" if _engine_of(value) == "remote" else "<llama_cpp>"),
+]
+
+
+def _engine_of(model: Any) -> Any:
+    return model.get("engine") if isinstance(model, dict) else getattr(model, "engine", None)
+
+
+class TargetConfig(Section):
+    """One of the models that serve a route."""
+
+    model: ModelName = Field(description="A model's name, alias or adapter.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Its share of the requests, beside the others' weights. Unset: balanced.",
+    )
+
+
+class RouteConfig(Section):
+    """A name that clients ask for, served by several models."""
+
+    name: ModelName = Field(description="The name clients ask for.")
+    targets: tuple[TargetConfig, ...] = Field(
+        min_length=1,
+        strict=False,
+        description="Models that share its requests: by weight, or, without weights, each request goes where the fewest tokens are under way, and conversations stay where their beginning is.",
+    )
+    fallback: tuple[ModelName, ...] = Field(
+        (),
+        strict=False,
+        description="Models to try in turn when no target takes a request: it is down, its queue is full, or it has failed before an answer began.",
+    )
+    spill_over: tuple[ModelName, ...] = Field(
+        (),
+        strict=False,
+        description="Commercial models (engine: remote, with a key, a price and a budget) to try after that. Prompts leave this machine.",
+    )
+    max_wait_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="How long a request may wait for its start at each model while there are others to try. Unset: as the model's queue_timeout_seconds says.",
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none_have_weights(self) -> RouteConfig:
+        if len({target.weight is None for target in self.targets}) > 1:
+            raise ValueError("some targets have a weight and some have none; give all of them one")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All models that it leads to, in the order in which they are written."""
+        return (*(target.model for target in self.targets), *self.fallback, *self.spill_over)
 
 
 class StorageConfig(Section):
@@ -441,11 +617,24 @@ class Config(Section):
     """The whole file."""
 
     server: ServerConfig = ServerConfig()
-    models: tuple[ModelConfig, ...] = Field(
+    models: tuple[AnyModel, ...] = Field(
         min_length=1, strict=False, description="The models to serve."
+    )
+    routes: tuple[RouteConfig, ...] = Field(
+        (), strict=False, description="Names that are served by several models."
     )
     storage: StorageConfig = StorageConfig()
     logging: LoggingConfig = LoggingConfig()
     tracing: TracingConfig = TracingConfig()
     memory: MemoryConfig = MemoryConfig()
     cost: CostConfig = CostConfig()
+
+    @property
+    def local_models(self) -> tuple[ModelConfig, ...]:
+        """The models with engines on this machine."""
+        return tuple(model for model in self.models if not isinstance(model, RemoteModel))
+
+    @property
+    def remote_models(self) -> tuple[RemoteModel, ...]:
+        """The models that other servers have."""
+        return tuple(model for model in self.models if isinstance(model, RemoteModel))

@@ -21,7 +21,7 @@ from serving.database import DatabaseError, check_version, open_database
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _COMMIT_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 10.0
 _COMPLAINT_SECONDS = 60.0
@@ -37,8 +37,10 @@ class UsageRecord:
     """One request, as it is written down: each field is a column of the table ``usage``.
 
     ``started_at`` is Unix time. ``request_id`` may repeat: clients can choose it. The sources tell who
-    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``. ``key_id`` and ``tenant`` are ``-`` for
-    requests without an API key.
+    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``; ``none`` where there was no energy of the rig's.
+    ``key_id`` and ``tenant`` are ``-`` for requests without an API key. ``route`` is the name that was asked
+    for, if that is a route's, and ``served_as`` says as what the model served it: ``target``, ``fallback``
+    or ``spill_over``. ``api_usd`` is the price of another server's answer.
     """
 
     started_at: float
@@ -66,14 +68,18 @@ class UsageRecord:
     hardware_usd: float
     key_id: str = "-"
     tenant: str = "-"
+    api_usd: float = 0.0
+    route: str = "-"
+    served_as: str = "-"
 
     @property
     def usd(self) -> float:
         """What the request cost in all."""
-        return self.energy_usd + self.idle_usd + self.hardware_usd
+        return self.energy_usd + self.idle_usd + self.hardware_usd + self.api_usd
 
 
 _COLUMNS = [field.name for field in fields(UsageRecord)]
+_DEFAULTS = [field.default for field in fields(UsageRecord)]
 _CREATE = (
     "CREATE TABLE usage (id INTEGER PRIMARY KEY, {}, uid TEXT)".format(
         ", ".join(
@@ -91,6 +97,11 @@ _UPGRADES = {
     2: (
         "ALTER TABLE usage ADD COLUMN uid TEXT",
         "CREATE UNIQUE INDEX usage_uid ON usage (uid)",
+    ),
+    3: (
+        "ALTER TABLE usage ADD COLUMN api_usd REAL NOT NULL DEFAULT 0.0",
+        "ALTER TABLE usage ADD COLUMN route TEXT NOT NULL DEFAULT '-'",
+        "ALTER TABLE usage ADD COLUMN served_as TEXT NOT NULL DEFAULT '-'",
     ),
 }
 # A row that was spooled may have been written all the same, when the process ended just then.
@@ -221,6 +232,9 @@ class Ledger:
             self._spool.remove(files)
 
     def _insert(self, row: Row) -> None:
+        # What an older version has spooled lacks the newest columns, which come last but for the uid.
+        *values, uid = row
+        row = (*values, *_DEFAULTS[len(values) :], uid)
         try:
             self._connection.execute(_INSERT, row)
         except (
@@ -243,7 +257,7 @@ class Ledger:
 
 
 def read_traffic(path: Path, *, since: float | None = None, model: str | None = None) -> Traffic:
-    """Sum the requests of a ledger, from Unix time ``since`` on, of one model or of all.
+    """Sum the requests that the rig itself served, from Unix time ``since`` on, of one model or of all.
 
     Requests that failed count with what they used. Never writes. Raises :class:`LedgerError` when there are none.
     """
@@ -253,7 +267,7 @@ def read_traffic(path: Path, *, since: float | None = None, model: str | None = 
         SELECT count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens),
                sum(prefill_busy_seconds), sum(decode_busy_seconds), sum(energy_joules),
                group_concat(DISTINCT energy_source), group_concat(DISTINCT timing_source)
-        FROM usage WHERE started_at >= ? AND (? IS NULL OR model = ?)
+        FROM usage WHERE started_at >= ? AND (? IS NULL OR model = ?) AND engine != 'remote'
     """
     uri = f"{path.resolve().as_uri()}?mode=ro"
     with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
@@ -285,10 +299,20 @@ def read_usage_of_keys(path: Path, since: float) -> list[KeyUsage]:
     return _usage_of_keys(path, since, group_by="key_id")
 
 
+def read_spending(path: Path, since: float) -> dict[str, float]:
+    """What other servers' answers cost from Unix time ``since`` on, in USD by model. Raises :class:`LedgerError`."""
+    query = (
+        "SELECT model, sum(api_usd) FROM usage WHERE started_at >= ? AND api_usd > 0 GROUP BY model"
+    )
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+        return dict(connection.execute(query, (since,)))
+
+
 def _usage_of_keys(path: Path, since: float, *, group_by: str) -> list[KeyUsage]:
     query = f"""
         SELECT key_id, min(started_at), sum(prompt_tokens + completion_tokens),
-               sum(energy_usd + idle_usd + hardware_usd)
+               sum(energy_usd + idle_usd + hardware_usd + api_usd)
         FROM usage WHERE started_at >= ? AND key_id != '-' GROUP BY {group_by} ORDER BY 2
     """
     uri = f"{path.resolve().as_uri()}?mode=ro"

@@ -15,7 +15,7 @@ from genai_prices.types import ModelInfo, Provider
 
 
 class UnknownModel(Exception):
-    """``compare_to`` names a model without prices; the message lists near ones, or says what is missing."""
+    """The config names a model without prices; the message lists near ones, or says what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,14 @@ class CommercialPrice:
 
 
 class PriceBook:
-    """The prices of the models to compare with. ``references`` are PROVIDER/MODEL, as given."""
+    """The prices of commercial models. ``references`` are PROVIDER/MODEL, as given."""
 
-    def __init__(self, compare_to: Sequence[str]) -> None:
-        """Look all models up; raises :class:`UnknownModel`."""
-        self._models = {reference: _find(reference) for reference in compare_to}
+    def __init__(self, references: Sequence[str], key: str = "cost.compare_to") -> None:
+        """Look all models up; raises :class:`UnknownModel`, which names the config's ``key``."""
+        try:
+            self._models = {reference: _find(reference) for reference in references}
+        except UnknownModel as error:
+            raise UnknownModel(f"{key}: {error}") from None
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -101,8 +104,7 @@ def _find(reference: str) -> tuple[Provider, ModelInfo]:
     for kind, price in (("input", prices.input_mtok), ("output", prices.output_mtok)):
         if price is None:
             raise UnknownModel(
-                f"cost.compare_to: {reference!r}: genai-prices has no price for its {kind} tokens; "
-                "compare with another model"
+                f"{reference!r}: genai-prices has no price for its {kind} tokens; name another model"
             )
     return provider, model
 
@@ -112,4 +114,4 @@ def _message(reference: str, kind: str, name: str, known: list[str]) -> str:
     hint = (
         f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known)[:12])} …"
     )
-    return f"cost.compare_to: {reference!r}: genai-prices knows no {kind} {name!r}; {hint}"
+    return f"{reference!r}: genai-prices knows no {kind} {name!r}; {hint}"

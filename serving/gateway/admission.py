@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from serving.engines.supervisor import Engine, EngineState
+from serving.engines.supervisor import EngineState
 from serving.fairness import FairQueue
-from serving.gateway.routing import endpoint_of
+from serving.gateway.routing import Backend, endpoint_of
 from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import Priority, Tenancy
@@ -47,6 +47,7 @@ class Ticket:
         "settled",
         "stage",
         "started_at",
+        "tokens",
         "units",
     )
 
@@ -54,6 +55,8 @@ class Ticket:
         self, line: _Line, owner: Tenancy, units: int, arrived_at: float, deadline_at: float
     ) -> None:
         self.owner = owner
+        # About how many the request will take, for those who compare loads.
+        self.tokens = 0
         # Slots of the engine that it takes; 0 for what takes none.
         self.units = units
         # Tokens that it is expected to take, until that is known.
@@ -121,50 +124,68 @@ class Admission:
         self._listeners.append(listener)
 
     def enter(
-        self, engine: Engine, owner: Tenancy, units: int, deadline_seconds: float | None = None
+        self,
+        engine: Backend,
+        owner: Tenancy,
+        units: int,
+        deadline_seconds: float | None = None,
+        tokens: int = 0,
     ) -> Ticket:
         """A ticket that is let through to its engine, which takes requests then, or waits in its queue.
 
-        It takes ``units`` of the engine's slots, and must start within ``deadline_seconds``; None is the
-        model's ``queue_timeout_seconds``. Raises :class:`ApiError` (503, with a ``Retry-After``) if it can
+        It takes ``units`` of the engine's slots, is expected to take so many ``tokens``, and must start
+        within ``deadline_seconds``; None is the model's ``queue_timeout_seconds``. Raises :class:`ApiError` (503, with a ``Retry-After``) if it can
         do neither. Whatever comes of it, it must be released.
         """
         line = self._line(engine)
-        ticket = line.pass_through(owner, units, deadline_seconds)
-        return ticket or line.queue(owner, units, deadline_seconds)
+        ticket = line.pass_through(owner, units, deadline_seconds) or line.queue(
+            owner, units, deadline_seconds
+        )
+        ticket.tokens = tokens
+        line.outstanding_tokens += tokens
+        return ticket
 
-    def in_flight(self, engine: Engine) -> int:
+    def in_flight(self, engine: Backend) -> int:
         """Requests that an engine works on, and those about to be sent."""
         line = self._lines.get(engine.id)
         return line.requests if line else 0
 
-    def waiting(self, engine: Engine) -> int:
+    def waiting(self, engine: Backend) -> int:
         """Requests that wait here for an engine."""
         return self.demand(engine).waiting
 
-    def last_used(self, engine: Engine) -> float:
+    def outstanding_tokens(self, engine: Backend) -> int:
+        """Tokens that an engine's requests, here and there, are expected to take."""
+        line = self._lines.get(engine.id)
+        return line.outstanding_tokens if line else 0
+
+    def forget(self, engine: Backend) -> None:
+        """An engine without a life of its own, a remote, gets no new requests; those it has go on."""
+        self._lines.pop(engine.id, None)
+
+    def last_used(self, engine: Backend) -> float:
         """When an engine last had a request; 0 if never."""
         line = self._lines.get(engine.id)
         return line.last_used if line else 0.0
 
-    def demand(self, engine: Engine, patience_seconds: float = math.inf) -> Demand:
+    def demand(self, engine: Backend, patience_seconds: float = math.inf) -> Demand:
         """What waits for an engine. A turn is due after ``patience_seconds``, or half-way to the deadline."""
         line = self._lines.get(engine.id)
         return line.demand(patience_seconds) if line else Demand(0)
 
-    def hold(self, engine: Engine, *, closed: bool) -> None:
+    def hold(self, engine: Backend, *, closed: bool) -> None:
         """Let nobody through to an engine for a while, so that it becomes idle; or let them through again."""
         line = self._line(engine) if closed else self._lines.get(engine.id)
         if line is not None and line.closed != closed:
             line.closed = closed
             line.pump()
 
-    def owes(self, engine: Engine) -> bool:
+    def owes(self, engine: Backend) -> bool:
         """Whether some of those that waited when an engine became ready still do."""
         line = self._lines.get(engine.id)
         return bool(line and any(t.is_waiting for t in line.owed))
 
-    def changed(self, engine: Engine) -> None:
+    def changed(self, engine: Backend) -> None:
         """An engine's state has changed."""
         line = self._lines.get(engine.id)
         if engine.state is EngineState.STOPPED:
@@ -181,7 +202,7 @@ class Admission:
             line.failures, line.retry_at = 0, 0.0
             line.pump()
 
-    def load_failed(self, engine: Engine, message: str) -> float:
+    def load_failed(self, engine: Backend, message: str) -> float:
         """Refuse all that wait for an engine that cannot be loaded, and new ones for a while; gives until when."""
         line = self._line(engine)
         line.failures += 1
@@ -205,7 +226,7 @@ class Admission:
                 # Two engines share a name while a reload lasts.
                 gauge.labels(line.engine.model.name, priority).inc(waiting)
 
-    def _line(self, engine: Engine) -> _Line:
+    def _line(self, engine: Backend) -> _Line:
         line = self._lines.get(engine.id)
         if line is None:
             line = self._lines[engine.id] = _Line(self, engine)
@@ -215,9 +236,10 @@ class Admission:
 class _Line:
     """One engine's queue, what it works on, and how long that takes."""
 
-    def __init__(self, admission: Admission, engine: Engine) -> None:
+    def __init__(self, admission: Admission, engine: Backend) -> None:
         self.engine = engine
         self.requests = 0
+        self.outstanding_tokens = 0
         self.last_used = 0.0
         self.closed = False
         self.owed: list[Ticket] = []
@@ -308,6 +330,7 @@ class _Line:
         ticket.stage = _Stage.DONE
         now = self._admission.monotonic()
         self.requests -= 1
+        self.outstanding_tokens -= ticket.tokens
         self.last_used = now
         if ticket.units:
             self._units[ticket.owner.priority] -= self._size(ticket)
@@ -452,6 +475,7 @@ class _Line:
 
     def _take_out(self, ticket: Ticket) -> None:
         ticket.stage = _Stage.DONE
+        self.outstanding_tokens -= ticket.tokens
         if ticket.units:
             self._queue.remove(ticket)
         else:

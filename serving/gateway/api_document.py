@@ -260,7 +260,7 @@ def describe(app: FastAPI, gateway: Gateway) -> None:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         told["security"] = [{"key": []}, {}]
         told["tags"] = [{"name": tag} for tag in _TAGS]
-        model = gateway.router.engines[0].model.name
+        model = gateway.router.backends[0].model.name
         for path, methods in told["paths"].items():
             for method, told_of_it in methods.items():
                 if operation := _OPERATIONS.get((method, path)):

@@ -19,6 +19,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
+from serving.engines.breaker import BreakerState
 from serving.engines.supervisor import Engine
 from serving.gateway.access import AccessMiddleware, in_shape, may_use
 from serving.gateway.access_log import AccessLogMiddleware
@@ -27,7 +28,7 @@ from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Gateway, json_response
 from serving.gateway.routes import admin_keys, batches, docs, files, inference, messages, responses
-from serving.gateway.routing import adapters_of, own_name_of
+from serving.gateway.routing import Backend, Route, adapters_of, own_name_of
 from serving.gateway.tracing import Tracing, TracingMiddleware
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
@@ -72,6 +73,9 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
     async def ready() -> Response:
         """200 once every model that is to be loaded takes requests, otherwise 503; the body tells all states."""
         states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
+        for remote in gateway.router.remotes:
+            is_closed = remote.breaker.state is BreakerState.CLOSED
+            states[remote.model.name] = "ready" if is_closed else "unavailable"
         is_ready = not gateway.draining and all(
             engine.endpoint for engine in gateway.router.engines if engine.is_expected
         )
@@ -81,25 +85,26 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
     async def metrics() -> Response:
         """Prometheus metrics."""
         await _ask_engines(gateway)
+        _look_at_remotes(gateway)
         gateway.relay.admission.publish()
         return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models(http: Request) -> Response:
-        """All models, aliases and LoRA adapters that the request's key may use."""
+        """All models, aliases, LoRA adapters and routes that the request's key may use."""
         identity: Identity = http.state.identity
         entries = [
-            _model_entry(gateway, name, engine)
+            _model_entry(gateway, name, found)
             for name in gateway.router.names
-            if may_use(identity, name, own_name_of(engine := gateway.router.find(name), name))
+            if may_use(identity, name, own_name_of(found := gateway.router.find(name), name))
         ]
         return json_response({"object": "list", "data": entries})
 
     @app.get("/v1/models/{name:path}")
     async def model(http: Request, name: str) -> Response:
         """One model."""
-        engine = gateway.find(http.state.identity, name)
-        return json_response(_model_entry(gateway, name, engine))
+        found = gateway.find(http.state.identity, name)
+        return json_response(_model_entry(gateway, name, found))
 
     routers = (
         admin_keys.routes(gateway),
@@ -122,9 +127,29 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
     return app
 
 
-def _model_entry(gateway: Gateway, name: str, engine: Engine) -> dict[str, Any]:
-    parent = engine.model.name if name in adapters_of(engine) else None
+def _model_entry(gateway: Gateway, name: str, found: Backend | Route) -> dict[str, Any]:
+    parent = None
+    if not isinstance(found, Route) and name in adapters_of(found):
+        parent = found.model.name
     return model_json(name, gateway.started_unix, parent)
+
+
+def _look_at_remotes(gateway: Gateway) -> None:
+    """Bring the gauges of remotes up to date."""
+    metrics, spending = gateway.metrics, gateway.relay.spending
+    metrics.breaker_state.clear()
+    metrics.api_budget.clear()
+    metrics.api_spent.clear()
+    for remote in gateway.router.remotes:
+        model = remote.model
+        for state in BreakerState:
+            is_in_it = remote.breaker.state is state
+            metrics.breaker_state.labels(model.name, state.value).set(is_in_it)
+        if model.budget_usd is not None:
+            labels = (model.name, model.budget_period)
+            metrics.api_budget.labels(*labels).set(model.budget_usd)
+            spent_usd = spending.spent_usd(model.name, model.budget_period)
+            metrics.api_spent.labels(*labels).set(spent_usd)
 
 
 async def _ask_engines(gateway: Gateway) -> None:

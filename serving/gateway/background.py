@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 from starlette.types import Message
 
-from serving.engines.supervisor import Engine
-from serving.gateway.relay import Caller, Relay
+from serving.gateway.dispatch import Destination, Dispatcher
+from serving.gateway.relay import Caller
 from serving.gateway.response_store import ResponseStore
 from serving.protocol.errors import ApiError
 from serving.protocol.openai_responses import ResponseTranslation
@@ -29,9 +29,9 @@ _RETRY_SECONDS = 5.0
 class BackgroundResponses:
     """Makes responses that are in the store as ``in_progress``, and puts there what became of them."""
 
-    def __init__(self, store: ResponseStore, relay: Relay) -> None:
+    def __init__(self, store: ResponseStore, dispatcher: Dispatcher) -> None:
         self.store = store
-        self._relay = relay
+        self._dispatcher = dispatcher
         self._unwanted: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -39,7 +39,7 @@ class BackgroundResponses:
     def begin(
         self,
         asker: Caller,
-        engine: Engine,
+        destination: Destination,
         asked: ChatCompletionRequest,
         translation: ResponseTranslation,
     ) -> None:
@@ -56,7 +56,7 @@ class BackgroundResponses:
             return {"type": "http.disconnect"}
 
         caller = replace(asker, receive=hang_up)
-        self._keep(self._make(caller, engine, asked, translation))
+        self._keep(self._make(caller, destination, asked, translation))
 
     async def settled(self) -> None:
         """Wait until all that was begun has ended and is stored."""
@@ -66,12 +66,12 @@ class BackgroundResponses:
     async def _make(
         self,
         caller: Caller,
-        engine: Engine,
+        destination: Destination,
         asked: ChatCompletionRequest,
         translation: ResponseTranslation,
     ) -> None:
         try:
-            answer = await self._relay.forward(caller, engine, asked, translation)
+            answer = await self._dispatcher.forward(caller, destination, asked, translation)
             if answer.status_code != 200:
                 translation.fail(orjson.loads(answer.body))
         except ApiError as error:

@@ -16,14 +16,15 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Message
 
-from serving.engines.supervisor import Engine
 from serving.gateway.batch_store import BatchStore, Owner
+from serving.gateway.dispatch import Destination
 from serving.gateway.file_store import FileStore, copying
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Asked, Gateway
 from serving.gateway.relay import Caller
 from serving.gateway.responding import begin
+from serving.gateway.routing import label_of, width_of
 from serving.protocol.batches import (
     ENDPOINTS,
     UNFINISHED,
@@ -112,7 +113,7 @@ class BatchRunner:
         if batch["model"] is None:
             return ""
         try:
-            return self._gateway.router.find(batch["model"]).model.name
+            return label_of(self._gateway.router.find(batch["model"]))
         except ApiError:
             return str(batch["model"])
 
@@ -176,8 +177,7 @@ class BatchRunner:
 
     async def _run_lines(self, job: _Job) -> None:
         with contextlib.suppress(ApiError):
-            engine = self._gateway.router.find(job.batch["model"])
-            job.width = engine.model.max_sequences
+            job.width = width_of(self._gateway.router.find(job.batch["model"]))
         async with asyncio.TaskGroup() as workers:
             for _ in range(job.width):
                 workers.create_task(self._take_lines(job))
@@ -232,15 +232,15 @@ class BatchRunner:
         """A line's answer; what of the line does not count is added to ``ignored``."""
         kind = ENDPOINTS[caller.endpoint]
 
-        def admit(read: Callable[[dict[str, Any]], Asked]) -> tuple[Engine, Asked]:
-            engine, asked, told = self._gateway.admit(
+        def admit(read: Callable[[dict[str, Any]], Asked]) -> tuple[Destination, Asked]:
+            destination, asked, told = self._gateway.admit(
                 caller.endpoint, caller.identity, fields, read
             )
             ignored.extend(told)
-            return engine, asked
+            return destination, asked
 
         if kind is not ResponseRequest:
-            return await self._gateway.relay.forward(caller, *admit(kind.of))
+            return await self._gateway.dispatcher.forward(caller, *admit(kind.of))
         exchange = await begin(self._gateway.responses.store, caller.identity.tenant, fields, admit)
         ignored[:] = map(own_name, ignored)
         if exchange.request.background:
@@ -250,8 +250,8 @@ class BatchRunner:
                 param="background",
                 code="invalid_value",
             )
-        answer = await self._gateway.relay.forward(
-            caller, exchange.engine, exchange.chat, exchange.translation
+        answer = await self._gateway.dispatcher.forward(
+            caller, exchange.destination, exchange.chat, exchange.translation
         )
         if answer.status_code == 200:
             await exchange.keep()

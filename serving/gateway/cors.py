@@ -8,11 +8,13 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.gateway.bill import COST_HEADERS
+from serving.gateway.dispatch import MODEL_HEADER, SERVED_AS_HEADER
 
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 # What browsers keep from scripts unless they are told.
 _EXPOSED = (
-    *("x-request-id", "retry-after", "x-rigserve-ignored", *COST_HEADERS),
+    *("x-request-id", "retry-after", "x-rigserve-ignored"),
+    *(MODEL_HEADER, SERVED_AS_HEADER, *COST_HEADERS),
     *(
         f"x-ratelimit-{name}-{what}"
         for what in ("requests", "tokens")

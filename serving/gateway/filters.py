@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from serving.config import ConfigError, FiltersConfig, ModelConfig, Problem
+from serving.config import AnyModel, ConfigError, FiltersConfig, Problem, RemoteModel
+from serving.gateway.dialects import only_openai
 from serving.protocol.embeddings import EmbeddingRequest, RerankRequest, TokenizeRequest
 from serving.protocol.errors import (
     UNKNOWN_PARAMETER,
@@ -58,9 +59,11 @@ _ITEM = re.compile(r"\[\d+\]")
 class Filters:
     """What is changed about requests to one model; without one, what holds for all."""
 
-    def __init__(self, model: ModelConfig | None, *, lenient: bool) -> None:
+    def __init__(self, model: AnyModel | None, *, lenient: bool) -> None:
         """The filters of a model. Raises :class:`ParameterError` for those that can apply to nothing."""
         self._config = model.filters if model else FiltersConfig()
+        speaks_openai = isinstance(model, RemoteModel) and model.dialect == "openai"
+        self._openai_name = model.name if model and speaks_openai else None
         own = model.lenient if model else None
         self._lenient = lenient if own is None else own
         self._settings = _parameters(self._config)
@@ -101,6 +104,9 @@ class Filters:
             for name in sorted(asked.model_fields_set)
             if getattr(asked, name) is not None and getattr(asked, name) != getattr(result, name)
         ]
+        if self._openai_name is not None:
+            result, beyond = only_openai(self._openai_name, result, lenient=self._lenient)
+            ignored += beyond
         return self._introduced(result), ignored
 
     def _with_parameters(self, asked: Asked) -> Asked:
@@ -153,7 +159,7 @@ class ParameterError(Exception):
         self.path = path
 
 
-def filters_of(models: Sequence[ModelConfig], *, lenient: bool) -> dict[str, Filters]:
+def filters_of(models: Sequence[AnyModel], *, lenient: bool) -> dict[str, Filters]:
     """Each model's filters; raises :class:`ConfigError` with all that is wrong with them."""
     filters, problems = {}, []
     for position, model in enumerate(models):

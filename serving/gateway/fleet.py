@@ -11,6 +11,7 @@ from typing import Protocol
 
 from serving.engines.placement import Plan
 from serving.engines.supervisor import Engine
+from serving.gateway.routing import Backend
 
 
 class Fleet(Protocol):
@@ -47,11 +48,11 @@ class Fleet(Protocol):
 class Traffic(Protocol):
     """Which requests an engine has: what `models ps` shows, and who may leave."""
 
-    def in_flight(self, engine: Engine) -> int:
+    def in_flight(self, engine: Backend) -> int:
         """Requests that the engine works on, and those about to be sent."""
 
-    def waiting(self, engine: Engine) -> int:
+    def waiting(self, engine: Backend) -> int:
         """Requests that wait in the gateway for the engine."""
 
-    def last_used(self, engine: Engine) -> float:
+    def last_used(self, engine: Backend) -> float:
         """When it last had a request (``time.monotonic()``); 0 if never."""

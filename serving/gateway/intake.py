@@ -14,24 +14,28 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serving.config import ServerConfig
-from serving.engines.supervisor import Engine
-from serving.gateway.access import Access
+from serving.gateway.access import Access, may_use
 from serving.gateway.background import BackgroundResponses
+from serving.gateway.balancing import marks_of
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.dispatch import Destination, Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
 from serving.gateway.identity import Identity
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
-from serving.gateway.routing import Router, own_name_of
+from serving.gateway.routing import Backend, Candidate, Role, Route, Router, label_of, own_name_of
 from serving.keys.store import KeyStore
 from serving.metrics import UNKNOWN_MODEL, Metrics
-from serving.protocol.errors import ApiError
-from serving.protocol.requests import ModelRequest, read_object
+from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
+from serving.protocol.requests import ChatCompletionRequest, ModelRequest, read_object
 from serving.protocol.sse import CLIENT_CLOSED_REQUEST
 from serving.protocol.structured import Body
 
 Asked = TypeVar("Asked", bound=ModelRequest)
+
+# With "never", a client keeps its request from models that cost money.
+SPILL_OVER_HEADER = "x-rigserve-spill-over"
 
 # Larger bodies are parsed beside the event loop.
 _LARGE_BODY_BYTES = 256 * 1024
@@ -45,6 +49,7 @@ class Gateway:
     keys: KeyStore
     router: Router
     relay: Relay
+    dispatcher: Dispatcher
     meter: Meter
     metrics: Metrics
     session: aiohttp.ClientSession
@@ -61,7 +66,7 @@ class Gateway:
 
     def __post_init__(self) -> None:
         """Raises :class:`ConfigError` for filters that cannot be applied."""
-        models = [engine.model for engine in self.router.engines]
+        models = [backend.model for backend in self.router.backends]
         self._filters = filters_of(models, lenient=self.lenient)
         self._filters_of_unknown = Filters(None, lenient=self.lenient)
 
@@ -70,7 +75,7 @@ class Gateway:
 
         Raises :class:`ConfigError` for filters that cannot be applied; then nothing has changed.
         """
-        models = [engine.model for engine in router.engines]
+        models = [backend.model for backend in router.backends]
         filters = filters_of(models, lenient=server.lenient)
         self.router = router
         self._filters = filters
@@ -81,7 +86,7 @@ class Gateway:
 
     async def take(
         self, http: Request, read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Asked]:
+    ) -> tuple[Destination, Asked]:
         """Where an HTTP request goes, and what ``read`` makes of its body's fields.
 
         The model's filters are applied; what of the request thereby does not count is left in
@@ -91,11 +96,12 @@ class Gateway:
 
     def take_fields(
         self, http: Request, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
-    ) -> tuple[Engine, Asked]:
+    ) -> tuple[Destination, Asked]:
         """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
-        admitted = self.admit(http.url.path, http.state.identity, fields, read)
-        engine, asked, http.state.ignored = admitted
-        return engine, asked
+        may_spill = http.headers.get(SPILL_OVER_HEADER) != "never"
+        admitted = self.admit(http.url.path, http.state.identity, fields, read, may_spill=may_spill)
+        destination, asked, http.state.ignored = admitted
+        return destination, asked
 
     async def fields_of(self, http: Request) -> dict[str, Any]:
         """The fields of an HTTP request's body; raises :class:`ApiError`, and counts what it turns away."""
@@ -118,14 +124,24 @@ class Gateway:
         identity: Identity,
         fields: dict[str, Any],
         read: Callable[[dict[str, Any]], Asked],
-    ) -> tuple[Engine, Asked, list[str]]:
-        """As :meth:`take`, for a body that is there already; also gives what of it does not count."""
+        *,
+        may_spill: bool = False,
+    ) -> tuple[Destination, Asked, list[str]]:
+        """As :meth:`take`, for a body that is there already; also gives what of it does not count.
+
+        ``may_spill``: it may go to a model that costs money, if the route that it asks for has one.
+        """
         model = UNKNOWN_MODEL
         try:
             asked, dropped = self._filters_for(fields.get("model")).read(fields, read)
-            engine = self.find(identity, asked.model)
-            model = engine.model.name
-            asked, overruled = self._filters[model].apply(asked)
+            found = self.find(identity, asked.model)
+            model = label_of(found)
+            destination: Destination
+            if isinstance(found, Route):
+                destination, asked, overruled = self._plan(found, identity, asked, may_spill)
+            else:
+                destination = found
+                asked, overruled = self._filters[model].apply(asked)
             if self.draining:
                 raise ApiError(
                     503, "The server is shutting down.", code="draining", retry_after_seconds=5
@@ -133,25 +149,63 @@ class Gateway:
         except ApiError as error:
             self.meter.unmetered(model, path, error.status)
             raise
-        return engine, asked, [*dropped, *overruled]
+        return destination, asked, [*dropped, *overruled]
 
-    def find(self, identity: Identity, name: str) -> Engine:
-        """The engine of a model; raises :class:`ApiError`: 403 if it is not for who asks, 404 if there is none."""
+    def _plan(
+        self, route: Route, identity: Identity, asked: Asked, may_spill: bool
+    ) -> tuple[Plan, Asked, list[str]]:
+        """Whom to ask for a route's request, the request as the first of them gets it, and what does not count."""
+        marks = marks_of(route.name, asked)
+        is_batch = identity.priority == "batch" or (
+            isinstance(asked, ChatCompletionRequest) and asked.priority == "batch"
+        )
+        candidates = [
+            each
+            for each in self.dispatcher.balancer.order(
+                route, marks, may_spill=may_spill and not is_batch
+            )
+            # A key with a list of models spends money only on those it names.
+            if each.role is not Role.SPILL_OVER or may_use(identity, each.name, None)
+        ]
+
+        def prepare(candidate: Candidate) -> tuple[Asked, list[str]]:
+            named = asked.model_copy(update={"model": candidate.name})
+            return self._filters[candidate.backend.model.name].apply(named)
+
+        while True:
+            try:
+                first, ignored = prepare(candidates[0])
+                break
+            except ApiError as error:
+                # Others may know the field.
+                if error.code != UNSUPPORTED_PARAMETER or len(candidates) == 1:
+                    raise
+                del candidates[0]
+        plan = Plan(route, candidates, marks, lambda candidate: prepare(candidate)[0])
+        return plan, first, ignored
+
+    def find(self, identity: Identity, name: str) -> Backend | Route:
+        """What serves a model's name; raises :class:`ApiError`: 403 if it is not for who asks, 404 if there is none."""
         try:
-            engine = self.router.find(name)
+            found = self.router.find(name)
         except ApiError:
             self.access.check_model(identity, name, None)
             raise
-        self.access.check_model(identity, name, own_name_of(engine, name))
-        return engine
+        self.access.check_model(identity, name, own_name_of(found, name))
+        return found
 
     def _filters_for(self, name: object) -> Filters:
-        """What is known to apply before a request has been read: the filters of the model it names."""
+        """What is known to apply before a request has been read: the filters of the model it names.
+
+        A route reads as its first model does.
+        """
         try:
-            engine = self.router.find(name) if isinstance(name, str) else None
+            found = self.router.find(name) if isinstance(name, str) else None
         except ApiError:
-            engine = None
-        return self._filters[engine.model.name] if engine else self._filters_of_unknown
+            found = None
+        if isinstance(found, Route):
+            found = found.candidates[0].backend
+        return self._filters[found.model.name] if found else self._filters_of_unknown
 
     async def body_of(self, http: Request) -> bytes:
         """The request's body; raises :class:`ApiError`: 413 as soon as it proves too large, 408 if it does not come."""

@@ -236,7 +236,7 @@ class Limits:
         spent = account.spent.get(period)
         now_unix = self._unix()
         if spent is None or now_unix >= spent.ends_unix:
-            spent = account.spent[period] = _Spent(_next_start(period, now_unix))
+            spent = account.spent[period] = _Spent(next_start(period, now_unix))
         return spent
 
 
@@ -248,7 +248,8 @@ def period_start(period: BudgetPeriod, now_unix: float) -> float:
     return (midnight if period == "day" else midnight.replace(day=1)).timestamp()
 
 
-def _next_start(period: BudgetPeriod, now_unix: float) -> float:
+def next_start(period: BudgetPeriod, now_unix: float) -> float:
+    """When the next day or month begins, as :func:`period_start` has them."""
     start = datetime.fromtimestamp(period_start(period, now_unix), UTC)
     if period == "day":
         return (start + timedelta(days=1)).timestamp()

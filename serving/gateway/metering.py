@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
-from serving.config import ModelConfig
+from serving.config import AnyModel, RemoteModel
 from serving.cost.ledger import Ledger, UsageRecord
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
@@ -15,6 +15,7 @@ from serving.gateway.access_log import tell_of_metered
 from serving.gateway.bill import Bill, Comparison
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Reservation
+from serving.gateway.spending import Purchase
 from serving.gateway.tracing import Trace, Tracing
 from serving.metrics import Metrics
 from serving.protocol.requests import ModelRequest
@@ -45,13 +46,19 @@ class Request:
 
     id: str
     endpoint: str
-    model: ModelConfig
+    model: AnyModel
     adapter: str | None
     user: str
     identity: Identity
     reservation: Reservation | None
     streamed: bool
     trace: Trace | None = None
+    # Whether it has the trace to itself: a batch's line, or one more try after the first was answered.
+    began_trace: bool = False
+    # The route that was asked for, if one was, and as what the model serves it.
+    route: str = "-"
+    served_as: str = "-"
+    purchase: Purchase | None = None
     queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -96,6 +103,7 @@ class Meter:
         # A batch's lines have no trace yet, and who asked for work in the background has been answered.
         if request.trace is None or request.trace.has_ended:
             request.trace = self._tracing.begin(request.endpoint, above=request.trace)
+            request.began_trace = True
         if request.trace is not None:
             request.trace.asked(body)
 
@@ -113,6 +121,16 @@ class Meter:
             for _ in range(chunks):
                 itl.observe(gap)
         request.last_chunk_at = now
+
+    def withdrawn(self, request: Request) -> None:
+        """A request that was started is another model's after all: it does not count here."""
+        self._metrics.in_flight.labels(request.model.name).dec()
+        if request.trace is not None and request.began_trace:
+            request.trace.answered(503)
+
+    def passed_on(self, route: str, model: str, reason: str) -> None:
+        """A model did not take a route's request, which may go to another; ``reason`` is the error's code."""
+        self._metrics.passed_on.labels(route, model, reason).inc()
 
     def unmetered(self, model: str, endpoint: str, status: int) -> None:
         """A request ended that used nothing: it reached no engine, or asked for no tokens."""
@@ -135,6 +153,10 @@ class Meter:
         usage = _usage(final)
         measured = _timings(final)
         timings = measured or _observed(request, ended_at)
+        is_remote = isinstance(request.model, RemoteModel)
+        if is_remote:
+            # It kept none of this rig's hardware busy.
+            timings = replace(timings, prefill_busy_seconds=0.0, decode_busy_seconds=0.0)
         busy_seconds = timings.prefill_busy_seconds + timings.decode_busy_seconds
         joules = busy_seconds * self._power.mean_watts(request.sent_at, ended_at)
         parts = self._cost.parts(busy_seconds, joules)
@@ -158,13 +180,18 @@ class Meter:
             decode_busy_seconds=timings.decode_busy_seconds,
             timing_source="engine" if measured else "estimated",
             energy_joules=joules,
-            energy_source=self._power.source,
+            energy_source="none" if is_remote else self._power.source,
             energy_usd=parts.energy_usd,
             idle_usd=parts.idle_usd,
             hardware_usd=parts.hardware_usd,
             key_id=request.identity.key_id or "-",
             tenant=request.identity.tenant,
+            api_usd=request.purchase.usd(usage) if request.purchase else 0.0,
+            route=request.route,
+            served_as=request.served_as,
         )
+        if request.purchase:
+            request.purchase.settle(record.api_usd)
         self._ledger.append(record)
         first_at, arrived_at = request.first_chunk_at, request.arrived_at
         ttft_seconds = None if first_at is None else first_at - arrived_at
@@ -180,7 +207,9 @@ class Meter:
         if self._prices.references:
             reference = self._prices.references[0]
             elsewhere = Comparison(reference, self._usd_at(reference, record))
-        sources = (record.tokens_source, record.timing_source, record.energy_source)
+        sources = [record.tokens_source]
+        if record.energy_source != "none":
+            sources += [record.timing_source, record.energy_source]
         return Bill(
             usd=record.usd,
             energy_usd=record.energy_usd,
@@ -195,10 +224,13 @@ class Meter:
         metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
         metrics.cached_tokens.labels(model).inc(record.cached_tokens)
         metrics.completion_tokens.labels(model).inc(record.completion_tokens)
-        metrics.energy.labels(model, record.energy_source).inc(record.energy_joules)
-        metrics.cost.labels(model, "energy").inc(record.energy_usd)
-        metrics.cost.labels(model, "idle").inc(record.idle_usd)
-        metrics.cost.labels(model, "hardware").inc(record.hardware_usd)
+        if isinstance(request.model, RemoteModel):
+            metrics.cost.labels(model, "api").inc(record.api_usd)
+        else:
+            metrics.energy.labels(model, record.energy_source).inc(record.energy_joules)
+            metrics.cost.labels(model, "energy").inc(record.energy_usd)
+            metrics.cost.labels(model, "idle").inc(record.idle_usd)
+            metrics.cost.labels(model, "hardware").inc(record.hardware_usd)
         if record.status == 200:
             metrics.duration.labels(model).observe(ended_at - request.arrived_at)
             metrics.queue_time.labels(model).observe(record.queue_seconds)

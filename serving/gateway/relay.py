@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Coroutine
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +18,19 @@ from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from serving.cost.ledger import UsageRecord
+from serving.engines.remote import Remote
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.access_log import Entry
 from serving.gateway.admission import Admission, Ticket
+from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
-from serving.gateway.routing import adapters_of, endpoint_of
+from serving.gateway.remote_call import Clearance, NotStarted, RemoteCall, clear
+from serving.gateway.routing import Backend, adapters_of, endpoint_of
+from serving.gateway.spending import Spending
 from serving.gateway.stream import StreamTap
-from serving.gateway.token_bound import token_bound
+from serving.gateway.token_bound import expected_tokens, token_bound
 from serving.gateway.tracing import Trace
 from serving.gateway.translation import Translation, translated
 from serving.protocol.errors import ApiError
@@ -102,11 +107,13 @@ class Relay:
         meter: Meter,
         limits: Limits,
         admission: Admission,
+        spending: Spending | None = None,
     ) -> None:
         self._session = session
         self._meter = meter
         self._limits = limits
         self.admission = admission
+        self.spending = spending or Spending()
         self._settling: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -117,13 +124,15 @@ class Relay:
     async def forward(
         self,
         caller: Caller,
-        engine: Engine,
+        engine: Backend,
         body: ModelRequest,
         translation: Translation | None = None,
+        attempt: Attempt = DIRECT,
     ) -> Response:
         """Answer a request through its engine, in the words of ``translation`` if there is one.
 
-        Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more.
+        Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more;
+        and :class:`PassedOn` for an ``attempt`` that another may follow.
         """
         sent = _for_engine(engine, body)
         has_key = caller.identity.key_id is not None
@@ -139,65 +148,104 @@ class Relay:
             reservation=reservation,
             streamed=_is_streamed(body),
             trace=caller.log_entry.trace,
+            route=attempt.route,
+            served_as=attempt.served_as,
         )
+        if attempt.began_at is not None:
+            request.arrived_unix -= request.arrived_at - attempt.began_at
+            request.arrived_at = attempt.began_at
         self.open_requests += 1
         self._idle.clear()
         try:
-            ticket, endpoint = await self._enter(caller, engine, body, _units(body))
+            ticket, endpoint, clearance = await self._enter(
+                caller, engine, body, _units(body), sent, attempt
+            )
         except BaseException:
             self._close()
             if reservation:
                 reservation.withdraw()
             raise
-        request.queue_seconds = ticket.queue_seconds
+        request.queue_seconds = (
+            ticket.queue_seconds
+            if attempt.began_at is None
+            else time.monotonic() - attempt.began_at
+        )
         self._tickets[id(request)] = ticket
         if _prompts.isEnabledFor(logging.INFO):
             written_id = orjson.dumps(caller.request_id).decode()
             _prompts.info('{"request_id":%s,"body":%s}', written_id, sent.decode())
         caller.log_entry.is_metered = True
         self._meter.started(request, body)
-        call = _Call(self._session, engine, endpoint, body, sent, caller.identity, request.trace)
-        if isinstance(body, GenerationRequest) and body.stream:
-            tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
-            return await self._stream(caller, call, request, tap, translation)
-        return await self._whole(caller, call, request, translation)
+        call = self._call(engine, endpoint, body, sent, caller, clearance, request.trace)
+        if clearance:
+            request.purchase = clearance.purchase
+        try:
+            if isinstance(body, GenerationRequest) and body.stream:
+                tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
+                return await self._stream(caller, call, request, tap, translation, attempt)
+            return await self._whole(caller, call, request, translation, attempt)
+        except PassedOn:
+            caller.log_entry.is_metered = False
+            raise
 
-    async def ask(self, caller: Caller, engine: Engine, body: ModelRequest) -> Response:
+    async def ask(
+        self, caller: Caller, engine: Backend, body: ModelRequest, attempt: Attempt = DIRECT
+    ) -> Response:
         """Answer a request that uses no tokens through its engine: it is counted, but not in the ledger.
 
         Raises as :meth:`forward` does.
         """
         reservation = self._reserve(caller, engine, 0)
+        sent = _for_engine(engine, body)
         try:
-            ticket, endpoint = await self._enter(caller, engine, body, units=0)
+            ticket, endpoint, clearance = await self._enter(caller, engine, body, 0, sent, attempt)
         except BaseException:
             if reservation:
                 reservation.withdraw()
             raise
-        sent = _for_engine(engine, body)
-        call = _Call(self._session, engine, endpoint, body, sent, caller.identity)
-        status = CLIENT_CLOSED_REQUEST
+        call = self._call(engine, endpoint, body, sent, caller, clearance)
+        status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
             _object(engine, payload)
             status = answer.status
         except ApiError as error:
             status = error.status
+            if attempt.may_pass_on and status in PASSED_ON:
+                status = None
+                raise PassedOn(error) from error
             raise
         finally:
             ticket.release()
             if reservation:
                 reservation.settle(0, 0.0)
-            self._meter.unmetered(engine.model.name, caller.endpoint, status)
+            if status is not None:
+                self._meter.unmetered(engine.model.name, caller.endpoint, status)
         return _relayed(engine, answer, payload)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While this lasts, :meth:`settled` waits."""
+        self.open_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._close()
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
         await self._idle.wait()
 
     async def _enter(
-        self, caller: Caller, engine: Engine, body: ModelRequest, units: int
-    ) -> tuple[Ticket, Endpoint]:
+        self,
+        caller: Caller,
+        engine: Backend,
+        body: ModelRequest,
+        units: int,
+        sent: bytes,
+        attempt: Attempt,
+    ) -> tuple[Ticket, Endpoint, Clearance | None]:
         """Wait for a place at an engine; counts what is turned away, and who leaves while waiting.
 
         Raises as :meth:`forward` does; then the place is given back.
@@ -205,20 +253,48 @@ class Relay:
         ticket, status = None, CLIENT_CLOSED_REQUEST
         try:
             deadline_seconds = _deadline_seconds(caller.deadline)
+            if attempt.may_pass_on:
+                deadline_seconds = attempt.deadline_seconds(deadline_seconds)
             owner = _tenancy_of(body, caller.identity)
-            ticket = self.admission.enter(engine, owner, units, deadline_seconds)
+            tokens = expected_tokens(body, sent)
+            ticket = self.admission.enter(engine, owner, units, deadline_seconds, tokens)
             if ticket.is_waiting:
                 await while_connected(caller.receive, ticket.wait())
-            return ticket, endpoint_of(engine)
+            clearance = None
+            if isinstance(engine, Remote):
+                clearance = clear(engine, body, sent, self.spending if units else None)
+            return ticket, endpoint_of(engine), clearance
         except BaseException as error:
             if ticket is not None:
                 ticket.release()
             if isinstance(error, ApiError):
+                if attempt.may_pass_on and error.status in PASSED_ON:
+                    raise PassedOn(error) from error
                 status = error.status
             self._meter.unmetered(engine.model.name, caller.endpoint, status)
             raise
 
-    def _reserve(self, caller: Caller, engine: Engine, tokens: int) -> Reservation | None:
+    def _call(
+        self,
+        engine: Backend,
+        endpoint: Endpoint,
+        body: ModelRequest,
+        sent: bytes,
+        caller: Caller,
+        clearance: Clearance | None,
+        trace: Trace | None = None,
+    ) -> _Call | RemoteCall:
+        trace_headers = trace.headers if trace else {}
+        if isinstance(engine, Remote):
+            assert clearance is not None
+            return RemoteCall(
+                *(self._session, engine, body, sent, clearance.passage),
+                streamed=_is_streamed(body),
+                trace_headers=trace_headers,
+            )
+        return _Call(self._session, engine, endpoint, body, sent, caller.identity, trace_headers)
+
+    def _reserve(self, caller: Caller, engine: Backend, tokens: int) -> Reservation | None:
         """As :meth:`Limits.reserve`; counts what is turned away."""
         try:
             return self._limits.reserve(caller.identity, tokens)
@@ -228,7 +304,12 @@ class Relay:
             raise
 
     async def _whole(
-        self, caller: Caller, call: _Call, request: Request, translation: Translation | None
+        self,
+        caller: Caller,
+        call: _Call | RemoteCall,
+        request: Request,
+        translation: Translation | None,
+        attempt: Attempt,
     ) -> Response:
         answering = asyncio.create_task(call.answer())
         try:
@@ -238,20 +319,22 @@ class Relay:
             raise
         try:
             answer, payload = answering.result()
+            if attempt.may_pass_on and answer.status in PASSED_ON:
+                self._withdraw(request)
+                raise PassedOn(refusal_of(call.engine.model.name, answer, payload))
             if request.trace:
                 request.trace.saw(payload)
             final = _final(call.engine, answer, payload)
             response = _relayed(call.engine, answer, payload, translation)
         except ApiError as error:
-            self._finish(request, error.status, None)
-            raise
+            raise self._failed(request, error, attempt) from error
         record = self._finish(request, answer.status, final)
         response.headers.update(self._meter.bill(record).headers)
         return response
 
     async def _settle_whole(
         self,
-        call: _Call,
+        call: _Call | RemoteCall,
         request: Request,
         answering: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
@@ -265,7 +348,7 @@ class Relay:
         final = None
         if not answering.done():
             answering.cancel()
-        elif answering.exception() is None:
+        elif not answering.cancelled() and answering.exception() is None:
             with contextlib.suppress(ApiError):
                 final = _final(call.engine, *answering.result())
         self._finish(request, CLIENT_CLOSED_REQUEST, final)
@@ -273,10 +356,11 @@ class Relay:
     async def _stream(
         self,
         caller: Caller,
-        call: _Call,
+        call: _Call | RemoteCall,
         request: Request,
         tap: StreamTap,
         translation: Translation | None,
+        attempt: Attempt,
     ) -> Response:
         opening = asyncio.create_task(call.open())
         try:
@@ -288,6 +372,9 @@ class Relay:
             upstream = opening.result()
             if upstream.status != 200:
                 payload = await upstream.read()
+                if attempt.may_pass_on and upstream.status in PASSED_ON:
+                    self._withdraw(request)
+                    raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
                 final = _final(call.engine, upstream, payload)
                 self._finish(request, upstream.status, final)
                 return _relayed(call.engine, upstream, payload, translation)
@@ -296,8 +383,7 @@ class Relay:
                 raise _bad_answer(call.engine)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
-            self._finish(request, refusal.status, None)
-            raise refusal from error
+            raise self._failed(request, refusal, attempt) from error
         chunks = self._chunks(call, request, upstream, tap)
         return EventStream(
             translated(chunks, translation) if translation else chunks,
@@ -305,10 +391,14 @@ class Relay:
         )
 
     async def _chunks(
-        self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
+        self,
+        call: _Call | RemoteCall,
+        request: Request,
+        upstream: aiohttp.ClientResponse,
+        tap: StreamTap,
     ) -> AsyncGenerator[bytes, None]:
         try:
-            async for data in upstream.content.iter_any():
+            async for data in call.chunks(upstream):
                 before, was_finished = tap.text_events, tap.finished
                 chunk = tap.feed(data)
                 if request.trace:
@@ -326,11 +416,16 @@ class Relay:
             yield event(_engine_gone(call.engine).body)
 
     async def _settle_opening(
-        self, call: _Call, request: Request, opening: asyncio.Task[aiohttp.ClientResponse]
+        self,
+        call: _Call | RemoteCall,
+        request: Request,
+        opening: asyncio.Task[aiohttp.ClientResponse],
     ) -> None:
         """Meter a stream whose client has left before it began."""
+        if isinstance(call, RemoteCall):
+            await call.cancel()
         await asyncio.wait((opening,), timeout=_SETTLE_SECONDS)
-        if opening.done() and opening.exception() is None:
+        if opening.done() and not opening.cancelled() and opening.exception() is None:
             tap = StreamTap(forward_usage=False)
             await self._settle_stream(call, request, opening.result(), tap)
         else:
@@ -338,7 +433,11 @@ class Relay:
             self._finish(request, CLIENT_CLOSED_REQUEST, None)
 
     async def _settle_stream(
-        self, call: _Call, request: Request, upstream: aiohttp.ClientResponse, tap: StreamTap
+        self,
+        call: _Call | RemoteCall,
+        request: Request,
+        upstream: aiohttp.ClientResponse,
+        tap: StreamTap,
     ) -> None:
         """Meter a stream that is over; if its client left early, the engine is told and still heard out."""
         if tap.finished:
@@ -377,6 +476,27 @@ class Relay:
             request.reservation.settle(record.prompt_tokens + record.completion_tokens, record.usd)
         return record
 
+    def _failed(self, request: Request, error: ApiError, attempt: Attempt) -> ApiError | PassedOn:
+        """What to raise for a request that its engine has failed; it is metered, unless another will be."""
+        passes_on = attempt.may_pass_on and error.status in PASSED_ON
+        if passes_on and (not request.purchase or isinstance(error, NotStarted)):
+            self._withdraw(request)
+            return PassedOn(error)
+        # Whoever is paid may have begun, and will ask for the money.
+        final = _NOTHING_USED if isinstance(error, NotStarted) else None
+        self._finish(request, error.status, final)
+        return PassedOn(error) if passes_on else error
+
+    def _withdraw(self, request: Request) -> None:
+        """A request that went to its engine is another's after all."""
+        self._meter.withdrawn(request)
+        self._tickets.pop(id(request)).release()
+        self._close()
+        if request.reservation:
+            request.reservation.withdraw()
+        if request.purchase:
+            request.purchase.settle(0.0)
+
     def _close(self) -> None:
         self.open_requests -= 1
         if not self.open_requests:
@@ -394,7 +514,7 @@ class _Call:
         body: ModelRequest,
         sent: bytes,
         identity: Identity,
-        trace: Trace | None = None,
+        trace_headers: Mapping[str, str],
     ) -> None:
         self.engine = engine
         self._session = session
@@ -408,7 +528,7 @@ class _Call:
             "content-type": "application/json",
             "x-request-id": self._engine_request_id,
             **_tenancy_of(body, identity).to_headers(),
-            **(trace.headers if trace else {}),
+            **trace_headers,
         }
 
     async def open(self) -> aiohttp.ClientResponse:
@@ -430,6 +550,10 @@ class _Call:
             return response, await response.read()
         except aiohttp.ClientError as error:
             raise _engine_gone(self.engine) from error
+
+    def chunks(self, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The bytes of a stream that was opened, as they come."""
+        return upstream.content.iter_any()
 
     async def cancel(self) -> None:
         """Ask the engine to end the request now, in order, with its usage so far."""
@@ -483,10 +607,12 @@ def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
     )
 
 
-def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
+def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
     """The request as the engine gets it: a name it knows, and usage at the end of a stream."""
     changes: dict[str, Any] = {}
-    if body.model not in adapters_of(engine):
+    if isinstance(engine, Remote):
+        changes["model"] = engine.name_there
+    elif body.model not in adapters_of(engine):
         changes["model"] = engine.model.name
     if _is_streamed(body):
         changes["stream_options"] = StreamOptions(include_usage=True)
@@ -495,7 +621,9 @@ def _for_engine(engine: Engine, body: ModelRequest) -> bytes:
     return sent.model_dump_json(exclude_none=True, by_alias=True).encode()
 
 
-def _final(engine: Engine, answer: aiohttp.ClientResponse, payload: bytes) -> dict[str, Any] | None:
+def _final(
+    engine: Backend, answer: aiohttp.ClientResponse, payload: bytes
+) -> dict[str, Any] | None:
     """What holds the request's usage and timings; None if the engine failed over it.
 
     An engine that refuses a request (too long, queue full) has done nothing for it.
@@ -503,13 +631,14 @@ def _final(engine: Engine, answer: aiohttp.ClientResponse, payload: bytes) -> di
     """
     if answer.status != 200:
         _object(engine, payload)
-        return None if answer.status == 500 else _NOTHING_USED
+        is_free = isinstance(engine, Remote) or answer.status != 500
+        return _NOTHING_USED if is_free else None
     # Vectors are long, and no text can look like this: its quotes would be escaped.
     tail = payload.rfind(b',"usage":{')
     return _object(engine, b"{" + payload[tail + 1 :] if tail >= 0 else payload)
 
 
-def _object(engine: Engine, payload: bytes) -> dict[str, Any]:
+def _object(engine: Backend, payload: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
@@ -520,7 +649,7 @@ def _object(engine: Engine, payload: bytes) -> dict[str, Any]:
 
 
 def _relayed(
-    engine: Engine,
+    engine: Backend,
     answer: aiohttp.ClientResponse,
     payload: bytes,
     translation: Translation | None = None,
@@ -536,7 +665,7 @@ def _relayed(
     return Response(payload, answer.status, headers, media_type="application/json")
 
 
-def _bad_answer(engine: Engine) -> ApiError:
+def _bad_answer(engine: Backend) -> ApiError:
     return ApiError(
         502,
         f"The engine of '{engine.model.name}' gave an answer that makes no sense.",
@@ -544,7 +673,7 @@ def _bad_answer(engine: Engine) -> ApiError:
     )
 
 
-def _engine_gone(engine: Engine) -> ApiError:
+def _engine_gone(engine: Backend) -> ApiError:
     return ApiError(
         503,
         f"The engine of '{engine.model.name}' stopped while it worked on this request; "

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serving.engines.supervisor import Engine
+from serving.gateway.dispatch import Destination, Plan
 from serving.gateway.response_store import ResponseStore, StoredResponse
 from serving.gateway.routing import own_name_of
 from serving.protocol.errors import ApiError
@@ -36,7 +36,7 @@ class Exchange:
     """A response that is asked for: the chat completion that it is made of, and the way back."""
 
     request: ResponseRequest
-    engine: Engine
+    destination: Destination
     chat: ChatCompletionRequest
     translation: ResponseTranslation
     input: list[dict[str, Any]]
@@ -54,23 +54,28 @@ async def begin(
     store: ResponseStore,
     tenant: str,
     fields: dict[str, Any],
-    admit: Callable[[Read], tuple[Engine, ChatCompletionRequest]],
+    admit: Callable[[Read], tuple[Destination, ChatCompletionRequest]],
 ) -> Exchange:
     """Begin a response that will be ``tenant``'s; ``admit`` finds its engine. Raises :class:`ApiError`."""
     reading = _Reading(
         await _history(store, tenant, fields.get("previous_response_id")),
         await _referenced(store, tenant, fields.get("input")),
     )
-    engine, chat = admit(reading.read)
+    destination, chat = admit(reading.read)
     request = reading.request
+    name = (
+        destination.route.name
+        if isinstance(destination, Plan)
+        else own_name_of(destination, chat.model)
+    )
     taken = {item["id"] for item in reading.history}
     translation = ResponseTranslation(
-        begun(request, chat, own_name_of(engine, chat.model)),
+        begun(request, chat, name),
         seal_reasoning=request.wants_sealed_reasoning,
     )
     return Exchange(
         request=request,
-        engine=engine,
+        destination=destination,
         chat=chat,
         translation=translation,
         input=numbered(request.items, taken),

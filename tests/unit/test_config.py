@@ -47,7 +47,7 @@ def problem(tmp_path: Path, text: str | bytes) -> str:
 
 def test_the_default_config_loads_and_shows_every_key() -> None:
     config = load_config(DEFAULT)
-    assert config.models[0].quantization == "Q8_0"
+    assert config.local_models[0].quantization == "Q8_0"
     assert len(config.cost.compare_to) >= 10
     written = yaml.safe_load(DEFAULT.read_text())
     sections: list[tuple[type[BaseModel], Any]] = [
@@ -150,12 +150,12 @@ def test_environment_variables_stand_in_values(
     text = text.replace("Q8_0", "${RIG_TYPE:-Q4_0}") + "storage:\n  data_dir: ~/${RIG_NAME}/$${x}\n"
     config = load(tmp_path, text)
     assert config.server.port == 9005
-    assert config.models[0].name == "77"
-    assert config.models[0].quantization == "Q4_0"
+    assert config.local_models[0].name == "77"
+    assert config.local_models[0].quantization == "Q4_0"
     assert config.storage.data_dir == str(Path("~/77/${x}").expanduser())
 
 
 def test_model_paths_are_relative_to_the_config(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     config = load(tmp_path, GOOD.replace("hf://org/repo/file.gguf", "m.gguf"))
-    assert config.models[0].source == str(tmp_path / "m.gguf")
+    assert config.local_models[0].source == str(tmp_path / "m.gguf")

@@ -47,6 +47,6 @@ def test_a_variable_set_to_nothing_is_set(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("NOTHING", "")
     path = tmp_path / "rig.yaml"
     path.write_text(f"{BASE}    threads: ${{NOTHING}}\n    port: ${{NOTHING:-9000}}\n")
-    (model,) = load_config(path).models
+    (model,) = load_config(path).local_models
     assert model.threads is None
     assert model.port == 9000

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
-from serving.cost.ledger import Ledger, LedgerError, UsageRecord, read_traffic
+from serving.cost.ledger import Ledger, LedgerError, UsageRecord, read_spending, read_traffic
+from serving.cost.spool import Spool
 from tests.processes import wait_for
 
 RECORD = UsageRecord(
@@ -291,17 +292,37 @@ def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
     assert "2 usage records could not be written and are lost" in caplog.text
 
 
-def test_a_ledger_of_the_format_before_is_taken_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_ledger_of_the_format_before_is_taken_on(tmp_path: Path, version: int) -> None:
     path = tmp_path / "l.sqlite"
     with closing(Ledger(path)) as ledger:
         ledger.append(RECORD)
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DROP INDEX usage_uid")
-        connection.execute("ALTER TABLE usage DROP COLUMN uid")
-        connection.execute("PRAGMA user_version=2")
+        for column in ("api_usd", "route", "served_as"):
+            connection.execute(f"ALTER TABLE usage DROP COLUMN {column}")
+        if version == 2:
+            connection.execute("DROP INDEX usage_uid")
+            connection.execute("ALTER TABLE usage DROP COLUMN uid")
+        connection.execute(f"PRAGMA user_version={version}")
     with closing(Ledger(path)) as ledger:
         ledger.append(RECORD)
     assert rows(path) == 2
+
+
+def test_what_an_older_version_has_spooled_is_written(tmp_path: Path) -> None:
+    *old, _, _, _ = astuple(RECORD)
+    Spool(tmp_path / "l.spool").add([(*old, "uid")])
+    with closing(Ledger(tmp_path / "l.sqlite")) as ledger:
+        ledger.append(replace(RECORD, api_usd=0.5, model="m"))
+    assert rows(tmp_path / "l.sqlite") == 2
+    assert read_spending(tmp_path / "l.sqlite", 0.0) == {"m": 0.5}
+
+
+def test_what_other_servers_did_is_not_the_rigs_work(tmp_path: Path) -> None:
+    with closing(Ledger(tmp_path / "l.sqlite")) as ledger:
+        ledger.append(RECORD)
+        ledger.append(replace(RECORD, engine="remote", api_usd=0.5))
+    assert read_traffic(tmp_path / "l.sqlite").requests == 1
 
 
 def test_a_record_that_cannot_be_stored_does_not_hold_up_the_others(

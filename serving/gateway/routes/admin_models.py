@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.engines.placement import HOST
+from serving.engines.remote import Remote
 from serving.engines.supervisor import Engine, EngineStartError, NoRoomError
 from serving.gateway.fleet import Fleet, Traffic
 from serving.gateway.intake import Gateway, json_response
@@ -30,13 +31,14 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
         served = gateway.router.engines
         leaving = [engine for engine in fleet.engines if engine not in served]
         told = [_told(engine, traffic) for engine in (*served, *leaving)]
+        told += [_told_of_remote(remote, traffic) for remote in gateway.router.remotes]
         return json_response({"object": "list", "data": told})
 
     # Names may hold slashes.
     @router.post("/{name:path}/load")
     async def load(name: str) -> Response:
         """Have a model ready; returns when it is. Idle models leave if their room is needed."""
-        engine = gateway.router.find(name)
+        engine = _engine(gateway, name)
         try:
             await fleet.load(engine, lambda other: not _requests(other, traffic))
         except NoRoomError as error:
@@ -51,7 +53,7 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
 
         With requests in flight that takes `?force=true`: they break off.
         """
-        engine = gateway.router.find(name)
+        engine = _engine(gateway, name)
         force = _flag(http, "force")
         if (requests := _requests(engine, traffic)) and not force:
             raise ApiError(
@@ -66,6 +68,14 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
     return router
 
 
+def _engine(gateway: Gateway, name: str) -> Engine:
+    """The engine of a model; raises :class:`ApiError`: 404 if there is no model, 409 if it has no engine here."""
+    found = gateway.router.find(name)
+    if not isinstance(found, Engine):
+        raise ApiError(409, f"'{name}' has no engine of its own on this machine.", code="no_engine")
+    return found
+
+
 def _requests(engine: Engine, traffic: Traffic) -> int:
     return traffic.in_flight(engine) + traffic.waiting(engine)
 
@@ -75,6 +85,25 @@ def _flag(http: Request, name: str) -> bool:
     if value not in ("true", "false"):
         raise ApiError(400, f"'{name}' must be true or false.", param=name, code="invalid_value")
     return value == "true"
+
+
+def _told_of_remote(remote: Remote, traffic: Traffic) -> dict[str, Any]:
+    last_used = traffic.last_used(remote)
+    in_flight, waiting = traffic.in_flight(remote), traffic.waiting(remote)
+    is_idle = last_used and not in_flight and not waiting
+    return {
+        "id": remote.model.name,
+        "object": "rigserve.remote",
+        "state": f"breaker {remote.breaker.state.value}",
+        "engine": remote.model.engine,
+        "devices": [],
+        "memory": None,
+        "in_flight": in_flight,
+        "waiting": waiting,
+        "idle_seconds": round(time.monotonic() - last_used, 1) if is_idle else None,
+        "pinned": False,
+        "ttl_seconds": None,
+    }
 
 
 def _told(engine: Engine, traffic: Traffic) -> dict[str, Any]:

@@ -22,12 +22,12 @@ def routes(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     async def complete(http: Request, kind: type[ModelRequest]) -> Response:
-        engine, asked = await gateway.take(http, kind.of)
-        return await gateway.relay.forward(Caller.of(http), engine, asked)
+        destination, asked = await gateway.take(http, kind.of)
+        return await gateway.dispatcher.forward(Caller.of(http), destination, asked)
 
     async def ask(http: Request, kind: type[ModelRequest]) -> Response:
-        engine, asked = await gateway.take(http, kind.of)
-        return await gateway.relay.ask(Caller.of(http), engine, asked)
+        destination, asked = await gateway.take(http, kind.of)
+        return await gateway.dispatcher.ask(Caller.of(http), destination, asked)
 
     @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
     async def chat_completions(http: Request) -> Response:

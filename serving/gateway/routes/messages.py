@@ -32,19 +32,19 @@ def routes(gateway: Gateway) -> APIRouter:
     @router.post("/v1/messages", openapi_extra=body_schema(MessagesRequest))
     async def messages(http: Request) -> Response:
         """Answer a conversation (Anthropic's API)."""
-        engine, asked = await gateway.take(
+        destination, asked = await gateway.take(
             http, lambda fields: validated(MessagesRequest, fields).chat
         )
         translation = MessageTranslation(asked, http.state.request_id)
-        return await gateway.relay.forward(Caller.of(http), engine, asked, translation)
+        return await gateway.dispatcher.forward(Caller.of(http), destination, asked, translation)
 
     @router.post("/v1/messages/count_tokens", openapi_extra=body_schema(CountTokensRequest))
     async def count_tokens(http: Request) -> Response:
         """Count the tokens of a conversation (Anthropic's API)."""
-        engine, asked = await gateway.take(
+        destination, asked = await gateway.take(
             http, lambda fields: validated(CountTokensRequest, fields).tokenization
         )
-        answer = await gateway.relay.ask(Caller.of(http), engine, asked)
+        answer = await gateway.dispatcher.ask(Caller.of(http), destination, asked)
         told = orjson.loads(bytes(answer.body))
         if answer.status_code == 200:
             return json_response({"input_tokens": told["count"]})

@@ -43,12 +43,12 @@ def routes(gateway: Gateway) -> APIRouter:
             lambda read: gateway.take_fields(http, fields, read),
         )
         http.state.ignored = list(map(own_name, http.state.ignored))
-        asked = (Caller.of(http), exchange.engine, exchange.chat, exchange.translation)
+        asked = (Caller.of(http), exchange.destination, exchange.chat, exchange.translation)
         if exchange.request.background:
             await exchange.keep()
             gateway.responses.begin(*asked)
             return json_response(exchange.translation.response)
-        answer = await gateway.relay.forward(*asked)
+        answer = await gateway.dispatcher.forward(*asked)
         if answer.status_code != 200:
             return answer
         if exchange.request.stream:
