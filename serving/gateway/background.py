@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 from starlette.types import Message
 
+from serving.gateway.caller import Caller
 from serving.gateway.dispatch import Destination, Dispatcher
-from serving.gateway.relay import Caller
 from serving.gateway.response_store import ResponseStore
 from serving.protocol.errors import ApiError
 from serving.protocol.openai_responses import ResponseTranslation

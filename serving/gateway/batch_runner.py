@@ -17,12 +17,12 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from serving.gateway.batch_store import BatchStore, Owner
+from serving.gateway.caller import Caller
 from serving.gateway.dispatch import Destination
 from serving.gateway.file_store import FileStore, copying
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Asked, Gateway
-from serving.gateway.relay import Caller
 from serving.gateway.responding import begin
 from serving.gateway.routing import label_of, width_of
 from serving.protocol.batches import (

@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from serving.gateway.attempt import Attempt, PassedOn
 from serving.gateway.balancing import Balancer, Marks
+from serving.gateway.caller import Caller
 from serving.gateway.metering import Meter
-from serving.gateway.relay import Caller, Relay
+from serving.gateway.relay import Relay
 from serving.gateway.routing import Backend, Candidate, Route
 from serving.gateway.translation import Translation
 from serving.protocol.errors import ApiError

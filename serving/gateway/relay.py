@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any
 
 import aiohttp
 import orjson
-from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import Message, Receive
 
 from serving.cost.ledger import UsageRecord
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Endpoint, Engine
-from serving.gateway.access_log import Entry
+from serving.engines.supervisor import Endpoint
 from serving.gateway.admission import Admission, Ticket
 from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
+from serving.gateway.caller import Caller
+from serving.gateway.engine_answer import (
+    NOTHING_USED,
+    bad_answer,
+    engine_gone,
+    final_of,
+    object_of,
+    relayed,
+)
+from serving.gateway.engine_call import EngineCall
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
@@ -41,7 +46,6 @@ from serving.protocol.requests import (
     ModelRequest,
     StreamOptions,
 )
-from serving.protocol.responses import Timings, Usage, new_id
 from serving.protocol.sse import (
     CLIENT_CLOSED_REQUEST,
     DONE,
@@ -60,42 +64,6 @@ _prompts.propagate = False
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
 _CANCEL_INTERVAL_SECONDS = 0.1
-_RETRY_AFTER_SECONDS = 2
-
-_NOTHING_USED = {
-    "usage": Usage(0, 0, 0).to_json(),
-    "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0).to_json(),
-}
-
-
-DEADLINE_HEADER = "x-rigserve-deadline-seconds"
-
-
-async def _never() -> Message:
-    """What is received from a client that is not there: it does not hang up either."""
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who waits for an answer. ``endpoint`` is what it is metered as."""
-
-    request_id: str
-    endpoint: str
-    identity: Identity
-    receive: Receive = _never
-    # What the client says of when its answer must begin.
-    deadline: str | None = None
-    log_entry: Entry = field(default_factory=Entry)
-
-    @staticmethod
-    def of(http: HttpRequest) -> Caller:
-        """The client of a request, whose body has been read."""
-        state = http.state
-        deadline = http.headers.get(DEADLINE_HEADER)
-        owner = (state.request_id, http.url.path, state.identity)
-        return Caller(*owner, http.receive, deadline, state.log_entry)
 
 
 class Relay:
@@ -207,7 +175,7 @@ class Relay:
         status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
-            _object(engine, payload)
+            object_of(engine, payload)
             status = answer.status
         except ApiError as error:
             status = error.status
@@ -221,7 +189,7 @@ class Relay:
                 reservation.settle(0, 0.0)
             if status is not None:
                 self._meter.unmetered(engine.model.name, caller.endpoint, status)
-        return _relayed(engine, answer, payload)
+        return relayed(engine, answer, payload)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -252,7 +220,7 @@ class Relay:
         """
         ticket, status = None, CLIENT_CLOSED_REQUEST
         try:
-            deadline_seconds = _deadline_seconds(caller.deadline)
+            deadline_seconds = caller.deadline_seconds()
             if attempt.may_pass_on:
                 deadline_seconds = attempt.deadline_seconds(deadline_seconds)
             owner = _tenancy_of(body, caller.identity)
@@ -283,7 +251,7 @@ class Relay:
         caller: Caller,
         clearance: Clearance | None,
         trace: Trace | None = None,
-    ) -> _Call | RemoteCall:
+    ) -> EngineCall | RemoteCall:
         trace_headers = trace.headers if trace else {}
         if isinstance(engine, Remote):
             assert clearance is not None
@@ -292,7 +260,8 @@ class Relay:
                 streamed=_is_streamed(body),
                 trace_headers=trace_headers,
             )
-        return _Call(self._session, engine, endpoint, body, sent, caller.identity, trace_headers)
+        headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
+        return EngineCall(self._session, engine, endpoint, body, sent, headers)
 
     def _reserve(self, caller: Caller, engine: Backend, tokens: int) -> Reservation | None:
         """As :meth:`Limits.reserve`; counts what is turned away."""
@@ -306,7 +275,7 @@ class Relay:
     async def _whole(
         self,
         caller: Caller,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         translation: Translation | None,
         attempt: Attempt,
@@ -324,8 +293,8 @@ class Relay:
                 raise PassedOn(refusal_of(call.engine.model.name, answer, payload))
             if request.trace:
                 request.trace.saw(payload)
-            final = _final(call.engine, answer, payload)
-            response = _relayed(call.engine, answer, payload, translation)
+            final = final_of(call.engine, answer, payload)
+            response = relayed(call.engine, answer, payload, translation)
         except ApiError as error:
             raise self._failed(request, error, attempt) from error
         record = self._finish(request, answer.status, final)
@@ -334,7 +303,7 @@ class Relay:
 
     async def _settle_whole(
         self,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         answering: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
@@ -350,13 +319,13 @@ class Relay:
             answering.cancel()
         elif not answering.cancelled() and answering.exception() is None:
             with contextlib.suppress(ApiError):
-                final = _final(call.engine, *answering.result())
+                final = final_of(call.engine, *answering.result())
         self._finish(request, CLIENT_CLOSED_REQUEST, final)
 
     async def _stream(
         self,
         caller: Caller,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         tap: StreamTap,
         translation: Translation | None,
@@ -375,14 +344,14 @@ class Relay:
                 if attempt.may_pass_on and upstream.status in PASSED_ON:
                     self._withdraw(request)
                     raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
-                final = _final(call.engine, upstream, payload)
+                final = final_of(call.engine, upstream, payload)
                 self._finish(request, upstream.status, final)
-                return _relayed(call.engine, upstream, payload, translation)
+                return relayed(call.engine, upstream, payload, translation)
             if upstream.content_type != "text/event-stream":
                 upstream.close()
-                raise _bad_answer(call.engine)
+                raise bad_answer(call.engine)
         except (ApiError, aiohttp.ClientError) as error:
-            refusal = error if isinstance(error, ApiError) else _engine_gone(call.engine)
+            refusal = error if isinstance(error, ApiError) else engine_gone(call.engine)
             raise self._failed(request, refusal, attempt) from error
         chunks = self._chunks(call, request, upstream, tap)
         return EventStream(
@@ -392,7 +361,7 @@ class Relay:
 
     async def _chunks(
         self,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         upstream: aiohttp.ClientResponse,
         tap: StreamTap,
@@ -413,11 +382,11 @@ class Relay:
             _log.warning("%s: the engine broke off a stream: %s", call.engine.model.name, error)
         if not tap.finished and not tap.failed:
             tap.failed = True
-            yield event(_engine_gone(call.engine).body)
+            yield event(engine_gone(call.engine).body)
 
     async def _settle_opening(
         self,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         opening: asyncio.Task[aiohttp.ClientResponse],
     ) -> None:
@@ -434,7 +403,7 @@ class Relay:
 
     async def _settle_stream(
         self,
-        call: _Call | RemoteCall,
+        call: EngineCall | RemoteCall,
         request: Request,
         upstream: aiohttp.ClientResponse,
         tap: StreamTap,
@@ -483,7 +452,7 @@ class Relay:
             self._withdraw(request)
             return PassedOn(error)
         # Whoever is paid may have begun, and will ask for the money.
-        final = _NOTHING_USED if isinstance(error, NotStarted) else None
+        final = NOTHING_USED if isinstance(error, NotStarted) else None
         self._finish(request, error.status, final)
         return PassedOn(error) if passes_on else error
 
@@ -503,66 +472,6 @@ class Relay:
             self._idle.set()
 
 
-class _Call:
-    """One request on its way to an engine."""
-
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: Engine,
-        endpoint: Endpoint,
-        body: ModelRequest,
-        sent: bytes,
-        identity: Identity,
-        trace_headers: Mapping[str, str],
-    ) -> None:
-        self.engine = engine
-        self._session = session
-        self._endpoint = endpoint
-        self._url = self._endpoint.base_url + body.path
-        self._body = sent
-        # Clients may repeat their request ids; the engine needs one that is unique.
-        self._engine_request_id = new_id("call")
-        self._headers = {
-            "authorization": f"Bearer {self._endpoint.api_key}",
-            "content-type": "application/json",
-            "x-request-id": self._engine_request_id,
-            **_tenancy_of(body, identity).to_headers(),
-            **trace_headers,
-        }
-
-    async def open(self) -> aiohttp.ClientResponse:
-        """Send the request; returns once the response's headers are there."""
-        try:
-            return await self._session.post(self._url, data=self._body, headers=self._headers)
-        except aiohttp.ServerTimeoutError as error:
-            name = self.engine.model.name
-            raise ApiError(
-                504, f"The engine of '{name}' does not answer.", code="engine_timeout"
-            ) from error
-        except aiohttp.ClientError as error:
-            raise _engine_gone(self.engine) from error
-
-    async def answer(self) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Send the request and read the whole response."""
-        response = await self.open()
-        try:
-            return response, await response.read()
-        except aiohttp.ClientError as error:
-            raise _engine_gone(self.engine) from error
-
-    def chunks(self, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """The bytes of a stream that was opened, as they come."""
-        return upstream.content.iter_any()
-
-    async def cancel(self) -> None:
-        """Ask the engine to end the request now, in order, with its usage so far."""
-        url = f"{self._endpoint.base_url}/internal/cancel/{self._engine_request_id}"
-        with contextlib.suppress(aiohttp.ClientError):
-            async with self._session.post(url, headers=self._headers):
-                pass
-
-
 async def _finished(task: asyncio.Task[Any]) -> None:
     """Wait for a task without ending it when the wait is given up."""
     await asyncio.wait((task,))
@@ -577,24 +486,6 @@ def _units(body: ModelRequest) -> int:
     if isinstance(body, CompletionRequest):
         return len(body.prompts) * (body.n or 1)
     return (body.n or 1) if isinstance(body, ChatCompletionRequest) else 1
-
-
-def _deadline_seconds(header: str | None) -> float | None:
-    """Raises :class:`ApiError` (400) for what is no time."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ApiError(
-            400,
-            f"The header {DEADLINE_HEADER} must be a number of seconds, 0 or more; got {header[:100]!r}.",
-            param=DEADLINE_HEADER,
-            code="invalid_value",
-        )
-    return seconds
 
 
 def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
@@ -619,65 +510,3 @@ def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
     sent = body.model_copy(update=changes)
     # Pydantic writes what it has read, also numbers that other JSON libraries refuse.
     return sent.model_dump_json(exclude_none=True, by_alias=True).encode()
-
-
-def _final(
-    engine: Backend, answer: aiohttp.ClientResponse, payload: bytes
-) -> dict[str, Any] | None:
-    """What holds the request's usage and timings; None if the engine failed over it.
-
-    An engine that refuses a request (too long, queue full) has done nothing for it.
-    Raises :class:`ApiError` (502) for what is no answer at all.
-    """
-    if answer.status != 200:
-        _object(engine, payload)
-        is_free = isinstance(engine, Remote) or answer.status != 500
-        return _NOTHING_USED if is_free else None
-    # Vectors are long, and no text can look like this: its quotes would be escaped.
-    tail = payload.rfind(b',"usage":{')
-    return _object(engine, b"{" + payload[tail + 1 :] if tail >= 0 else payload)
-
-
-def _object(engine: Backend, payload: bytes) -> dict[str, Any]:
-    try:
-        body = orjson.loads(payload)
-    except orjson.JSONDecodeError as error:
-        raise _bad_answer(engine) from error
-    if not isinstance(body, dict):
-        raise _bad_answer(engine)
-    return body
-
-
-def _relayed(
-    engine: Backend,
-    answer: aiohttp.ClientResponse,
-    payload: bytes,
-    translation: Translation | None = None,
-) -> Response:
-    if translation is not None:
-        body = _object(engine, payload)
-        if not body.get("choices" if answer.ok else "error"):
-            raise _bad_answer(engine)
-        told = translation.answer(body) if answer.ok else translation.refusal(answer.status, body)
-        payload = orjson.dumps(told)
-    retry_after = answer.headers.get("retry-after")
-    headers = {"retry-after": retry_after} if retry_after else {}
-    return Response(payload, answer.status, headers, media_type="application/json")
-
-
-def _bad_answer(engine: Backend) -> ApiError:
-    return ApiError(
-        502,
-        f"The engine of '{engine.model.name}' gave an answer that makes no sense.",
-        code="bad_engine_answer",
-    )
-
-
-def _engine_gone(engine: Backend) -> ApiError:
-    return ApiError(
-        503,
-        f"The engine of '{engine.model.name}' stopped while it worked on this request; "
-        "it is being started again.",
-        code="engine_stopped",
-        retry_after_seconds=_RETRY_AFTER_SECONDS,
-    )

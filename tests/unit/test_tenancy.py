@@ -24,10 +24,11 @@ from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.access_log import Entry
 from serving.gateway.admission import Admission
+from serving.gateway.caller import Caller
 from serving.gateway.identity import ANYBODY
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
-from serving.gateway.relay import Caller, Relay
+from serving.gateway.relay import Relay
 from serving.hardware.energy import open_meter
 from serving.metrics import Metrics
 from serving.protocol.errors import ApiError

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.gateway.caller import Caller
 from serving.gateway.intake import Gateway, body_schema
-from serving.gateway.relay import Caller
 from serving.protocol.embeddings import (
     DetokenizeRequest,
     EmbeddingRequest,

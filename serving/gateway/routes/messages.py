@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.gateway.caller import Caller
 from serving.gateway.intake import Gateway, body_schema, json_response
-from serving.gateway.relay import Caller
 from serving.protocol.anthropic import (
     CountTokensRequest,
     MessagesRequest,

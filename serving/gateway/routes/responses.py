@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.gateway.caller import Caller
 from serving.gateway.identity import tenant_of
 from serving.gateway.intake import Gateway, body_schema, json_response
-from serving.gateway.relay import Caller
 from serving.gateway.responding import Exchange, begin, items_of
 from serving.gateway.response_store import ResponseStore
 from serving.protocol.errors import ApiError

@@ -1,0 +1,60 @@
+"""Who waits for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Message, Receive
+
+from serving.gateway.access_log import Entry
+from serving.gateway.identity import Identity
+from serving.protocol.errors import ApiError
+
+DEADLINE_HEADER = "x-rigserve-deadline-seconds"
+
+
+async def _never() -> Message:
+    """What is received from a client that is not there: it does not hang up either."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who waits for an answer. ``endpoint`` is what it is metered as."""
+
+    request_id: str
+    endpoint: str
+    identity: Identity
+    receive: Receive = _never
+    # What the client says of when its answer must begin.
+    deadline: str | None = None
+    log_entry: Entry = field(default_factory=Entry)
+
+    @staticmethod
+    def of(http: HttpRequest) -> Caller:
+        """The client of a request, whose body has been read."""
+        state = http.state
+        deadline = http.headers.get(DEADLINE_HEADER)
+        owner = (state.request_id, http.url.path, state.identity)
+        return Caller(*owner, http.receive, deadline, state.log_entry)
+
+    def deadline_seconds(self) -> float | None:
+        """In what time its answer must begin; raises :class:`ApiError` (400) for what is no time."""
+        if self.deadline is None:
+            return None
+        try:
+            seconds = float(self.deadline)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise ApiError(
+                400,
+                f"The header {DEADLINE_HEADER} must be a number of seconds, 0 or more; got {self.deadline[:100]!r}.",
+                param=DEADLINE_HEADER,
+                code="invalid_value",
+            )
+        return seconds

@@ -1,0 +1,84 @@
+"""What an engine's whole answer says, and what is told instead where it says nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+from starlette.responses import Response
+
+from serving.engines.remote import Remote
+from serving.gateway.routing import Backend
+from serving.gateway.translation import Translation
+from serving.protocol.errors import ApiError
+from serving.protocol.responses import Timings, Usage
+
+_RETRY_AFTER_SECONDS = 2
+
+NOTHING_USED = {
+    "usage": Usage(0, 0, 0).to_json(),
+    "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0).to_json(),
+}
+
+
+def final_of(
+    engine: Backend, answer: aiohttp.ClientResponse, payload: bytes
+) -> dict[str, Any] | None:
+    """What holds the request's usage and timings; None if the engine failed over it.
+
+    An engine that refuses a request (too long, queue full) has done nothing for it.
+    Raises :class:`ApiError` (502) for what is no answer at all.
+    """
+    if answer.status != 200:
+        object_of(engine, payload)
+        is_free = isinstance(engine, Remote) or answer.status != 500
+        return NOTHING_USED if is_free else None
+    # Vectors are long, and no text can look like this: its quotes would be escaped.
+    tail = payload.rfind(b',"usage":{')
+    return object_of(engine, b"{" + payload[tail + 1 :] if tail >= 0 else payload)
+
+
+def object_of(engine: Backend, payload: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise bad_answer(engine) from error
+    if not isinstance(body, dict):
+        raise bad_answer(engine)
+    return body
+
+
+def relayed(
+    engine: Backend,
+    answer: aiohttp.ClientResponse,
+    payload: bytes,
+    translation: Translation | None = None,
+) -> Response:
+    if translation is not None:
+        body = object_of(engine, payload)
+        if not body.get("choices" if answer.ok else "error"):
+            raise bad_answer(engine)
+        told = translation.answer(body) if answer.ok else translation.refusal(answer.status, body)
+        payload = orjson.dumps(told)
+    retry_after = answer.headers.get("retry-after")
+    headers = {"retry-after": retry_after} if retry_after else {}
+    return Response(payload, answer.status, headers, media_type="application/json")
+
+
+def bad_answer(engine: Backend) -> ApiError:
+    return ApiError(
+        502,
+        f"The engine of '{engine.model.name}' gave an answer that makes no sense.",
+        code="bad_engine_answer",
+    )
+
+
+def engine_gone(engine: Backend) -> ApiError:
+    return ApiError(
+        503,
+        f"The engine of '{engine.model.name}' stopped while it worked on this request; "
+        "it is being started again.",
+        code="engine_stopped",
+        retry_after_seconds=_RETRY_AFTER_SECONDS,
+    )
