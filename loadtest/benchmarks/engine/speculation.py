@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import statistics
 from collections.abc import Sequence
 
 from loadtest.benchmarks.engine.servers import Rig, Server, in_turns, rigserve, warm
@@ -12,28 +14,42 @@ from loadtest.prompts import excerpt
 _ON, _OFF = "prompt lookup", "without"
 _OUTPUT_TOKENS = 160
 _TEXT_WORDS = 120
-_CODE = '''def total(prices, tax):
-    """The sum of prices, with tax."""
-    result = 0
-    for price in prices:
-        if price < 0:
-            raise ValueError("a price is negative")
-        result = result + price
-    result = result + result * tax
-    return result
-'''
+# Words in a row that make a copy when they stand in the prompt, too.
+_COPIED_WORDS = 4
+
+Conversation = list[dict[str, str]]
+
+
+def _conversation(*turns: str) -> Conversation:
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+
+
+def _edit(number: int) -> Conversation:
+    """A text is to be given again, with a change. A small model copies what it sees to have been copied before."""
+    text = excerpt(number, _TEXT_WORDS, seed=1)
+    return _conversation(
+        f"Correct the spelling of this text, and answer with the whole text:\n\n{text}",
+        text,
+        "Thank you. Once more, with 'Alice' as 'Anna':",
+    )
+
+
+def _quote(number: int) -> Conversation:
+    """A question that a document answers."""
+    text = excerpt(number, _TEXT_WORDS, seed=1)
+    question = "What does the document say? Answer with its own words"
+    return _conversation(f"Document:\n\n{text}\n\n{question}.", text, f"{question}, once more.")
+
+
 _TASKS = {
-    "copying": (
-        "Correct the spelling of this text, and answer with the whole text:\n\n"
-        + excerpt(1, _TEXT_WORDS, seed=1),
-        f"Document:\n\n{excerpt(2, _TEXT_WORDS, seed=1)}\n\n"
-        "Answer from the document, in its own words: what does it say from its beginning on?",
-        f"Rename 'result' to 'amount' and answer with the whole function:\n\n```python\n{_CODE}```",
-    ),
+    "copying": (*(_edit(number) for number in range(1, 4)), *(_quote(n) for n in range(4, 7))),
     "others": (
-        "Describe a voyage across the ocean: the ship, its captain and crew, the weather.",
-        "Explain to a child how a bicycle stays upright.",
-        "Write a letter to a friend about a day in the mountains.",
+        _conversation(
+            "Describe a voyage across the ocean: the ship, its captain and crew, the weather."
+        ),
+        _conversation("Explain to a child how a bicycle stays upright."),
+        _conversation("Write a letter to a friend about a day in the mountains."),
     ),
 }
 _WANTED = {"copying: tok/s": "≥ 1.30", "others: tok/s": "≥ 0.97"}
@@ -56,12 +72,12 @@ def measure(rig: Rig, rounds: int) -> str:
     )
 
 
-async def _work(server: Server, kind: str, tasks: Sequence[str]) -> Figures:
+async def _work(server: Server, kind: str, tasks: Sequence[Conversation]) -> Figures:
     replies = []
     async with server.awake() as session:
         before = await server.statistics(session)
         for task in tasks:
-            stream = server.chat([{"role": "user", "content": task}], max_tokens=_OUTPUT_TOKENS)
+            stream = server.chat(task, max_tokens=_OUTPUT_TOKENS)
             await stream.run(session)
             replies.append(stream.reply())
         after = await server.statistics(session)
@@ -70,8 +86,22 @@ async def _work(server: Server, kind: str, tasks: Sequence[str]) -> Figures:
         "tok/s": tokens / sum(reply.chunks_at[-1] - reply.sent_at for reply in replies),
         "tok/s after the prompt": tokens / sum(sum(reply.gaps_seconds) for reply in replies),
     }
+    copied = [_copied(task, reply.text) for task, reply in zip(tasks, replies, strict=True)]
+    figures["of the answers copied, %"] = statistics.mean(copied) * 100
     drafted = after["drafted_tokens"] - before["drafted_tokens"]
     if drafted:
         accepted = after["accepted_tokens"] - before["accepted_tokens"]
         figures |= {"drafted tokens": drafted, "accepted of them, %": accepted / drafted * 100}
     return {f"{kind}: {what}": value for what, value in figures.items()}
+
+
+def _copied(task: Conversation, answer: str) -> float:
+    """The share of an answer's words that begin a copy of some words in a row."""
+    known = set(_runs(" ".join(turn["content"] for turn in task)))
+    runs = _runs(answer)
+    return sum(run in known for run in runs) / max(len(runs), 1)
+
+
+def _runs(text: str) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[at : at + _COPIED_WORDS]) for at in range(len(words) - _COPIED_WORDS + 1)]
