@@ -16,7 +16,7 @@ from serving.chat.template import ChatTemplate
 from serving.llamacpp.adapters import AdapterFile, Adapters
 from serving.llamacpp.grammar import Grammar, GrammarCompiler
 from serving.llamacpp.images import ImageReader
-from serving.llamacpp.runtime import Context, Image, Model
+from serving.llamacpp.runtime import Context, Image, Model, use_small_pages
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.scheduler import QueueFull, Scheduler
 from serving.llamacpp.sequence import Event, Job, TextDelta
@@ -97,6 +97,7 @@ class Engine:
             threads=options.threads,
             gpu_layers=options.gpu_layers,
         )
+        use_small_pages()
         self._scheduler = Scheduler(
             self._model,
             self._context,

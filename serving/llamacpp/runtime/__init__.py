@@ -23,6 +23,7 @@ from serving.llamacpp.runtime.multimodal import (
     Projector,
     UnfitPicture,
 )
+from serving.llamacpp.runtime.pages import use_small_pages
 from serving.llamacpp.runtime.sampler import Sampler
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "Sampler",
     "UnfitPicture",
     "pooling_of",
+    "use_small_pages",
 ]
