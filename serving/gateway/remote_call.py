@@ -137,11 +137,11 @@ class RemoteCall:
             self._passage.failed()
 
     async def cancel(self) -> None:
-        """Hang up: that is how servers learn that nobody waits any more."""
-        if self._response is not None:
-            self._response.close()
-        elif self._working is not None:
+        """Hang up: that is how servers learn that nobody waits any more. It is no failure of theirs."""
+        if self._working is not None:
             self._working.cancel()
+        else:
+            self._hang_up()
 
     async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Do ``work`` in the time for the first byte; what goes wrong is an :class:`ApiError`."""
@@ -152,6 +152,7 @@ class RemoteCall:
                 result = await work
         except asyncio.CancelledError:
             self._passage.withdraw()
+            self._hang_up()
             raise
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._passage.failed()
@@ -164,8 +165,7 @@ class RemoteCall:
             ) from error
         except TimeoutError as error:
             self._passage.failed()
-            if self._response is not None:
-                self._response.close()
+            self._hang_up()
             raise ApiError(
                 504,
                 f"The server of the model '{model.name}' has not answered within "
@@ -189,6 +189,10 @@ class RemoteCall:
         # The first word counts: this changes nothing for what has failed.
         self._passage.succeeded()
         return result
+
+    def _hang_up(self) -> None:
+        if self._response is not None:
+            self._response.close()
 
     async def _open(self) -> aiohttp.ClientResponse:
         model = self.engine.model
@@ -222,6 +226,8 @@ class RemoteCall:
             self._passage.failed()
         elif self._streamed and response.status == 200:
             self._first = await response.content.readany()
+            if not self._first:
+                raise aiohttp.ClientPayloadError("the stream is empty")
         if response.status == 429:
             # It works, and says nothing about whether it has too much to do elsewhere.
             self._passage.withdraw()

@@ -1,0 +1,108 @@
+"""Calls to another server: what its circuit breaker learns of them, and what is told of how they fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from serving.config import RemoteModel
+from serving.engines.breaker import BreakerState
+from serving.engines.remote import Remote
+from serving.gateway.remote_call import RemoteCall, clear
+from serving.protocol.errors import ApiError
+from serving.protocol.requests import ChatCompletionRequest
+
+BODY = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}]}'
+ASKED = ChatCompletionRequest.parse(BODY)
+# In a row they open a breaker.
+FAILURES = 5
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Line:
+    """A remote, and calls to it."""
+
+    def __init__(self, port: int, session: aiohttp.ClientSession) -> None:
+        url = f"http://127.0.0.1:{port}/v1"
+        self.remote = Remote(RemoteModel(name="m", engine="remote", base_url=url))
+        self._session = session
+
+    def call(self, *, streamed: bool) -> RemoteCall:
+        clearance = clear(self.remote, ASKED, BODY, None)
+        return RemoteCall(
+            *(self._session, self.remote, ASKED, BODY, clearance.passage),
+            streamed=streamed,
+            trace_headers={},
+        )
+
+
+@asynccontextmanager
+async def line_to(handler: Handler) -> AsyncIterator[Line]:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", handler)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            yield Line(runner.addresses[0][1], session)
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_hangs_up_before_the_first_byte_says_nothing_against_the_server(streamed: bool) -> None:
+    async def main() -> None:
+        has_begun, has_left = asyncio.Event(), asyncio.Event()
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            # Its headers are there at once, the first token takes its time.
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            has_begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                has_left.set()
+            return response
+
+        async with line_to(handler) as line:
+            for _ in range(FAILURES):
+                has_begun.clear()
+                has_left.clear()
+                call = line.call(streamed=streamed)
+                work = asyncio.create_task(call.open() if streamed else call.answer())
+                async with asyncio.timeout(5):
+                    await has_begun.wait()
+                    await asyncio.sleep(0.05)  # until the headers have arrived
+                    await call.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await work
+                    await has_left.wait()
+            assert line.remote.breaker.state is BreakerState.CLOSED
+
+    asyncio.run(main())
+
+
+def test_a_stream_without_anything_in_it_has_not_begun() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        return response
+
+    async def main() -> None:
+        async with line_to(handler) as line:
+            for _ in range(FAILURES):
+                with pytest.raises(ApiError) as refused:
+                    await line.call(streamed=True).open()
+                assert (refused.value.status, refused.value.code) == (503, "remote_broke_off")
+            assert line.remote.breaker.state is BreakerState.OPEN
+
+    asyncio.run(main())
