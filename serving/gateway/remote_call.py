@@ -40,12 +40,6 @@ class Clearance:
     passage: Passage
     purchase: Purchase | None
 
-    def withdraw(self) -> None:
-        """It does not go."""
-        self.passage.withdraw()
-        if self.purchase:
-            self.purchase.settle(0.0)
-
 
 def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending | None) -> Clearance:
     """Let a request go to a remote; raises :class:`ApiError` (503) if it may not.
