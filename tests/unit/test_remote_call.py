@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -55,6 +57,29 @@ async def line_to(handler: Handler) -> AsyncIterator[Line]:
             yield Line(runner.addresses[0][1], session)
     finally:
         await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("text", "header"),
+    [
+        (b"sk-good\n", {"authorization": "Bearer sk-good"}),
+        (b"sk-old\r\nsk-new\n", {}),
+        (b"\xff\xfe", {}),
+        (b"", {}),
+    ],
+)
+def test_what_cannot_be_a_key_is_not_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: bytes, header: dict[str, str]
+) -> None:
+    file = tmp_path / "api.key"
+    file.write_bytes(text)
+    model = RemoteModel(
+        name="m", engine="remote", base_url="https://api.example/v1", api_key_file=str(file)
+    )
+    with caplog.at_level(logging.ERROR):
+        assert Remote(model).authorization == header
+    assert bool(caplog.messages) == (not header and text != b"")
+    assert "sk-" not in caplog.text
 
 
 @pytest.mark.parametrize("streamed", [True, False])
