@@ -112,7 +112,7 @@ def _key_of(model: RemoteModel) -> str:
         _log.error("%s: its API key cannot be read: %s", model.name, error)
         return ""
     if not key.isprintable():
-        _log.error("%s: its API key is no key: it has more than one line", model.name)
+        _log.error("%s: its API key is no key: it has line breaks in it", model.name)
         return ""
     return key
 
