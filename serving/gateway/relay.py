@@ -283,7 +283,7 @@ class Relay:
         answering = asyncio.create_task(call.answer())
         try:
             await while_connected(caller.receive, _finished(answering))
-        except ClientDisconnected:
+        except (ClientDisconnected, asyncio.CancelledError):
             self._settle(self._settle_whole(call, request, answering))
             raise
         try:
@@ -331,16 +331,15 @@ class Relay:
         translation: Translation | None,
         attempt: Attempt,
     ) -> Response:
-        opening = asyncio.create_task(call.open())
+        opening = asyncio.create_task(_opened(call))
         try:
             await while_connected(caller.receive, _finished(opening))
-        except ClientDisconnected:
+        except (ClientDisconnected, asyncio.CancelledError):
             self._settle(self._settle_opening(call, request, opening))
             raise
         try:
-            upstream = opening.result()
+            upstream, payload = opening.result()
             if upstream.status != 200:
-                payload = await upstream.read()
                 if attempt.may_pass_on and upstream.status in PASSED_ON:
                     self._withdraw(request)
                     raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
@@ -388,15 +387,15 @@ class Relay:
         self,
         call: EngineCall | RemoteCall,
         request: Request,
-        opening: asyncio.Task[aiohttp.ClientResponse],
+        opening: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
         """Meter a stream whose client has left before it began."""
         if isinstance(call, RemoteCall):
             await call.cancel()
         await asyncio.wait((opening,), timeout=_SETTLE_SECONDS)
         if opening.done() and not opening.cancelled() and opening.exception() is None:
-            tap = StreamTap(forward_usage=False)
-            await self._settle_stream(call, request, opening.result(), tap)
+            upstream, _ = opening.result()
+            await self._settle_stream(call, request, upstream, StreamTap(forward_usage=False))
         else:
             opening.cancel()
             self._finish(request, CLIENT_CLOSED_REQUEST, None)
@@ -470,6 +469,12 @@ class Relay:
         self.open_requests -= 1
         if not self.open_requests:
             self._idle.set()
+
+
+async def _opened(call: EngineCall | RemoteCall) -> tuple[aiohttp.ClientResponse, bytes]:
+    """A stream that is open, with nothing of it; of what is an error instead, all."""
+    upstream = await call.open()
+    return upstream, b"" if upstream.status == 200 else await upstream.read()
 
 
 async def _finished(task: asyncio.Task[Any]) -> None:
