@@ -175,6 +175,8 @@ class Relay:
         status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
+            if attempt.may_pass_on and answer.status in PASSED_ON:
+                raise refusal_of(engine.model.name, answer, payload)
             object_of(engine, payload)
             status = answer.status
         except ApiError as error:
@@ -185,7 +187,9 @@ class Relay:
             raise
         finally:
             ticket.release()
-            if reservation:
+            if reservation and status is None:
+                reservation.withdraw()
+            elif reservation:
                 reservation.settle(0, 0.0)
             if status is not None:
                 self._meter.unmetered(engine.model.name, caller.endpoint, status)

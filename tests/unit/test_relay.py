@@ -1,0 +1,212 @@
+"""The relay and the dispatcher, with servers that do as they are told: every way out gives all places back."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from serving.config import CostConfig, RemoteModel
+from serving.cost.ledger import Ledger
+from serving.cost.model import CostModel
+from serving.cost.prices import PriceBook
+from serving.engines.remote import Remote
+from serving.gateway.admission import Admission
+from serving.gateway.balancing import Balancer, Marks
+from serving.gateway.caller import Caller
+from serving.gateway.dispatch import Dispatcher, Plan
+from serving.gateway.identity import Identity
+from serving.gateway.limits import Limits
+from serving.gateway.metering import Meter
+from serving.gateway.relay import Relay
+from serving.gateway.routing import Candidate, Role, Route
+from serving.hardware.energy import open_meter
+from serving.keys.key import Allowance
+from serving.metrics import Metrics
+from serving.protocol.embeddings import TokenizeRequest
+from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
+from serving.protocol.requests import ChatCompletionRequest, ModelRequest
+
+PATIENCE_SECONDS = 10.0
+PER_MINUTE = 10
+IDENTITY = Identity(
+    key_id="k", allowance=Allowance(max_concurrent=1, requests_per_minute=PER_MINUTE)
+)
+CALLER = Caller("r", "/v1/chat/completions", IDENTITY)
+COUNTED = TokenizeRequest.parse(b'{"model": "m", "prompt": "The sea"}')
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.of(
+        {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **fields}
+    )
+
+
+class House:
+    """A relay with all that it works with, and remotes that handlers answer for."""
+
+    def __init__(self, session: aiohttp.ClientSession, ledger: Ledger, meter: Meter) -> None:
+        self.ledger = ledger
+        self.limits = Limits()
+        self.admission = Admission(meter._metrics)
+        self.relay = Relay(session, meter, self.limits, self.admission)
+        self.dispatcher = Dispatcher(self.relay, meter, Balancer(self.admission))
+        self.runners: list[web.AppRunner] = []
+
+    async def remote(self, name: str, handler: Handler | None) -> Remote:
+        """A remote; without a handler one that nobody is at."""
+        app = web.Application()
+        app.router.add_post("/{path:.*}", handler or answers(200))
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        if handler is None:
+            await runner.cleanup()
+        else:
+            self.runners.append(runner)
+        return Remote(
+            RemoteModel(name=name, engine="remote", base_url=url, dialect="rigserve", model="m")
+        )
+
+    def plan(
+        self, *remotes: Remote, prepare: Callable[[Candidate], ModelRequest] | None = None
+    ) -> Plan:
+        candidates = [Candidate(each.model.name, each, Role.TARGET) for each in remotes]
+        route = Route("r", tuple(candidates), None)
+        return Plan(route, candidates, Marks(), prepare or (lambda _: COUNTED))
+
+    def statuses(self) -> list[int]:
+        """Those of the ledger's rows."""
+        self.ledger.flush()
+        with closing(sqlite3.connect(self.ledger._path)) as connection:
+            return [status for (status,) in connection.execute("SELECT status FROM usage")]
+
+    async def is_as_before(self, *remotes: Remote) -> bool:
+        """Whether nothing is held any more for a request; waits for what settles."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await self.relay.settled()
+        self.limits.reserve(IDENTITY, 1)  # raises if the one before is under way
+        held = [self.admission.in_flight(remote) for remote in remotes]
+        return not any(held) and self.relay.open_requests == 0
+
+
+@asynccontextmanager
+async def a_house(folder: Path) -> AsyncIterator[House]:
+    cost = CostConfig()
+    with (
+        closing(Ledger(folder / "ledger.sqlite")) as ledger,
+        closing(open_meter(cost.power)) as power,
+    ):
+        meter = Meter(ledger, Metrics(), CostModel(cost), PriceBook(()), power)
+        async with aiohttp.ClientSession() as session:
+            house = House(session, ledger, meter)
+            try:
+                yield house
+            finally:
+                for runner in house.runners:
+                    await runner.cleanup()
+
+
+def answers(status: int, body: Any = None, headers: dict[str, str] | None = None) -> Handler:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response(body or {"error": {}}, status=status, headers=headers)
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("streamed", "status"), [(False, None), (True, None), (True, 400), (False, 200)]
+)
+def test_a_request_that_is_cancelled_is_metered_and_gives_its_places_back(
+    tmp_path: Path, streamed: bool, status: int | None
+) -> None:
+    async def main() -> None:
+        has_begun = asyncio.Event()
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(status=status or 200)
+            if status is not None:
+                await response.prepare(request)
+                await response.write(b"{")
+            has_begun.set()
+            await asyncio.Event().wait()
+            return response
+
+        async with a_house(tmp_path) as house:
+            remote = await house.remote("a", handler)
+            work = asyncio.create_task(house.relay.forward(CALLER, remote, chat(stream=streamed)))
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await has_begun.wait()
+            await asyncio.sleep(0.05)  # until what it has said is there
+            work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await work
+            assert await house.is_as_before(remote)
+            assert house.statuses() == [499]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_question_is_passed_on_as_a_request_is_and_counts_once(
+    tmp_path: Path, status: int
+) -> None:
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            busy = await house.remote("busy", answers(status))
+            other = await house.remote("other", answers(200, {"count": 2, "tokens": [1, 2]}))
+            answer = await house.dispatcher.ask(CALLER, house.plan(busy, other), COUNTED)
+            assert answer.status_code == 200
+            assert answer.headers["x-rigserve-model"] == "other"
+            requests, _ = house.limits.states(IDENTITY)
+            assert requests is not None
+            assert requests.remaining == PER_MINUTE - 1
+            assert await house.is_as_before(busy, other)
+
+    asyncio.run(main())
+
+
+def test_who_lacks_a_field_does_not_make_it_the_clients_fault_that_the_others_are_down(
+    tmp_path: Path,
+) -> None:
+    def prepare(_: Candidate) -> ModelRequest:
+        raise ApiError(400, "'top_k' is not supported.", code=UNSUPPORTED_PARAMETER)
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            down, narrow = await house.remote("down", None), await house.remote("n", answers(200))
+            plan = house.plan(down, narrow, prepare=prepare)
+            with pytest.raises(ApiError) as refused:
+                await house.dispatcher.forward(CALLER, plan, chat(top_k=3))
+            assert (refused.value.status, refused.value.code) == (503, "remote_unreachable")
+            assert refused.value.retry_after_seconds
+            assert "'top_k' is not supported." in refused.value.message
+            assert await house.is_as_before(down, narrow)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [("7", 7), ("²", None), ("9" * 5000, None), ("Wed, 21 Oct 2026 07:28:00 GMT", None)],
+)
+def test_a_retry_after_may_be_anything(tmp_path: Path, told: str, seconds: int | None) -> None:
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            busy = await house.remote("busy", answers(429, headers={"retry-after": told}))
+            with pytest.raises(ApiError) as refused:
+                await house.dispatcher.forward(CALLER, house.plan(busy), chat())
+            assert (refused.value.status, refused.value.retry_after_seconds) == (429, seconds)
+            assert await house.is_as_before(busy)
+
+    asyncio.run(main())
