@@ -15,7 +15,7 @@ from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
 from serving.gateway.routing import Backend, Candidate, Route
 from serving.gateway.translation import Translation
-from serving.protocol.errors import ApiError
+from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ModelRequest
 
 MODEL_HEADER = "x-rigserve-model"
@@ -96,7 +96,7 @@ class Dispatcher:
                     self._meter.passed_on(attempt.route, candidate.backend.model.name, reason)
                     continue
                 except ApiError as error:
-                    if position == 0 or error.code != "unsupported_parameter":
+                    if position == 0 or error.code != UNSUPPORTED_PARAMETER:
                         raise
                     refusals.append((candidate, error))
                     continue
@@ -111,7 +111,8 @@ class Dispatcher:
 
 def _nobody(route: str, refusals: Sequence[tuple[Candidate, ApiError]]) -> ApiError:
     """Why none of a route's models took a request; the first that may be asked again says when."""
-    *_, (_, last) = refusals
+    # That one does not know a field is no reason to send it to nobody: another would take it, in time.
+    *_, last = [error for _, error in refusals if error.code != UNSUPPORTED_PARAMETER]
     if len(refusals) == 1:
         return last
     spent = [each for _, each in refusals if each.code == "budget_exhausted"]
