@@ -168,9 +168,12 @@ class Gateway:
             if each.role is not Role.SPILL_OVER or may_use(identity, each.name, None)
         ]
 
+        # A reload while the first are tried may take the others away.
+        filters = self._filters
+
         def prepare(candidate: Candidate) -> tuple[Asked, list[str]]:
             named = asked.model_copy(update={"model": candidate.name})
-            return self._filters[candidate.backend.model.name].apply(named)
+            return filters[candidate.backend.model.name].apply(named)
 
         while True:
             try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,34 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from serving.config import CostConfig, RemoteModel
+from serving.config import CostConfig, RemoteModel, RouteConfig, ServerConfig
 from serving.cost.ledger import Ledger
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.engines.remote import Remote
+from serving.gateway import batch_runner
+from serving.gateway.access import Access
 from serving.gateway.admission import Admission
+from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer, Marks
+from serving.gateway.batch_runner import BatchRunner
+from serving.gateway.batch_store import BatchStore
 from serving.gateway.caller import Caller
 from serving.gateway.dispatch import Dispatcher, Plan
+from serving.gateway.file_store import FileStore
 from serving.gateway.identity import Identity
+from serving.gateway.intake import Gateway
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
-from serving.gateway.routing import Candidate, Role, Route
+from serving.gateway.response_store import ResponseStore
+from serving.gateway.routing import Candidate, Role, Route, Router
 from serving.hardware.energy import open_meter
 from serving.keys.key import Allowance
+from serving.keys.ring import KeyRing
+from serving.keys.store import KeyStore
 from serving.metrics import Metrics
+from serving.protocol.batches import BatchRequest, Line, begun
 from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ChatCompletionRequest, ModelRequest
@@ -41,6 +53,11 @@ IDENTITY = Identity(
 )
 CALLER = Caller("r", "/v1/chat/completions", IDENTITY)
 COUNTED = TokenizeRequest.parse(b'{"model": "m", "prompt": "The sea"}')
+
+COMPLETION = {
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "A."}}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -77,6 +94,37 @@ class House:
         return Remote(
             RemoteModel(name=name, engine="remote", base_url=url, dialect="rigserve", model="m")
         )
+
+    @contextmanager
+    def gateway(
+        self, folder: Path, *remotes: Remote, routes: Sequence[RouteConfig] = (), **stores: Any
+    ) -> Iterator[Gateway]:
+        """All of the gateway but its HTTP."""
+        with (
+            closing(KeyRing(folder)) as ring,
+            closing(KeyStore(folder)) as keys,
+            closing(ResponseStore(folder / "responses.sqlite")) as responses,
+            closing(FileStore(folder)) as files,
+            closing(stores.get("batches") or BatchStore(folder)) as batches,
+        ):
+            metrics = self.admission.metrics
+            yield Gateway(
+                access=Access(
+                    ring, self.limits, metrics, require_keys=False, metrics_access="open"
+                ),
+                keys=keys,
+                router=Router((), remotes, routes),
+                relay=self.relay,
+                dispatcher=self.dispatcher,
+                meter=self.relay._meter,
+                metrics=metrics,
+                session=self.relay._session,
+                max_body_bytes=10_000,
+                body_timeout_seconds=PATIENCE_SECONDS,
+                responses=BackgroundResponses(responses, self.dispatcher),
+                files=files,
+                batches=batches,
+            )
 
     def plan(
         self, *remotes: Remote, prepare: Callable[[Candidate], ModelRequest] | None = None
@@ -208,5 +256,99 @@ def test_a_retry_after_may_be_anything(tmp_path: Path, told: str, seconds: int |
                 await house.dispatcher.forward(CALLER, house.plan(busy), chat())
             assert (refused.value.status, refused.value.retry_after_seconds) == (429, seconds)
             assert await house.is_as_before(busy)
+
+    asyncio.run(main())
+
+
+def test_a_reload_between_two_tries_does_not_break_the_second(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            other = await house.remote("other", answers(200, COMPLETION))
+            is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+            async def busy(_: web.Request) -> web.StreamResponse:
+                is_asked.set()
+                await may_answer.wait()
+                return web.json_response({"error": {}}, status=503)
+
+            first = await house.remote("first", busy)
+            route = RouteConfig.model_validate(
+                {"name": "m", "targets": [{"model": "first"}], "fallback": ["other"]}
+            )
+            with house.gateway(tmp_path, first, other, routes=[route]) as gateway:
+                fields = chat().model_dump(exclude_none=True)
+                destination, asked, _ = gateway.admit(
+                    ChatCompletionRequest.path, IDENTITY, fields, ChatCompletionRequest.of
+                )
+                work = asyncio.create_task(house.dispatcher.forward(CALLER, destination, asked))
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await is_asked.wait()
+                    gateway.configure(Router((), [first]), ServerConfig())
+                    may_answer.set()
+                    assert (await work).status_code == 200
+            assert await house.is_as_before(first, other)
+
+    asyncio.run(main())
+
+
+class FullDisk(BatchStore):
+    """It cannot be read the second time."""
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir)
+        self.reads = 0
+        self.has_failed, self.has_ended = asyncio.Event(), asyncio.Event()
+
+    async def pending(self, batch_id: str, after: int, limit: int) -> list[Line]:
+        self.reads += 1
+        if self.reads == 2:
+            self.has_failed.set()
+            raise ApiError(507, "No space left on device.")
+        return await super().pending(batch_id, after, limit)
+
+    async def end(self, batch_id: str, source: str, outcome: str, **files: str) -> bool:
+        was_ended = await super().end(batch_id, source, outcome, **files)
+        self.has_ended.set()
+        return was_ended
+
+
+def test_a_full_disk_does_not_break_off_the_lines_that_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "_STORAGE_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(batch_runner, "_LONGEST_RETRY_SECONDS", 0.1)
+    asked = 0
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            store = FullDisk(tmp_path)
+
+            async def handler(_: web.Request) -> web.StreamResponse:
+                nonlocal asked
+                asked += 1
+                await store.has_failed.wait()
+                await asyncio.sleep(0.1)
+                return web.json_response(COMPLETION)
+
+            remote = await house.remote("m", handler)
+            with house.gateway(tmp_path, remote, batches=store) as gateway:
+                path = ChatCompletionRequest.path
+                request = BatchRequest(
+                    input_file_id="file-1", endpoint=path, completion_window="24h"
+                )
+                await store.add(begun("batch_1", request, int(time.time())), None)
+                body = chat().model_dump_json(exclude_none=True).encode()
+                lines = [Line(1, "a", body), Line(2, "b", body)]
+                await store.start("batch_1", lines, "m")
+                runner = BatchRunner(gateway)
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await store.has_ended.wait()
+                runner.stop()
+                await runner.stopped()
+                batch = await store.get("batch_1")
+            assert batch is not None
+            assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+            assert asked == 2
+            assert house.statuses() == [200, 200]
 
     asyncio.run(main())
