@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from starlette.requests import Request as HttpRequest
 
 from serving.config import CostConfig, RemoteModel, RouteConfig, ServerConfig
 from serving.cost.ledger import Ledger
@@ -30,7 +31,7 @@ from serving.gateway.caller import Caller
 from serving.gateway.dispatch import Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.identity import Identity
-from serving.gateway.intake import Gateway
+from serving.gateway.intake import SPILL_OVER_HEADER, Gateway
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
@@ -306,8 +307,8 @@ class FullDisk(BatchStore):
             raise ApiError(507, "No space left on device.")
         return await super().pending(batch_id, after, limit)
 
-    async def end(self, batch_id: str, source: str, outcome: str, **files: str) -> bool:
-        was_ended = await super().end(batch_id, source, outcome, **files)
+    async def end(self, batch_id: str, source: str, status: str, **more: Any) -> bool:
+        was_ended = await super().end(batch_id, source, status, **more)
         self.has_ended.set()
         return was_ended
 
@@ -350,5 +351,27 @@ def test_a_full_disk_does_not_break_off_the_lines_that_are_under_way(
             assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
             assert asked == 2
             assert house.statuses() == [200, 200]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("word", ["no", "Never", ""])
+def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, word: str) -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"model": "m"}', "more_body": False}
+
+    def said(word: str) -> HttpRequest:
+        headers = [(SPILL_OVER_HEADER.encode(), word.encode())]
+        path = ChatCompletionRequest.path
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        return HttpRequest({**scope, "query_string": b"", "server": ("rig", 80)}, receive)
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            with house.gateway(tmp_path, await house.remote("m", None)) as gateway:
+                assert await gateway.fields_of(said("never")) == {"model": "m"}
+                with pytest.raises(ApiError, match="can be 'never' only") as refused:
+                    await gateway.fields_of(said(word))
+                assert (refused.value.status, refused.value.param) == (400, SPILL_OVER_HEADER)
 
     asyncio.run(main())
