@@ -75,6 +75,13 @@ def bad_answer(engine: Backend) -> ApiError:
 
 
 def engine_gone(engine: Backend) -> ApiError:
+    if isinstance(engine, Remote):
+        return ApiError(
+            503,
+            f"The server of the model '{engine.model.name}' broke off.",
+            code="remote_broke_off",
+            retry_after_seconds=_RETRY_AFTER_SECONDS,
+        )
     return ApiError(
         503,
         f"The engine of '{engine.model.name}' stopped while it worked on this request; "

@@ -12,6 +12,7 @@ import aiohttp
 
 from serving.engines.breaker import Passage
 from serving.engines.remote import Remote
+from serving.gateway.engine_answer import engine_gone
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.gateway.spending import Purchase, Spending
 from serving.gateway.token_bound import token_bounds
@@ -169,12 +170,7 @@ class RemoteCall:
         except aiohttp.ClientError as error:
             self._passage.failed()
             _log.warning("%s: %s broke off: %s", model.name, self._url, error)
-            raise ApiError(
-                503,
-                f"The server of the model '{model.name}' broke off.",
-                code="remote_broke_off",
-                retry_after_seconds=_RETRY_AFTER_SECONDS,
-            ) from error
+            raise engine_gone(self.engine) from error
         except ApiError:
             self._passage.failed()
             raise

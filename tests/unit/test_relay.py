@@ -375,3 +375,28 @@ def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, wor
                 assert (refused.value.status, refused.value.param) == (400, SPILL_OVER_HEADER)
 
     asyncio.run(main())
+
+
+def test_a_remote_stream_that_breaks_off_is_not_said_to_be_started_again(tmp_path: Path) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices": [{"index": 0, "delta": {"content": "The"}}]}\n\n')
+        return response
+
+    async def main() -> None:
+        sent = bytearray()
+
+        async def send(message: Any) -> None:
+            sent.extend(message.get("body", b""))
+
+        async with a_house(tmp_path) as house:
+            remote = await house.remote("m", handler)
+            response = await house.relay.forward(CALLER, remote, chat(stream=True))
+            await response({"type": "http"}, CALLER.receive, send)
+            *_, last = bytes(sent).strip().split(b"\n\n")
+            assert b'"code":"remote_broke_off"' in last
+            assert await house.is_as_before(remote)
+            assert house.statuses() == [500]
+
+    asyncio.run(main())
