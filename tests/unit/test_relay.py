@@ -42,6 +42,7 @@ from serving.keys.key import Allowance
 from serving.keys.ring import KeyRing
 from serving.keys.store import KeyStore
 from serving.metrics import Metrics
+from serving.protocol.anthropic import MessageTranslation
 from serving.protocol.batches import BatchRequest, Line, begun
 from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
@@ -398,5 +399,34 @@ def test_a_remote_stream_that_breaks_off_is_not_said_to_be_started_again(tmp_pat
             assert b'"code":"remote_broke_off"' in last
             assert await house.is_as_before(remote)
             assert house.statuses() == [500]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (400, {"error": "too long"}, 400),
+        (400, {"error": [1]}, 502),
+        (400, {"error": None}, 502),
+        (200, {"choices": [1], "usage": {}}, 502),
+        (200, {"choices": {"a": 1}}, 502),
+    ],
+)
+def test_what_cannot_be_translated_is_a_bad_gateway_and_gives_its_places_back(
+    tmp_path: Path, status: int, body: Any, told: int
+) -> None:
+    async def main() -> None:
+        async with a_house(tmp_path) as house:
+            remote = await house.remote("m", answers(status, body))
+            translation = MessageTranslation(chat(), "r")
+            try:
+                answer = await house.relay.forward(CALLER, remote, chat(), translation)
+            except ApiError as error:
+                answer = error.response
+            assert answer.status_code == told
+            assert told == 502 or b"too long" in bytes(answer.body)
+            assert await house.is_as_before(remote)
+            assert house.statuses() == [told]
 
     asyncio.run(main())
