@@ -348,8 +348,9 @@ class Relay:
                     self._withdraw(request)
                     raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
                 final = final_of(call.engine, upstream, payload)
+                response = relayed(call.engine, upstream, payload, translation)
                 self._finish(request, upstream.status, final)
-                return relayed(call.engine, upstream, payload, translation)
+                return response
             if upstream.content_type != "text/event-stream":
                 upstream.close()
                 raise bad_answer(call.engine)

@@ -403,25 +403,28 @@ def test_a_remote_stream_that_breaks_off_is_not_said_to_be_started_again(tmp_pat
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize(
     ("status", "body", "told"),
     [
         (400, {"error": "too long"}, 400),
         (400, {"error": [1]}, 502),
         (400, {"error": None}, 502),
+        (400, {"detail": "too long"}, 502),
         (200, {"choices": [1], "usage": {}}, 502),
         (200, {"choices": {"a": 1}}, 502),
     ],
 )
-def test_what_cannot_be_translated_is_a_bad_gateway_and_gives_its_places_back(
-    tmp_path: Path, status: int, body: Any, told: int
+def test_what_cannot_be_translated_is_a_bad_gateway_and_is_metered_once(
+    tmp_path: Path, status: int, body: Any, told: int, streamed: bool
 ) -> None:
     async def main() -> None:
         async with a_house(tmp_path) as house:
             remote = await house.remote("m", answers(status, body))
             translation = MessageTranslation(chat(), "r")
             try:
-                answer = await house.relay.forward(CALLER, remote, chat(), translation)
+                asked = chat(stream=streamed)
+                answer = await house.relay.forward(CALLER, remote, asked, translation)
             except ApiError as error:
                 answer = error.response
             assert answer.status_code == told
