@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from serving.engines.remote import Remote
 from serving.gateway.remote_call import RemoteCall, clear
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ChatCompletionRequest
+from serving.serve import open_session
 
 BODY = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}]}'
 ASKED = ChatCompletionRequest.parse(BODY)
@@ -31,7 +33,8 @@ class Line:
     """A remote, and calls to it."""
 
     def __init__(self, port: int, session: aiohttp.ClientSession) -> None:
-        url = f"http://127.0.0.1:{port}/v1"
+        # An address would have no cookies anyway.
+        url = f"http://localhost:{port}/v1"
         self.remote = Remote(RemoteModel(name="m", engine="remote", base_url=url))
         self._session = session
 
@@ -53,7 +56,7 @@ async def line_to(handler: Handler) -> AsyncIterator[Line]:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        async with aiohttp.ClientSession() as session:
+        async with open_session() as session:
             yield Line(runner.addresses[0][1], session)
     finally:
         await runner.cleanup()
@@ -129,5 +132,21 @@ def test_a_stream_without_anything_in_it_has_not_begun() -> None:
                     await line.call(streamed=True).open()
                 assert (refused.value.status, refused.value.code) == (503, "remote_broke_off")
             assert line.remote.breaker.state is BreakerState.OPEN
+
+    asyncio.run(main())
+
+
+def test_a_server_learns_of_no_request_by_another() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert request.headers["content-type"] == "application/json"
+        response = web.json_response({"cookies": dict(request.cookies)})
+        response.set_cookie("who", "you")
+        return response
+
+    async def main() -> None:
+        async with line_to(handler) as line:
+            for _ in range(2):
+                _, payload = await line.call(streamed=False).answer()
+                assert json.loads(payload) == {"cookies": {}}
 
     asyncio.run(main())
