@@ -226,11 +226,12 @@ def test_a_question_is_passed_on_as_a_request_is_and_counts_once(
     asyncio.run(main())
 
 
-def test_who_lacks_a_field_does_not_make_it_the_clients_fault_that_the_others_are_down(
-    tmp_path: Path,
+@pytest.mark.parametrize("code", [UNSUPPORTED_PARAMETER, "invalid_value"])
+def test_who_cannot_serve_it_does_not_make_it_the_clients_fault_that_the_others_are_down(
+    tmp_path: Path, code: str
 ) -> None:
     def prepare(_: Candidate) -> ModelRequest:
-        raise ApiError(400, "'top_k' is not supported.", code=UNSUPPORTED_PARAMETER)
+        raise ApiError(400, "'top_k' is not supported.", code=code)
 
     async def main() -> None:
         async with a_house(tmp_path) as house:
