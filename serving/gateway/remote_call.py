@@ -27,7 +27,8 @@ Result = TypeVar("Result")
 _RETRY_AFTER_SECONDS = 2
 # The server does not take our key, or has no such model: that is for the operator to mend, not for clients.
 _REFUSALS = frozenset((301, 302, 303, 307, 308, 401, 402, 403, 404, 405))
-_SHOWN_BYTES = 300
+_READ_BYTES = 4096
+_SHOWN_CHARACTERS = 300
 
 
 class NotStarted(ApiError):
@@ -180,6 +181,12 @@ class RemoteCall:
         self._passage.succeeded()
         return result
 
+    def _shown(self, body: bytes) -> str:
+        """The beginning of an error's body, without our key: some servers say which one they refuse."""
+        text = body.decode(errors="replace")
+        key = self._headers.get("authorization", "").removeprefix("Bearer ")
+        return (text.replace(key, "[redacted]") if key else text)[:_SHOWN_CHARACTERS]
+
     def _hang_up(self) -> None:
         if self._response is not None:
             self._response.close()
@@ -201,9 +208,10 @@ class RemoteCall:
         )
         self._response = response
         if response.status in _REFUSALS:
-            body = await response.content.read(_SHOWN_BYTES)
+            body = await response.content.read(_READ_BYTES)
             _log.error(
-                "%s: %s refuses: %d %r", self.engine.model.name, self._url, response.status, body
+                "%s: %s refuses: %d %r",
+                *(self.engine.model.name, self._url, response.status, self._shown(body)),
             )
             response.close()
             raise NotStarted(

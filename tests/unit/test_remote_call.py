@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -32,10 +33,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Line:
     """A remote, and calls to it."""
 
-    def __init__(self, port: int, session: aiohttp.ClientSession) -> None:
+    def __init__(self, port: int, session: aiohttp.ClientSession, **options: Any) -> None:
         # An address would have no cookies anyway.
         url = f"http://localhost:{port}/v1"
-        self.remote = Remote(RemoteModel(name="m", engine="remote", base_url=url))
+        self.remote = Remote(RemoteModel(name="m", engine="remote", base_url=url, **options))
         self._session = session
 
     def call(self, *, streamed: bool) -> RemoteCall:
@@ -48,7 +49,7 @@ class Line:
 
 
 @asynccontextmanager
-async def line_to(handler: Handler) -> AsyncIterator[Line]:
+async def line_to(handler: Handler, **options: Any) -> AsyncIterator[Line]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", handler)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
@@ -57,7 +58,7 @@ async def line_to(handler: Handler) -> AsyncIterator[Line]:
     await site.start()
     try:
         async with open_session() as session:
-            yield Line(runner.addresses[0][1], session)
+            yield Line(runner.addresses[0][1], session, **options)
     finally:
         await runner.cleanup()
 
@@ -150,3 +151,23 @@ def test_a_server_learns_of_no_request_by_another() -> None:
                 assert json.loads(payload) == {"cookies": {}}
 
     asyncio.run(main())
+
+
+def test_a_key_that_is_refused_is_not_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "a-key-of-no-known-form")
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=401, text=f"We know no {request.headers['authorization']}.")
+
+    async def main() -> None:
+        async with line_to(handler, api_key_env="SOME_KEY") as line:
+            with pytest.raises(ApiError) as refused:
+                await line.call(streamed=False).answer()
+            assert (refused.value.status, refused.value.code) == (502, "remote_refused")
+            assert "of-no-known-form" not in refused.value.message
+
+    asyncio.run(main())
+    assert "We know no Bearer [redacted]." in caplog.text
+    assert "of-no-known-form" not in caplog.text
