@@ -18,7 +18,7 @@ from serving.engines.remote import Remote
 from serving.engines.supervisor import Endpoint
 from serving.gateway.admission import Admission, Ticket
 from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
-from serving.gateway.caller import Caller
+from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
 from serving.gateway.engine_answer import (
     NOTHING_USED,
     bad_answer,
@@ -227,6 +227,8 @@ class Relay:
             deadline_seconds = caller.deadline_seconds()
             if attempt.may_pass_on:
                 deadline_seconds = attempt.deadline_seconds(deadline_seconds)
+            if caller.hops >= MAX_HOPS and isinstance(engine, Remote):
+                raise _has_come_far(engine)
             owner = _tenancy_of(body, caller.identity)
             tokens = expected_tokens(body, sent)
             ticket = self.admission.enter(engine, owner, units, deadline_seconds, tokens)
@@ -262,7 +264,7 @@ class Relay:
             return RemoteCall(
                 *(self._session, engine, body, sent, clearance.passage),
                 streamed=_is_streamed(body),
-                trace_headers=trace_headers,
+                rig_headers={**trace_headers, HOPS_HEADER: str(caller.hops + 1)},
             )
         headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
         return EngineCall(self._session, engine, endpoint, body, sent, headers)
@@ -485,6 +487,15 @@ async def _opened(call: EngineCall | RemoteCall) -> tuple[aiohttp.ClientResponse
 async def _finished(task: asyncio.Task[Any]) -> None:
     """Wait for a task without ending it when the wait is given up."""
     await asyncio.wait((task,))
+
+
+def _has_come_far(remote: Remote) -> ApiError:
+    return ApiError(
+        503,
+        f"The request has come through {MAX_HOPS} rigs, and is not sent on to '{remote.model.name}'; "
+        "do their routes lead in a circle?",
+        code="too_many_hops",
+    )
 
 
 def _is_streamed(body: ModelRequest) -> bool:

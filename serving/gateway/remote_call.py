@@ -79,8 +79,9 @@ class RemoteCall:
         passage: Passage,
         *,
         streamed: bool,
-        trace_headers: Mapping[str, str],
+        rig_headers: Mapping[str, str],
     ) -> None:
+        """``rig_headers`` are for other rigs only."""
         self.engine = remote
         self._session = session
         self._url = remote.url(body.path)
@@ -95,7 +96,7 @@ class RemoteCall:
             "content-type": "application/json",
             "x-request-id": new_id("call"),
             **remote.authorization,
-            **(trace_headers if remote.model.dialect == "rigserve" else {}),
+            **(rig_headers if remote.model.dialect == "rigserve" else {}),
         }
 
     async def open(self) -> aiohttp.ClientResponse:

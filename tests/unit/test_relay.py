@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
-from serving.gateway.caller import Caller
+from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
 from serving.gateway.dispatch import Dispatcher, Plan
 from serving.gateway.file_store import FileStore
-from serving.gateway.identity import Identity
+from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import SPILL_OVER_HEADER, Gateway
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
@@ -56,6 +57,7 @@ IDENTITY = Identity(
 CALLER = Caller("r", "/v1/chat/completions", IDENTITY)
 COUNTED = TokenizeRequest.parse(b'{"model": "m", "prompt": "The sea"}')
 
+JSON = "application/json"
 COMPLETION = {
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "A."}}],
     "usage": {"prompt_tokens": 1, "completion_tokens": 1},
@@ -432,5 +434,35 @@ def test_what_cannot_be_translated_is_a_bad_gateway_and_is_metered_once(
             assert told == 502 or b"too long" in bytes(answer.body)
             assert await house.is_as_before(remote)
             assert house.statuses() == [told]
+
+    asyncio.run(main())
+
+
+def test_rigs_that_lead_to_each_other_do_not_send_a_request_round_for_ever(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        asked = 0
+        async with a_house(tmp_path) as house:
+
+            async def handler(request: web.Request) -> web.StreamResponse:
+                nonlocal asked
+                asked += 1
+                caller = replace(CALLER, hops=int(request.headers[HOPS_HEADER]), identity=ANYBODY)
+                try:
+                    plan = house.plan(remote)
+                    answer = await house.dispatcher.forward(caller, plan, chat())
+                except ApiError as error:
+                    answer = error.response
+                return web.Response(
+                    body=bytes(answer.body), status=answer.status_code, content_type=JSON
+                )
+
+            remote = await house.remote("m", handler)
+            with pytest.raises(ApiError, match="lead in a circle") as refused:
+                await house.dispatcher.forward(CALLER, house.plan(remote), chat())
+            assert refused.value.status == 503
+            assert asked == MAX_HOPS
+            assert await house.is_as_before(remote)
 
     asyncio.run(main())

@@ -24,6 +24,7 @@ from serving.serve import open_session
 
 BODY = b'{"model": "m", "messages": [{"role": "user", "content": "Hello"}]}'
 ASKED = ChatCompletionRequest.parse(BODY)
+RIG_HEADERS = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 # In a row they open a breaker.
 FAILURES = 5
 
@@ -44,7 +45,7 @@ class Line:
         return RemoteCall(
             *(self._session, self.remote, ASKED, BODY, clearance.passage),
             streamed=streamed,
-            trace_headers={},
+            rig_headers=RIG_HEADERS,
         )
 
 
@@ -171,3 +172,17 @@ def test_a_key_that_is_refused_is_not_in_the_log(
     asyncio.run(main())
     assert "We know no Bearer [redacted]." in caplog.text
     assert "of-no-known-form" not in caplog.text
+
+
+@pytest.mark.parametrize("dialect", ["openai", "rigserve"])
+def test_only_rigs_are_told_what_is_for_rigs(dialect: str) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"told": request.headers.get("traceparent")})
+
+    async def main() -> None:
+        async with line_to(handler, dialect=dialect) as line:
+            _, payload = await line.call(streamed=False).answer()
+        told = RIG_HEADERS["traceparent"] if dialect == "rigserve" else None
+        assert json.loads(payload) == {"told": told}
+
+    asyncio.run(main())
