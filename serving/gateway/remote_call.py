@@ -221,13 +221,13 @@ class RemoteCall:
                 f"{response.status}); the operator has to see to its base_url, model and API key.",
                 code="remote_refused",
             )
-        if response.status >= 500:
+        if response.status == 429 or (response.status == 503 and "retry-after" in response.headers):
+            # It works, and has too much to do just now.
+            self._passage.withdraw()
+        elif response.status >= 500:
             self._passage.failed()
         elif self._streamed and response.status == 200:
             self._first = await response.content.readany()
             if not self._first:
                 raise aiohttp.ClientPayloadError("the stream is empty")
-        if response.status == 429:
-            # It works, and says nothing about whether it has too much to do elsewhere.
-            self._passage.withdraw()
         return response

@@ -186,3 +186,29 @@ def test_only_rigs_are_told_what_is_for_rigs(dialect: str) -> None:
         assert json.loads(payload) == {"told": told}
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "state"),
+    [
+        (429, {}, BreakerState.CLOSED),
+        (503, {"retry-after": "2"}, BreakerState.CLOSED),
+        (503, {}, BreakerState.OPEN),
+        (500, {"retry-after": "2"}, BreakerState.OPEN),
+        (400, {}, BreakerState.CLOSED),
+    ],
+)
+def test_who_has_too_much_to_do_works(
+    status: int, headers: dict[str, str], state: BreakerState
+) -> None:
+    async def handler(_: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {}}, status=status, headers=headers)
+
+    async def main() -> None:
+        async with line_to(handler) as line:
+            for _ in range(FAILURES):
+                answer, _ = await line.call(streamed=False).answer()
+                assert answer.status == status
+            assert line.remote.breaker.state is state
+
+    asyncio.run(main())
