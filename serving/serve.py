@@ -230,6 +230,15 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def open_session() -> aiohttp.ClientSession:
+    """The connections to engines and remotes. A remote's cookies are not kept: they would tie its requests together."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
 async def _serve(
     config: Config,
     file: Path,
@@ -248,9 +257,7 @@ async def _serve(
     launchers: dict[str, Launcher] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
     }
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)
         admission = Admission(metrics)
         relay = Relay(session, meter, access.limits, admission, spending)

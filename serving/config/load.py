@@ -27,6 +27,8 @@ from serving.config.schema import Config, LlamaCppModel, RemoteModel, ServerConf
 __all__ = ["ConfigError", "Problem", "config_json_schema", "load_config", "located"]
 
 _REMOTE_SCHEMES = ("package://", "hf://")
+# Keys of a model, all of the same forms.
+_SOURCES = ("source", "projector", "draft_model")
 
 # What pydantic's kinds of errors ask for, in the reader's words.
 _EXPECTED = {
@@ -127,16 +129,20 @@ def _place_files(document: Document) -> None:
         for number, adapter in _entries(model.get("adapters")):
             if isinstance(adapter.get("path"), str):
                 _place(document, ("models", position, "adapters", number), adapter, "path")
-        path: KeyPath = ("models", position, "source")
-        source = model.get("source")
-        if not isinstance(source, str) or source.startswith(_REMOTE_SCHEMES):
-            continue
-        if "://" in source:
-            document.report(
-                path, f"expected a path, {' or '.join(_REMOTE_SCHEMES)}; got {source!r}"
-            )
-            continue
-        _place(document, ("models", position), model, "source")
+        for key in _SOURCES:
+            _place_source(document, ("models", position), model, key)
+
+
+def _place_source(document: Document, parent: KeyPath, model: dict[str, Any], key: str) -> None:
+    """Make a path absolute where a source is one; what it says else stays."""
+    source = model.get(key)
+    if not isinstance(source, str) or source.startswith(_REMOTE_SCHEMES):
+        return
+    if "://" in source:
+        expected = " or ".join(_REMOTE_SCHEMES)
+        document.report((*parent, key), f"expected a path, {expected}; got {source!r}")
+        return
+    _place(document, parent, model, key)
 
 
 def _place(document: Document, parent: KeyPath, values: dict[str, Any], key: str) -> None:

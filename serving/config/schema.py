@@ -27,8 +27,6 @@ _BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
-_BASE_URL = re.compile(r"https?://[^/\s?#]+[^\s?#]*")
-
 
 class Section(BaseModel):
     """A mapping of the file. Unknown keys are errors; values cannot change after loading."""
@@ -547,7 +545,9 @@ class TracingConfig(Section):
     @classmethod
     def _endpoint_is_a_url(cls, value: str | None) -> str | None:
         if value is not None and not _BASE_URL.fullmatch(value):
-            raise ValueError(f"{value!r} is no base URL, such as http://collector.example.org:4318")
+            raise ValueError(
+                f"{value!r} is no base URL, such as http://collector.example.org:4318; no user, query or fragment"
+            )
         return value
 
 

@@ -105,12 +105,21 @@ async def watch(remotes: Callable[[], Iterable[Remote]], session: aiohttp.Client
 
 
 def _key_of(model: RemoteModel) -> str:
-    if model.api_key_env is not None:
-        return os.environ.get(model.api_key_env, "").strip()
-    if model.api_key_file is None:
-        return ""
+    """The key; empty if there is none that can be sent."""
     try:
-        return Path(model.api_key_file).read_text(encoding="utf-8").strip()
+        key = _text_of_key(model).strip()
     except (OSError, UnicodeDecodeError) as error:
         _log.error("%s: its API key cannot be read: %s", model.name, error)
         return ""
+    if not key.isprintable():
+        _log.error("%s: its API key is no key: it has line breaks in it", model.name)
+        return ""
+    return key
+
+
+def _text_of_key(model: RemoteModel) -> str:
+    if model.api_key_env is not None:
+        return os.environ.get(model.api_key_env, "")
+    if model.api_key_file is None:
+        return ""
+    return Path(model.api_key_file).read_text(encoding="utf-8")

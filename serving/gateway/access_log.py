@@ -33,7 +33,7 @@ class Entry:
 
 
 class AccessLogMiddleware:
-    """Tells of requests that are not metered."""
+    """Tells of requests that are not metered, and ends their traces."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -56,6 +56,8 @@ class AccessLogMiddleware:
         finally:
             if not entry.is_metered:
                 _tell_of_unmetered(scope, status, time.monotonic() - started)
+                if entry.trace is not None:
+                    entry.trace.answered(status)
 
 
 def tell_of_metered(

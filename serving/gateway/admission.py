@@ -137,6 +137,8 @@ class Admission:
         within ``deadline_seconds``; None is the model's ``queue_timeout_seconds``. Raises :class:`ApiError` (503, with a ``Retry-After``) if it can
         do neither. Whatever comes of it, it must be released.
         """
+        if engine.state is EngineState.STOPPED:
+            endpoint_of(engine)  # says so: nobody will load it any more
         line = self._line(engine)
         ticket = line.pass_through(owner, units, deadline_seconds) or line.queue(
             owner, units, deadline_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from serving.protocol.errors import ApiError
 
 # A server that is not there, has no room, or whose own server did not answer; of remotes also one that sets us limits.
 PASSED_ON = frozenset((429, 502, 503, 504))
+# It may be a date instead, or anything.
+_SECONDS = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,11 @@ def refusal_of(model: str, answer: aiohttp.ClientResponse, payload: bytes) -> Ap
         body = None
     error = body.get("error") if isinstance(body, dict) else None
     told = error if isinstance(error, dict) else {}
-    retry_after = answer.headers.get("retry-after", "")
+    retry_after = _SECONDS.fullmatch(answer.headers.get("retry-after", ""))
     return ApiError(
         answer.status,
         str(told.get("message") or f"The model '{model}' answers {answer.status}."),
         # A code of the engine's could be anything, and this becomes a label.
         code=f"status_{answer.status}",
-        retry_after_seconds=int(retry_after) if retry_after.isdigit() else None,
+        retry_after_seconds=int(retry_after[0]) if retry_after else None,
     )

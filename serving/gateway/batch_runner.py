@@ -178,9 +178,11 @@ class BatchRunner:
     async def _run_lines(self, job: _Job) -> None:
         with contextlib.suppress(ApiError):
             job.width = width_of(self._gateway.router.find(job.batch["model"]))
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(job.width):
-                workers.create_task(self._take_lines(job))
+        workers = [self._take_lines(job) for _ in range(job.width)]
+        # One that cannot go on, for a full disk, does not break off what engines do for the others.
+        for outcome in await asyncio.gather(*workers, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _take_lines(self, job: _Job) -> None:
         while not (self._stopping.is_set() or job.unwanted.is_set()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
@@ -14,6 +15,11 @@ from serving.gateway.identity import Identity
 from serving.protocol.errors import ApiError
 
 DEADLINE_HEADER = "x-rigserve-deadline-seconds"
+# From rig to rig: through how many a request has come.
+HOPS_HEADER = "x-rigserve-hops"
+# Rigs that are each other's replicas would else send a request round for as long as none can take it.
+MAX_HOPS = 4
+_HOPS = re.compile("[0-9]{1,3}")
 
 
 async def _never() -> Message:
@@ -32,6 +38,7 @@ class Caller:
     receive: Receive = _never
     # What the client says of when its answer must begin.
     deadline: str | None = None
+    hops: int = 0
     log_entry: Entry = field(default_factory=Entry)
 
     @staticmethod
@@ -39,8 +46,10 @@ class Caller:
         """The client of a request, whose body has been read."""
         state = http.state
         deadline = http.headers.get(DEADLINE_HEADER)
+        told = http.headers.get(HOPS_HEADER, "0")
+        hops = int(told) if _HOPS.fullmatch(told) else MAX_HOPS
         owner = (state.request_id, http.url.path, state.identity)
-        return Caller(*owner, http.receive, deadline, state.log_entry)
+        return Caller(*owner, http.receive, deadline, hops, state.log_entry)
 
     def deadline_seconds(self) -> float | None:
         """In what time its answer must begin; raises :class:`ApiError` (400) for what is no time."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from serving.gateway.attempt import Attempt, PassedOn
+from serving.gateway.attempt import PASSED_ON, Attempt, PassedOn
 from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.caller import Caller
 from serving.gateway.metering import Meter
@@ -89,16 +89,15 @@ class Dispatcher:
                 )
                 try:
                     asked = body if position == 0 else plan.prepare(candidate)
+                except ApiError as error:
+                    refusals.append((candidate, error))
+                    continue
+                try:
                     response = await attempt_at(candidate.backend, asked, attempt)
                 except PassedOn as passed:
                     refusals.append((candidate, passed.error))
                     reason = str(passed.error.code)
                     self._meter.passed_on(attempt.route, candidate.backend.model.name, reason)
-                    continue
-                except ApiError as error:
-                    if position == 0 or error.code != "unsupported_parameter":
-                        raise
-                    refusals.append((candidate, error))
                     continue
                 self.balancer.memory.keep(plan.marks, candidate.name)
                 response.headers[MODEL_HEADER] = candidate.backend.model.name
@@ -111,7 +110,8 @@ class Dispatcher:
 
 def _nobody(route: str, refusals: Sequence[tuple[Candidate, ApiError]]) -> ApiError:
     """Why none of a route's models took a request; the first that may be asked again says when."""
-    *_, (_, last) = refusals
+    # That one cannot serve it is not all: others would, in time.
+    *_, last = [error for _, error in refusals if error.status in PASSED_ON]
     if len(refusals) == 1:
         return last
     spent = [each for _, each in refusals if each.code == "budget_exhausted"]

@@ -56,14 +56,27 @@ def relayed(
     translation: Translation | None = None,
 ) -> Response:
     if translation is not None:
-        body = object_of(engine, payload)
-        if not body.get("choices" if answer.ok else "error"):
-            raise bad_answer(engine)
-        told = translation.answer(body) if answer.ok else translation.refusal(answer.status, body)
-        payload = orjson.dumps(told)
+        try:
+            payload = orjson.dumps(_told(answer, object_of(engine, payload), translation))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise bad_answer(engine) from error
     retry_after = answer.headers.get("retry-after")
     headers = {"retry-after": retry_after} if retry_after else {}
     return Response(payload, answer.status, headers, media_type="application/json")
+
+
+def _told(
+    answer: aiohttp.ClientResponse, body: dict[str, Any], translation: Translation
+) -> dict[str, Any]:
+    """An answer in another API's words. Where it makes no sense, whatever error comes of that is raised."""
+    content = body["choices" if answer.ok else "error"]
+    if not content:
+        raise LookupError("there is nothing in it")
+    if answer.ok:
+        return translation.answer(body)
+    # Some servers' errors are the message alone.
+    error = {"message": content} if isinstance(content, str) else content
+    return translation.refusal(answer.status, {"error": error})
 
 
 def bad_answer(engine: Backend) -> ApiError:
@@ -75,6 +88,13 @@ def bad_answer(engine: Backend) -> ApiError:
 
 
 def engine_gone(engine: Backend) -> ApiError:
+    if isinstance(engine, Remote):
+        return ApiError(
+            503,
+            f"The server of the model '{engine.model.name}' broke off.",
+            code="remote_broke_off",
+            retry_after_seconds=_RETRY_AFTER_SECONDS,
+        )
     return ApiError(
         503,
         f"The engine of '{engine.model.name}' stopped while it worked on this request; "

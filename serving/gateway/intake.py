@@ -98,7 +98,7 @@ class Gateway:
         self, http: Request, fields: dict[str, Any], read: Callable[[dict[str, Any]], Asked]
     ) -> tuple[Destination, Asked]:
         """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
-        may_spill = http.headers.get(SPILL_OVER_HEADER) != "never"
+        may_spill = SPILL_OVER_HEADER not in http.headers
         admitted = self.admit(http.url.path, http.state.identity, fields, read, may_spill=may_spill)
         destination, asked, http.state.ignored = admitted
         return destination, asked
@@ -107,6 +107,7 @@ class Gateway:
         """The fields of an HTTP request's body; raises :class:`ApiError`, and counts what it turns away."""
         try:
             _check_media_type(http)
+            _check_spill_over(http)
             body = await self.body_of(http)
             if len(body) > _LARGE_BODY_BYTES:
                 return await asyncio.to_thread(read_object, body)
@@ -168,9 +169,12 @@ class Gateway:
             if each.role is not Role.SPILL_OVER or may_use(identity, each.name, None)
         ]
 
+        # A reload while the first are tried may take the others away.
+        filters = self._filters
+
         def prepare(candidate: Candidate) -> tuple[Asked, list[str]]:
             named = asked.model_copy(update={"model": candidate.name})
-            return self._filters[candidate.backend.model.name].apply(named)
+            return filters[candidate.backend.model.name].apply(named)
 
         while True:
             try:
@@ -263,6 +267,18 @@ def _check_media_type(http: Request) -> None:
     raise ApiError(
         415, f"The request body is {found}; send it with {wanted}.", code="unsupported_media_type"
     )
+
+
+def _check_spill_over(http: Request) -> None:
+    """Raise :class:`ApiError` (400) for a word that is not known: a prompt that has left does not come back."""
+    word = http.headers.get(SPILL_OVER_HEADER, "never")
+    if word != "never":
+        raise ApiError(
+            400,
+            f"The header {SPILL_OVER_HEADER} can be 'never' only; got {word[:100]!r}.",
+            param=SPILL_OVER_HEADER,
+            code="invalid_value",
+        )
 
 
 def json_response(payload: object, status: int = 200) -> Response:

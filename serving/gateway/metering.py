@@ -22,6 +22,8 @@ from serving.protocol.requests import ModelRequest
 from serving.protocol.responses import Timings, Usage
 
 _TIMINGS = {each.name for each in fields(Timings)}
+# No context is as long.
+_MOST_TOKENS = 2**31 - 1
 
 
 class PowerSource(Protocol):
@@ -253,27 +255,32 @@ class Meter:
 
 
 def _usage(final: Mapping[str, Any] | None) -> Usage | None:
+    """What an engine tells of a request's tokens; None if that is nothing to rely on."""
     usage = (final or {}).get("usage")
-    if not isinstance(usage, dict):
+    prompt_tokens = _count(usage, "prompt_tokens")
+    # Vectors come without.
+    completion_tokens = _count(usage, "completion_tokens", absent=0)
+    if not isinstance(usage, dict) or prompt_tokens is None or completion_tokens is None:
         return None
-    details = usage.get("prompt_tokens_details")
-    return Usage(
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        cached_tokens=_count(details, "cached_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
-    )
+    cached_tokens = _count(usage.get("prompt_tokens_details"), "cached_tokens") or 0
+    # More than all of it would make a request cost less than nothing.
+    return Usage(prompt_tokens, min(cached_tokens, prompt_tokens), completion_tokens)
 
 
-def _count(usage: object, name: str) -> int:
-    """A number of tokens as an engine tells it; 0 for what is none."""
+def _count(usage: object, name: str, absent: int | None = None) -> int | None:
+    """A number of tokens as an engine tells it; None for what is none."""
     value = usage.get(name) if isinstance(usage, dict) else None
-    return value if type(value) is int and value >= 0 else 0
+    if value is None:
+        return absent
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else None
 
 
 def _timings(final: Mapping[str, Any] | None) -> Timings | None:
     timings = (final or {}).get("timings")
     # Other engines have timings of other kinds.
     if not isinstance(timings, dict) or timings.keys() != _TIMINGS:
+        return None
+    if not all(type(each) in (int, float) and each >= 0 for each in timings.values()):
         return None
     return Timings(**timings)
 

@@ -18,7 +18,7 @@ from serving.engines.remote import Remote
 from serving.engines.supervisor import Endpoint
 from serving.gateway.admission import Admission, Ticket
 from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
-from serving.gateway.caller import Caller
+from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
 from serving.gateway.engine_answer import (
     NOTHING_USED,
     bad_answer,
@@ -175,6 +175,8 @@ class Relay:
         status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
+            if attempt.may_pass_on and answer.status in PASSED_ON:
+                raise refusal_of(engine.model.name, answer, payload)
             object_of(engine, payload)
             status = answer.status
         except ApiError as error:
@@ -185,7 +187,9 @@ class Relay:
             raise
         finally:
             ticket.release()
-            if reservation:
+            if reservation and status is None:
+                reservation.withdraw()
+            elif reservation:
                 reservation.settle(0, 0.0)
             if status is not None:
                 self._meter.unmetered(engine.model.name, caller.endpoint, status)
@@ -223,6 +227,8 @@ class Relay:
             deadline_seconds = caller.deadline_seconds()
             if attempt.may_pass_on:
                 deadline_seconds = attempt.deadline_seconds(deadline_seconds)
+            if caller.hops >= MAX_HOPS and isinstance(engine, Remote):
+                raise _has_come_far(engine)
             owner = _tenancy_of(body, caller.identity)
             tokens = expected_tokens(body, sent)
             ticket = self.admission.enter(engine, owner, units, deadline_seconds, tokens)
@@ -258,7 +264,7 @@ class Relay:
             return RemoteCall(
                 *(self._session, engine, body, sent, clearance.passage),
                 streamed=_is_streamed(body),
-                trace_headers=trace_headers,
+                rig_headers={**trace_headers, HOPS_HEADER: str(caller.hops + 1)},
             )
         headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
         return EngineCall(self._session, engine, endpoint, body, sent, headers)
@@ -283,7 +289,7 @@ class Relay:
         answering = asyncio.create_task(call.answer())
         try:
             await while_connected(caller.receive, _finished(answering))
-        except ClientDisconnected:
+        except (ClientDisconnected, asyncio.CancelledError):
             self._settle(self._settle_whole(call, request, answering))
             raise
         try:
@@ -331,22 +337,22 @@ class Relay:
         translation: Translation | None,
         attempt: Attempt,
     ) -> Response:
-        opening = asyncio.create_task(call.open())
+        opening = asyncio.create_task(_opened(call))
         try:
             await while_connected(caller.receive, _finished(opening))
-        except ClientDisconnected:
+        except (ClientDisconnected, asyncio.CancelledError):
             self._settle(self._settle_opening(call, request, opening))
             raise
         try:
-            upstream = opening.result()
+            upstream, payload = opening.result()
             if upstream.status != 200:
-                payload = await upstream.read()
                 if attempt.may_pass_on and upstream.status in PASSED_ON:
                     self._withdraw(request)
                     raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
                 final = final_of(call.engine, upstream, payload)
+                response = relayed(call.engine, upstream, payload, translation)
                 self._finish(request, upstream.status, final)
-                return relayed(call.engine, upstream, payload, translation)
+                return response
             if upstream.content_type != "text/event-stream":
                 upstream.close()
                 raise bad_answer(call.engine)
@@ -388,15 +394,15 @@ class Relay:
         self,
         call: EngineCall | RemoteCall,
         request: Request,
-        opening: asyncio.Task[aiohttp.ClientResponse],
+        opening: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
         """Meter a stream whose client has left before it began."""
         if isinstance(call, RemoteCall):
             await call.cancel()
         await asyncio.wait((opening,), timeout=_SETTLE_SECONDS)
         if opening.done() and not opening.cancelled() and opening.exception() is None:
-            tap = StreamTap(forward_usage=False)
-            await self._settle_stream(call, request, opening.result(), tap)
+            upstream, _ = opening.result()
+            await self._settle_stream(call, request, upstream, StreamTap(forward_usage=False))
         else:
             opening.cancel()
             self._finish(request, CLIENT_CLOSED_REQUEST, None)
@@ -472,9 +478,24 @@ class Relay:
             self._idle.set()
 
 
+async def _opened(call: EngineCall | RemoteCall) -> tuple[aiohttp.ClientResponse, bytes]:
+    """A stream that is open, with nothing of it; of what is an error instead, all."""
+    upstream = await call.open()
+    return upstream, b"" if upstream.status == 200 else await upstream.read()
+
+
 async def _finished(task: asyncio.Task[Any]) -> None:
     """Wait for a task without ending it when the wait is given up."""
     await asyncio.wait((task,))
+
+
+def _has_come_far(remote: Remote) -> ApiError:
+    return ApiError(
+        503,
+        f"The request has come through {MAX_HOPS} rigs, and is not sent on to '{remote.model.name}'; "
+        "do their routes lead in a circle?",
+        code="too_many_hops",
+    )
 
 
 def _is_streamed(body: ModelRequest) -> bool:

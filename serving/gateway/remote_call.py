@@ -12,6 +12,7 @@ import aiohttp
 
 from serving.engines.breaker import Passage
 from serving.engines.remote import Remote
+from serving.gateway.engine_answer import engine_gone
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.gateway.spending import Purchase, Spending
 from serving.gateway.token_bound import token_bounds
@@ -26,7 +27,8 @@ Result = TypeVar("Result")
 _RETRY_AFTER_SECONDS = 2
 # The server does not take our key, or has no such model: that is for the operator to mend, not for clients.
 _REFUSALS = frozenset((301, 302, 303, 307, 308, 401, 402, 403, 404, 405))
-_SHOWN_BYTES = 300
+_READ_BYTES = 4096
+_SHOWN_CHARACTERS = 300
 
 
 class NotStarted(ApiError):
@@ -39,12 +41,6 @@ class Clearance:
 
     passage: Passage
     purchase: Purchase | None
-
-    def withdraw(self) -> None:
-        """It does not go."""
-        self.passage.withdraw()
-        if self.purchase:
-            self.purchase.settle(0.0)
 
 
 def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending | None) -> Clearance:
@@ -83,8 +79,9 @@ class RemoteCall:
         passage: Passage,
         *,
         streamed: bool,
-        trace_headers: Mapping[str, str],
+        rig_headers: Mapping[str, str],
     ) -> None:
+        """``rig_headers`` are for other rigs only."""
         self.engine = remote
         self._session = session
         self._url = remote.url(body.path)
@@ -99,7 +96,7 @@ class RemoteCall:
             "content-type": "application/json",
             "x-request-id": new_id("call"),
             **remote.authorization,
-            **(trace_headers if remote.model.dialect == "rigserve" else {}),
+            **(rig_headers if remote.model.dialect == "rigserve" else {}),
         }
 
     async def open(self) -> aiohttp.ClientResponse:
@@ -137,11 +134,11 @@ class RemoteCall:
             self._passage.failed()
 
     async def cancel(self) -> None:
-        """Hang up: that is how servers learn that nobody waits any more."""
-        if self._response is not None:
-            self._response.close()
-        elif self._working is not None:
+        """Hang up: that is how servers learn that nobody waits any more. It is no failure of theirs."""
+        if self._working is not None:
             self._working.cancel()
+        else:
+            self._hang_up()
 
     async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Do ``work`` in the time for the first byte; what goes wrong is an :class:`ApiError`."""
@@ -152,6 +149,7 @@ class RemoteCall:
                 result = await work
         except asyncio.CancelledError:
             self._passage.withdraw()
+            self._hang_up()
             raise
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self._passage.failed()
@@ -164,8 +162,7 @@ class RemoteCall:
             ) from error
         except TimeoutError as error:
             self._passage.failed()
-            if self._response is not None:
-                self._response.close()
+            self._hang_up()
             raise ApiError(
                 504,
                 f"The server of the model '{model.name}' has not answered within "
@@ -175,12 +172,7 @@ class RemoteCall:
         except aiohttp.ClientError as error:
             self._passage.failed()
             _log.warning("%s: %s broke off: %s", model.name, self._url, error)
-            raise ApiError(
-                503,
-                f"The server of the model '{model.name}' broke off.",
-                code="remote_broke_off",
-                retry_after_seconds=_RETRY_AFTER_SECONDS,
-            ) from error
+            raise engine_gone(self.engine) from error
         except ApiError:
             self._passage.failed()
             raise
@@ -189,6 +181,16 @@ class RemoteCall:
         # The first word counts: this changes nothing for what has failed.
         self._passage.succeeded()
         return result
+
+    def _shown(self, body: bytes) -> str:
+        """The beginning of an error's body, without our key: some servers say which one they refuse."""
+        text = body.decode(errors="replace")
+        key = self._headers.get("authorization", "").removeprefix("Bearer ")
+        return (text.replace(key, "[redacted]") if key else text)[:_SHOWN_CHARACTERS]
+
+    def _hang_up(self) -> None:
+        if self._response is not None:
+            self._response.close()
 
     async def _open(self) -> aiohttp.ClientResponse:
         model = self.engine.model
@@ -207,9 +209,10 @@ class RemoteCall:
         )
         self._response = response
         if response.status in _REFUSALS:
-            body = await response.content.read(_SHOWN_BYTES)
+            body = await response.content.read(_READ_BYTES)
             _log.error(
-                "%s: %s refuses: %d %r", self.engine.model.name, self._url, response.status, body
+                "%s: %s refuses: %d %r",
+                *(self.engine.model.name, self._url, response.status, self._shown(body)),
             )
             response.close()
             raise NotStarted(
@@ -218,11 +221,13 @@ class RemoteCall:
                 f"{response.status}); the operator has to see to its base_url, model and API key.",
                 code="remote_refused",
             )
-        if response.status >= 500:
+        if response.status == 429 or (response.status == 503 and "retry-after" in response.headers):
+            # It works, and has too much to do just now.
+            self._passage.withdraw()
+        elif response.status >= 500:
             self._passage.failed()
         elif self._streamed and response.status == 200:
             self._first = await response.content.readany()
-        if response.status == 429:
-            # It works, and says nothing about whether it has too much to do elsewhere.
-            self._passage.withdraw()
+            if not self._first:
+                raise aiohttp.ClientPayloadError("the stream is empty")
         return response

@@ -14,7 +14,7 @@ _LONGEST_EVENT_BYTES = 16 * 2**20
 class CanonicalEvents:
     """Takes a server's bytes as they arrive, gives back whole events: compact JSON, LF, usage by itself at the end.
 
-    Comments, event names and ids are left out. What is no JSON object goes on as it is.
+    Comments, event names and ids are left out, and what comes after the end. What is no JSON object goes on as it is.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,8 @@ class CanonicalEvents:
         )
 
     def _told(self, data: bytes) -> bytes:
+        if self.finished:
+            return b""
         if data == b"[DONE]":
             self.finished = True
             usage = b"" if self._usage is None else event(self._usage)
@@ -46,9 +48,10 @@ class CanonicalEvents:
             return b"data: " + data + b"\n\n"
         if not isinstance(chunk, dict):
             return b"data: " + data + b"\n\n"
-        if "error" in chunk:
+        # Some servers say in each chunk that there is none.
+        if (error := chunk.pop("error", None)) is not None:
             # By its first key errors are told from chunks.
-            return event({"error": chunk["error"]})
+            return event({"error": error})
         choices = chunk.get("choices")
         if isinstance(choices, list):
             for choice in choices:

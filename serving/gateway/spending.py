@@ -77,8 +77,11 @@ class Spending:
         self._spent: dict[tuple[str, BudgetPeriod], _Spent] = {}
 
     def configure(self, prices: Mapping[str, Price]) -> None:
-        """Use other prices from the next request on; what was spent stays spent."""
-        self._prices = prices
+        """Use other prices from the next request on; what was spent stays spent.
+
+        Models that are gone keep theirs, for requests that wait for them still.
+        """
+        self._prices = {**self._prices, **prices}
 
     def restore(self, period: BudgetPeriod, usd_by_model: Mapping[str, float]) -> None:
         """Begin with what the ledger has of the current period."""

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving import __version__
 from serving.config import TracingConfig
@@ -227,33 +227,16 @@ class Tracing:
 
 
 class TracingMiddleware:
-    """Begins the traces of HTTP requests, and ends those of requests that reach no engine."""
+    """Begins the traces of HTTP requests; the log entry, which has them then, ends those that reach no engine."""
 
     def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
         self._app = app
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        trace = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            trace = self._tracing.begin(scope["path"], scope)
-        if trace is None:
-            await self._app(scope, receive, send)
-            return
-        entry, status = scope["state"]["log_entry"], 500
-        entry.trace = trace
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            if not entry.is_metered:
-                trace.answered(status)
+            scope["state"]["log_entry"].trace = self._tracing.begin(scope["path"], scope)
+        await self._app(scope, receive, send)
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -216,6 +216,10 @@ def test_a_model_that_cannot_be_loaded_refuses_and_is_tried_again_later() -> Non
         assert door.enter().is_waiting
         door.becomes(EngineState.STOPPED)
         assert door.waiting == 0
+        # As for a route's request that comes to it after a reload.
+        refusal = door.refusal()
+        assert (refusal.status, refusal.code) == (503, "model_not_ready")
+        assert not door.admission._lines
 
     simulate(main())
 

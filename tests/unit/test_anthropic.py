@@ -607,6 +607,7 @@ def test_a_stream_of_nothing_is_an_empty_message() -> None:
     ("error", "kind"),
     [
         ({"type": "api_error", "code": "engine_stopped"}, "overloaded_error"),
+        ({"type": "api_error", "code": "remote_broke_off"}, "overloaded_error"),
         ({"type": "invalid_request_error", "code": "invalid_value"}, "invalid_request_error"),
         ({"type": "BadGateway"}, "api_error"),
     ],

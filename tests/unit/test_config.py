@@ -157,5 +157,9 @@ def test_environment_variables_stand_in_values(
 
 def test_model_paths_are_relative_to_the_config(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    config = load(tmp_path, GOOD.replace("hf://org/repo/file.gguf", "m.gguf"))
-    assert config.local_models[0].source == str(tmp_path / "m.gguf")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    more = "projector: m.gguf, draft_model: small.gguf, speculation: draft_model"
+    config = load(tmp_path, f"models: [{{name: m, source: m.gguf, {more}}}]\n")
+    model = config.local_models[0]
+    assert model.source == model.projector == str(tmp_path / "m.gguf")
+    assert model.draft_model == str(tmp_path / "small.gguf")

@@ -33,7 +33,8 @@ def report(tmp_path: Path, text: str) -> list[str]:
     [
         ("    context_length: abc\n", "4: models[0].context_length: expected a whole number; got 'abc'"),
         ("    context_length: 4096.5\n", "4: models[0].context_length: expected a whole number; got 4096.5"),
-        ("tracing: {endpoint: 'collector:4318'}\n", "4: tracing.endpoint: 'collector:4318' is no base URL, such as http://collector.example.org:4318"),
+        ("tracing: {endpoint: 'collector:4318'}\n", "4: tracing.endpoint: 'collector:4318' is no base URL, such as http://collector.example.org:4318; no user, query or fragment"),
+        ("tracing: {endpoint: 'http://me:pw@collector'}\n", "4: tracing.endpoint: 'http://me:pw@collector' is no base URL, such as http://collector.example.org:4318; no user, query or fragment"),
         ("    context_length: '4096'\n", "4: models[0].context_length: expected a whole number; got '4096'; leave out the quotes"),
         ("    context_length: true\n", "4: models[0].context_length: expected a whole number; got true"),
         ("    context_length: [1, 2]\n", "4: models[0].context_length: expected a whole number; got a list of 2"),
@@ -46,7 +47,7 @@ def report(tmp_path: Path, text: str) -> list[str]:
         ("    aliases: [ok, 1]\n", "4: models[0].aliases[1]: expected text; got 1; put it in quotes"),
         ("server:\n  allow_remote: maybe\n", "5: server.allow_remote: expected true or false; got 'maybe'"),
         ("server:\n", "4: server: expected keys and values; got nothing"),
-        ("servr: {}\n", "4: servr: unknown key; did you mean 'server'?; known: server, models, storage, logging, tracing, memory, cost"),
+        ("servr: {}\n", "4: servr: unknown key; did you mean 'server'?; known: server, models, routes, storage, logging, tracing, memory, cost"),
         ("    port: 8000\n", "4: models[0].port: port 8000 is taken by server.port; choose another, or leave it out for a free one"),
         ("storage:\n  cache_dir: ~no-such-user/x\n", "5: storage.cache_dir: there is no home folder for '~no-such-user/x'; write the path out"),
     ],

@@ -57,6 +57,16 @@ def test_an_error_is_seen_wherever_it_stands_in_the_event() -> None:
     assert tap.failed
 
 
+def test_no_error_is_none_and_the_end_is_the_end() -> None:
+    events, tap = CanonicalEvents(), StreamTap(forward_usage=False)
+    chunk = {"error": None, **CHUNKS[1]}
+    told = tap.feed(events.feed(f"data: {json.dumps(chunk)}\n\n".encode()))
+    assert json.loads(told.removeprefix(b"data: ")) == CHUNKS[1]
+    tap.feed(events.feed(b'data: [DONE]\n\ndata: {"id": "late"}\n\ndata: [DONE]\n\n'))
+    assert tap.finished
+    assert not tap.failed
+
+
 def test_what_is_no_json_goes_on_as_it_is() -> None:
     events = CanonicalEvents()
     assert events.feed(b"data: {oops\n\ndata: [1]\n\n") == b"data: {oops\n\ndata: [1]\n\n"

@@ -101,6 +101,14 @@ def test_prices_of_the_price_book_and_of_nowhere() -> None:
         prices_of([a_model(price_of="openai/gpt-nope")])
 
 
+def test_requests_that_wait_for_a_model_that_is_gone_have_its_price() -> None:
+    till = Till()
+    till.spending.configure({})
+    assert till.buy(1000).bound_usd == pytest.approx(0.001)
+    till.spending.configure(prices_of([a_model(usd_per_million={"input": 2.0, "output": 2.0})]))
+    assert till.buy(1000).bound_usd == pytest.approx(0.002)
+
+
 @given(st.lists(st.tuples(st.integers(1, 400_000), st.floats(0, 1), st.booleans())))
 def test_together_they_never_exceed_it(requests: list[tuple[int, float, bool]]) -> None:
     till = Till()

@@ -30,6 +30,8 @@ _NAMES = {
     "'stop'": "'stop_sequences'",
     "'required'": "'any'",
 }
+# Codes of streams whose engine or server is gone.
+_GONE = ("engine_stopped", "remote_broke_off")
 _STOP_REASONS = {"tool_calls": "tool_use", "content_filter": "refusal"}
 
 
@@ -102,7 +104,7 @@ class MessageTranslation:
         """The event that ends a stream in which something went wrong."""
         said = error["error"]
         kind = str(said.get("type"))
-        if said.get("code") == "engine_stopped":
+        if said.get("code") in _GONE:
             kind = _TYPE_BY_STATUS[503]
         elif not kind.endswith("_error"):
             kind = "api_error"
