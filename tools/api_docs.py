@@ -179,7 +179,7 @@ def api_docs() -> str:
     """The text of docs/api.md."""
     # Routes are made here, and never called.
     gateway = Mock(spec=Gateway)
-    gateway.router.engines = [SimpleNamespace(model=SimpleNamespace(name="smollm2-135m"))]
+    gateway.router.backends = [SimpleNamespace(model=SimpleNamespace(name="smollm2-135m"))]
     app = create_app(cast(Gateway, gateway))
     paths: dict[str, dict[str, dict[str, Any]]] = app.openapi()["paths"]
     endpoints = _table(

@@ -106,13 +106,14 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
         found = gateway.find(http.state.identity, name)
         return json_response(_model_entry(gateway, name, found))
 
+    # Looked through in turn for each request: what is asked for most comes first.
     routers = (
-        admin_keys.routes(gateway),
         inference.routes(gateway),
+        messages.routes(gateway),
         responses.routes(gateway),
         files.routes(gateway),
         batches.routes(gateway),
-        messages.routes(gateway),
+        admin_keys.routes(gateway),
         docs.routes(),
     )
     for router in routers:
