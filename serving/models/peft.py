@@ -125,7 +125,7 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
         a, b = matrices.get("A"), matrices.get("B")
         if a is None or b is None:
             raise UnfitAdapter(f"of {module!r} it has only one of lora_A and lora_B")
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] > 0:
             raise UnfitAdapter(
                 f"the shapes {list(a.shape)} and {list(b.shape)} of its {module!r} do not fit each other"
             )
@@ -136,27 +136,32 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
 def _read_safetensors(path: Path) -> dict[str, Matrix]:
     """All tensors as 32-bit floats."""
     data = path.read_bytes()
-    readers = {
-        "F32": lambda raw: np.frombuffer(raw, "<f4"),
-        "F16": lambda raw: np.frombuffer(raw, "<f2").astype(np.float32),
-        # The upper half of a 32-bit float.
-        "BF16": lambda raw: (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4"),
-    }
     try:
         (header_bytes,) = struct.unpack_from("<Q", data)
         header: dict[str, Any] = json.loads(data[8 : 8 + header_bytes])
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
-            if entry["dtype"] not in readers:
+            start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+            values = _floats(data[start:end], entry["dtype"])
+            if values is None:
                 raise UnfitAdapter(
                     f"its {name!r} is of type {entry['dtype']}; F32, F16 and BF16 can be converted"
                 )
-            start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            tensors[name] = readers[entry["dtype"]](data[start:end]).reshape(entry["shape"])
+            tensors[name] = values.reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UnfitAdapter(f"its {path.name} is damaged ({error}); fetch it again") from error
     return tensors
+
+
+def _floats(data: bytes, kind: str) -> Matrix | None:
+    if kind == "F32":
+        return np.frombuffer(data, "<f4")
+    if kind == "F16":
+        return np.frombuffer(data, "<f2").astype(np.float32)
+    if kind == "BF16":  # the upper half of a 32-bit float
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return None
 
 
 def _named(pairs: Mapping[str, _Pair], header: Header) -> dict[str, tuple[str, _Pair]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -20,15 +19,15 @@ _MB = 1e6
 
 def render(comparison: Comparison) -> Group:
     """The table, what it rests on, and the answer to the claim."""
-    return Group(_table(comparison), Text(notes(comparison)), Text(verdict(comparison)))
+    return Group(_table(comparison), Text(), Text(notes(comparison)), Text(verdict(comparison)))
 
 
 def _table(comparison: Comparison) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("type", no_wrap=True)
     for heading in (
-        "bits a\nweight", "file\nMB", "less\nthan F32", "buffers\nMB", "less\nthan F32",
-        "resident\nMB", "prefill\ntok/s", "decode\ntok/s", "perplex-\nity", "KL from\nref.", "same\ntoken",
+        "bits a\nweight", "file\nMB", "below\nF32", "buffers\nMB", "below\nF32",
+        "resident\nMB", "prefill\ntok/s", "decode\ntok/s", "perpl-\nexity", "KL from\nref.", "same\ntoken",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for variant in comparison.variants:

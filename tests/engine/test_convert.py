@@ -118,7 +118,7 @@ def test_an_adapter_does_what_it_does_in_transformers(
 def test_a_converted_adapter_is_served_beside_its_base(
     model_path: Path, llama: Llama, tmp_path: Path
 ) -> None:
-    folder = write_peft(tmp_path / "tuned", random_pairs(llama, range(2), {}))
+    folder = write_peft(tmp_path / "tuned", random_pairs(llama, range(LAYERS), {}), lora_alpha=80)
     done = subprocess.run(
         [sys.executable, "-m", "serving", "models", "convert", str(folder), "--base", str(model_path)],
         capture_output=True, text=True, check=True,
