@@ -53,9 +53,13 @@ def _cells(variant: Variant, comparison: Comparison) -> list[str]:
         f"{measured.prefill_tokens_per_second:,.0f}",
         f"{measured.decode_tokens_per_second:,.1f}",
         f"{measured.perplexity:.2f}",
-        "ref." if divergence is None else f"{divergence:.5f}",
+        "ref." if divergence is None else _nats(divergence),
         "" if same is None else f"{100 * same:.1f} %",
     ]
+
+
+def _nats(divergence: float) -> str:
+    return f"{divergence:.4f}" if divergence >= 0.001 else f"{divergence:.0e}"
 
 
 def _percent(percent: float | None) -> str:
