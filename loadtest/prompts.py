@@ -6,7 +6,9 @@ import itertools
 import random
 from pathlib import Path
 
-_WORDS = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8").split()
+CORPUS_PATH = Path(__file__).parent / "corpus.txt"
+
+_WORDS = CORPUS_PATH.read_text(encoding="utf-8").split()
 
 
 def excerpt(number: int, words: int, seed: int) -> str:

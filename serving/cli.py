@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loadtest.options import BenchOptions, parse_duration
+from loadtest.prompts import CORPUS_PATH
 from loadtest.run import run_bench
 from serving import __version__
 from serving.admin.commands import add_config_actions, add_models_command
@@ -26,7 +27,10 @@ from serving.database import DatabaseError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
+from serving.models.commands import add_convert_action
+from serving.models.sources import ModelError
 from serving.protocol.errors import ApiError
+from serving.quantization.commands import add_quantize_action
 from serving.serve import ServeError, ledger_path, log_folder, serve
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
@@ -43,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         DatabaseError,
         LedgerError,
         LogError,
+        ModelError,
         ServeError,
         UnknownModel,
     ) as error:
@@ -111,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
-    add_models_command(commands)
+    actions = add_models_command(commands)
+    add_convert_action(actions)
+    add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)

@@ -73,6 +73,8 @@ def write_model(path: Path, source: Path, *, layers: int, lora: Lora | None, sca
     for field in reader.fields.values():
         if field.name == f"{architecture}.block_count":
             writer.add_block_count(layers)
+        elif field.name == "general.file_type":
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         elif not field.name.startswith("GGUF.") and field.name != "general.architecture":
             is_array = field.types[0] is gguf.GGUFValueType.ARRAY
             item_type = field.types[1] if is_array else None

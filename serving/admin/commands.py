@@ -19,9 +19,11 @@ _DEFAULT_SERVER = "http://127.0.0.1:8000"
 _PAGE_WIDTH = 160
 
 
-def add_models_command(commands: Any) -> None:
-    """``rigserve models``, among the parser's ``commands``."""
-    command = commands.add_parser("models", help="see, load and unload a running server's models")
+def add_models_command(commands: Any) -> Any:
+    """``rigserve models``, among the parser's ``commands``; returns its actions, for more of them."""
+    command = commands.add_parser(
+        "models", help="see, load and unload a running server's models; prepare others"
+    )
     actions = command.add_subparsers(metavar="ACTION", required=True)
 
     action = actions.add_parser("ps", help="list all models: loaded or not, memory, requests")
@@ -39,6 +41,7 @@ def add_models_command(commands: Any) -> None:
     action.add_argument("--force", action="store_true", help="break off requests in flight")
     _add_server(action)
     action.set_defaults(run=_unload)
+    return actions
 
 
 def add_config_actions(actions: Any) -> None:

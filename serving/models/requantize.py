@@ -60,6 +60,11 @@ def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
     return target
 
 
+def type_name(file_type: int | None) -> str | None:
+    """What a header's ``file_type`` is called in a config; None if it has no such name."""
+    return next((name for name, number in _FILE_TYPES.items() if number == file_type), None)
+
+
 def _make(source: Path, target: Path, quantization: str) -> None:
     """Write to a temporary name first: under the final name there are only whole files."""
     for stale in target.parent.glob("*.gguf.*.partial"):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
-import loadtest
 from loadtest.benchmarks.engine.servers import Server
-
-_TEXT = Path(loadtest.__file__).parent / "corpus.txt"
+from loadtest.prompts import CORPUS_PATH
 
 
 class Prompts:
@@ -40,7 +37,7 @@ class Corpus:
 
         async def tokens() -> list[int]:
             async with server.awake() as session:
-                return await server.tokenize(session, _TEXT.read_text(encoding="utf-8"))
+                return await server.tokenize(session, CORPUS_PATH.read_text(encoding="utf-8"))
 
         return cls(asyncio.run(tokens()))
 

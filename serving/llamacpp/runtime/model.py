@@ -9,7 +9,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from serving.llamacpp.runtime.faults import RuntimeFault, fault, on_log
+from serving.llamacpp.runtime.faults import RuntimeFault, fault, on_log, weight_buffers_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,13 @@ class Model:
             # Read into memory of its own rather than mapped: in huge pages a processor finds the weights
             # sooner (docs/results/engine.md).
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        before = weight_buffers_bytes.copy()
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
             raise fault(f"cannot load {path}")
         self.handle = handle
+        # What llama.cpp took for the weights, by the kind of buffer (``CPU``, ``CUDA0``), as its log says.
+        self.buffers_bytes = dict(weight_buffers_bytes - before)
         self._vocab = llama_cpp.llama_model_get_vocab(handle)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.context_length_trained: int = llama_cpp.llama_model_n_ctx_train(handle)
@@ -46,6 +49,12 @@ class Model:
     def close(self) -> None:
         """Free the weights."""
         llama_cpp.llama_model_free(self.handle)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors of the file together, scales included."""
+        size_bytes: int = llama_cpp.llama_model_size(self.handle)
+        return 8 * size_bytes / int(llama_cpp.llama_model_n_params(self.handle))
 
     @property
     def build(self) -> str:

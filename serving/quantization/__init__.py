@@ -1,0 +1,1 @@
+"""A model in several quantizations: made, measured, and set side by side."""
