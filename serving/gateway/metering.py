@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from serving.gateway.access_log import tell_of_metered
 from serving.gateway.bill import Bill, Comparison
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Reservation
+from serving.gateway.sharing import SharedTime
 from serving.gateway.spending import Purchase
 from serving.gateway.tracing import Trace, Tracing
 from serving.metrics import Metrics
@@ -22,6 +24,8 @@ from serving.protocol.requests import ModelRequest
 from serving.protocol.responses import Timings, Usage
 
 _TIMINGS = {each.name for each in fields(Timings)}
+# From engines that know only how long a request took, and not its share of their steps.
+_OWN_TIMINGS = {"prefill_seconds", "decode_seconds"}
 
 
 class PowerSource(Protocol):
@@ -62,6 +66,8 @@ class Request:
     queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
+    # By which its share of the engine's time is known.
+    entered: float = 0.0
     first_chunk_at: float | None = None
     last_chunk_at: float | None = None
 
@@ -89,6 +95,7 @@ class Meter:
         self._prices = prices
         self._power = power
         self._tracing = tracing
+        self._shared_times: defaultdict[str, SharedTime] = defaultdict(SharedTime)
 
     def configure(self, cost: CostModel, prices: PriceBook) -> None:
         """Price what ends from now on in another way."""
@@ -98,6 +105,7 @@ class Meter:
     def started(self, request: Request, body: ModelRequest) -> None:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
+        request.entered = self._shared_times[request.model.name].enter()
         if self._tracing is None:
             return
         # A batch's lines have no trace yet, and who asked for work in the background has been answered.
@@ -124,6 +132,7 @@ class Meter:
 
     def withdrawn(self, request: Request) -> None:
         """A request that was started is another model's after all: it does not count here."""
+        self._shared_times[request.model.name].leave(request.entered)
         self._metrics.in_flight.labels(request.model.name).dec()
         if request.trace is not None and request.began_trace:
             request.trace.answered(503)
@@ -151,7 +160,8 @@ class Meter:
         """
         ended_at = time.monotonic()
         usage = _usage(final)
-        measured = _timings(final)
+        share_seconds = self._shared_times[request.model.name].leave(request.entered)
+        measured = _timings(final, share_seconds)
         timings = measured or _observed(request, ended_at)
         is_remote = isinstance(request.model, RemoteModel)
         if is_remote:
@@ -270,8 +280,13 @@ def _count(usage: object, name: str) -> int:
     return value if type(value) is int and value >= 0 else 0
 
 
-def _timings(final: Mapping[str, Any] | None) -> Timings | None:
+def _timings(final: Mapping[str, Any] | None, share_seconds: float) -> Timings | None:
     timings = (final or {}).get("timings")
+    if isinstance(timings, dict) and timings.keys() == _OWN_TIMINGS:
+        prefill, decode = timings["prefill_seconds"], timings["decode_seconds"]
+        # Whoever reads slowly keeps the engine busy for no longer.
+        share = min(1.0, share_seconds / max(prefill + decode, 1e-9))
+        return Timings(0.0, prefill, decode, share * prefill, share * decode)
     # Other engines have timings of other kinds.
     if not isinstance(timings, dict) or timings.keys() != _TIMINGS:
         return None

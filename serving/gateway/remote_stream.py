@@ -35,6 +35,13 @@ class CanonicalEvents:
             if line.startswith(b"data:")
         )
 
+    def error(self, told: Any) -> Any:
+        """What is told of an error that broke off the stream."""
+        return told
+
+    def revise(self, chunk: dict[str, Any]) -> None:
+        """Change a chunk where a server's differ in more than their form."""
+
     def _told(self, data: bytes) -> bytes:
         if data == b"[DONE]":
             self.finished = True
@@ -48,7 +55,8 @@ class CanonicalEvents:
             return b"data: " + data + b"\n\n"
         if "error" in chunk:
             # By its first key errors are told from chunks.
-            return event({"error": chunk["error"]})
+            return event({"error": self.error(chunk["error"])})
+        self.revise(chunk)
         choices = chunk.get("choices")
         if isinstance(choices, list):
             for choice in choices:
@@ -59,4 +67,5 @@ class CanonicalEvents:
             if not choices:
                 return b""
             del chunk["usage"]
+            chunk.pop("timings", None)
         return event(chunk)
