@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import aiohttp
 
@@ -51,7 +50,7 @@ class Supervisor:
     def __init__(
         self,
         models: Sequence[ModelConfig],
-        launchers: Mapping[str, Launcher[Any]],
+        launchers: Mapping[str, Launcher],
         session: aiohttp.ClientSession,
         memory: MemoryConfig,
     ) -> None:
@@ -266,13 +265,13 @@ class Supervisor:
             for gpu in cards.values()
         ]
 
-    def _gpus(self, launcher: Launcher[Any]) -> list[Gpu]:
+    def _gpus(self, launcher: Launcher) -> list[Gpu]:
         return gpus() if launcher.uses_gpus else []
 
     def _gpus_for(self, engine: Engine) -> list[Gpu]:
         """The cards that a model may go to; raises :class:`NoRoomError` if it names one that is not there."""
         model, there = engine.model, self._gpus(engine.launcher)
-        if model.is_for_cpu:
+        if model.gpu_layers == 0 or model.devices == (HOST,):
             return []
         if not model.devices:
             return there

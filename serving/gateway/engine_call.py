@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import ClassVar
 
 import aiohttp
 
@@ -17,9 +16,6 @@ from serving.protocol.responses import new_id
 
 class EngineCall:
     """Sends a request, and tells the engine when nobody waits for it any more."""
-
-    # Whether it is cancelled by breaking it off; then nothing more is heard of it.
-    hangs_up: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,7 +71,3 @@ class EngineCall:
         with contextlib.suppress(aiohttp.ClientError):
             async with self._session.post(url, headers=self._headers):
                 pass
-
-    def last_words(self) -> bytes:
-        """The event with the usage of a stream that was broken off, where the engine does not send it."""
-        return b""
