@@ -43,9 +43,9 @@ def object_of(engine: Backend, payload: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
-        raise bad_answer(engine) from error
+        raise bad_answer(engine.model.name) from error
     if not isinstance(body, dict):
-        raise bad_answer(engine)
+        raise bad_answer(engine.model.name)
     return body
 
 
@@ -59,7 +59,7 @@ def relayed(
         try:
             payload = orjson.dumps(_told(answer, object_of(engine, payload), translation))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise bad_answer(engine) from error
+            raise bad_answer(engine.model.name) from error
     retry_after = answer.headers.get("retry-after")
     headers = {"retry-after": retry_after} if retry_after else {}
     return Response(payload, answer.status, headers, media_type="application/json")
@@ -79,10 +79,10 @@ def _told(
     return translation.refusal(answer.status, {"error": error})
 
 
-def bad_answer(engine: Backend) -> ApiError:
+def bad_answer(model: str) -> ApiError:
     return ApiError(
         502,
-        f"The engine of '{engine.model.name}' gave an answer that makes no sense.",
+        f"The engine of '{model}' gave an answer that makes no sense.",
         code="bad_engine_answer",
     )
 

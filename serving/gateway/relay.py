@@ -355,7 +355,7 @@ class Relay:
                 return response
             if upstream.content_type != "text/event-stream":
                 upstream.close()
-                raise bad_answer(call.engine)
+                raise bad_answer(call.engine.model.name)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else engine_gone(call.engine)
             raise self._failed(request, refusal, attempt) from error

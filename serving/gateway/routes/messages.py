@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serving.gateway.caller import Caller
+from serving.gateway.engine_answer import bad_answer
 from serving.gateway.intake import Gateway, body_schema, json_response
 from serving.protocol.anthropic import (
     CountTokensRequest,
@@ -46,8 +47,10 @@ def routes(gateway: Gateway) -> APIRouter:
         )
         answer = await gateway.dispatcher.ask(Caller.of(http), destination, asked)
         told = orjson.loads(bytes(answer.body))
-        if answer.status_code == 200:
+        if answer.status_code == 200 and isinstance(told.get("count"), int):
             return json_response({"input_tokens": told["count"]})
+        if answer.status_code == 200 or not isinstance(told.get("error"), dict):
+            raise bad_answer(asked.model)
         return _error(http, answer.status_code, told["error"], answer.headers)
 
     @router.api_route("/v1/messages", methods=_OTHER_METHODS, include_in_schema=False)
