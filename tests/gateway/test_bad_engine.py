@@ -78,7 +78,7 @@ def test_what_uses_no_tokens_is_checked_too(rig: BadRig) -> None:
     said = {"model": MODEL, "prompt": "The sea"}
     assert requests.post(f"{rig.base_url}/tokenize", json=said, timeout=30).status_code == 502
     # An object, but not one that counts tokens.
-    chat = {"model": MODEL, "messages": [{"role": "user", "content": "odd usage"}]}
+    chat: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "odd usage"}]}
     url = f"{rig.base_url}/v1/messages/count_tokens"
     assert requests.post(url, json=chat, timeout=30).status_code == 502
 
