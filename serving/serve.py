@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import uvloop
@@ -29,6 +29,7 @@ from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
+from serving.engines.llama_server import LlamaServerLauncher
 from serving.engines.remote import Remote, watch
 from serving.engines.supervisor import EngineStartError, Supervisor
 from serving.gateway.access import Access, is_loopback
@@ -254,8 +255,9 @@ async def _serve(
     tracing: Tracing | None,
     spending: Spending,
 ) -> None:
-    launchers: dict[str, Launcher] = {
+    launchers: dict[str, Launcher[Any]] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
+        "llama_server": LlamaServerLauncher(Path(config.storage.cache_dir)),
     }
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)

@@ -26,9 +26,16 @@ from pydantic import BaseModel
 from serving.config import ModelConfig
 from serving.gateway.app import create_app
 from serving.gateway.intake import Gateway
+from serving.gateway.llama_server import fields as llama_server
 from serving.protocol.anthropic import CountTokensRequest, MessagesRequest
 from serving.protocol.batches import MAX_FILE_BYTES, BatchRequest, UploadFields
-from serving.protocol.requests import ModelRequest, Refusal, RefusedValues, RefusingBody
+from serving.protocol.requests import (
+    ChatCompletionRequest,
+    ModelRequest,
+    Refusal,
+    RefusedValues,
+    RefusingBody,
+)
 from serving.protocol.structured import Body
 
 FILE = Path(__file__).parents[1] / "docs" / "api.md"
@@ -58,13 +65,18 @@ _GATEWAYS: Mapping[str, type[Body]] = {
     "/v1/files": UploadFields,
     "/v1/batches": BatchRequest,
 }
-ENGINES: tuple[str, ...] = get_args(ModelConfig.model_fields["engine"].annotation)
+ENGINES: tuple[str, ...] = tuple(
+    engine
+    for kind in get_args(ModelConfig)
+    for engine in get_args(kind.model_fields["engine"].annotation)
+)
 
 _ENFORCEABLE = "what can be enforced to the letter"
 _REASONING = "where the model's chat template knows it"
+_GRAMMAR = "as far as [its grammars](engines.md#llama_server) go"
 _SEEING = "where the model has a `projector`"
 # What depends on the model or on the engine's settings; the engine refuses it by name.
-_CONDITIONS: Mapping[str, Mapping[str, str]] = {
+_CONDITIONS: Mapping[str, Mapping[str | tuple[str, str], str]] = {
     "llama_cpp": {
         "chat_template_kwargs": "variables that the model's chat template has",
         "dimensions": "up to the length of the model's vectors",
@@ -87,20 +99,52 @@ _CONDITIONS: Mapping[str, Mapping[str, str]] = {
         "suffix": "where the model was trained to fill in the middle",
         "text.format": _ENFORCEABLE,
         "thinking": _REASONING,
-    }
-}
-# What an engine refuses at one endpoint only.
-_REFUSALS: Mapping[str, Mapping[tuple[str, str], str]] = {
-    "llama_cpp": {
-        ("/tokenize", "messages[].content[].image_url"): "only text can be tokenized",
-        **{
+    },
+    "llama_server": {
+        **dict.fromkeys(
             (
-                "/v1/messages/count_tokens",
-                f"messages[].content[].{place}",
-            ): "only text can be tokenized"
-            for place in ("source", "content[].source")
+                *("input[].content[].image_url", "input[].output[].image_url"),
+                *("messages[].content[].image_url", "messages[].content[].source"),
+                "messages[].content[].content[].source",
+            ),
+            _SEEING,
+        ),
+        **dict.fromkeys(("response_format", "output_config.format", "text.format"), _GRAMMAR),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), "the prompt counts, too"),
+        ("/v1/chat/completions", "logprobs"): "not in streams of requests with tools",
+        ("/v1/completions", "prompt"): "one; the tokens of several are not told apart there",
+        "messages[].name": "of results of tools",
+        **dict.fromkeys(
+            ("tools", "messages[].tool_calls"), "where the model's chat template has them"
+        ),
+        **dict.fromkeys(("tools[].function.strict", "tools[].strict"), "nothing but false"),
+        "parallel_tool_calls": "nothing but true",
+        "tool_choice": "`none`, `auto`, and `auto` among allowed tools",
+    },
+}
+_ONLY_TEXT = {
+    ("/tokenize", "messages[].content[].image_url"): "only text can be tokenized",
+    **{
+        ("/v1/messages/count_tokens", f"messages[].content[].{place}"): "only text can be tokenized"
+        for place in ("source", "content[].source")
+    },
+}
+# What an engine refuses at one endpoint, or the gateway because the engine would leave it out.
+_REFUSALS: Mapping[str, Mapping[tuple[str, str], str]] = {
+    "llama_cpp": _ONLY_TEXT,
+    "llama_server": {
+        **_ONLY_TEXT,
+        **{
+            (kind.path, name): reason
+            for kind, refused in llama_server.REFUSED.items()
+            for name, reason in refused.items()
         },
-    }
+        **{
+            (path, name): llama_server.REFUSED[ChatCompletionRequest]["reasoning_effort"]
+            for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
+            for name in ("thinking", "output_config.effort", "reasoning.effort")
+        },
+    },
 }
 
 _HEAD = """\
@@ -306,9 +350,12 @@ def _bodies(annotation: Any, found: set[type[RefusingBody]]) -> set[type[Refusin
 
 
 def _answer(engine: str, path: str, field: str) -> str:
-    if reason := _REFUSALS.get(engine, {}).get((path, field)):
-        return f"refused: {reason}"
-    condition = _CONDITIONS.get(engine, {}).get(field)
+    if reason := _REFUSALS[engine].get((path, field)):
+        nothing = llama_server.NOTHING.get(field, ()) if engine == "llama_server" else ()
+        unless = f" unless `{_json(nothing[0])}`" if nothing else ""
+        return f"refused{unless}: {reason}"
+    conditions = _CONDITIONS[engine]
+    condition = conditions.get((path, field)) or conditions.get(field)
     return f"honoured: {condition}" if condition else "honoured"
 
 

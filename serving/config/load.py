@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,13 @@ from serving.config.document import (
     dotted,
     read_document,
 )
-from serving.config.schema import Config, LlamaCppModel, RemoteModel, ServerConfig, StorageConfig
+from serving.config.schema import (
+    KINDS_OF_MODELS,
+    Config,
+    ServerConfig,
+    StorageConfig,
+    kind_of_model,
+)
 
 __all__ = ["ConfigError", "Problem", "config_json_schema", "load_config", "located"]
 
@@ -49,7 +56,7 @@ _EXPECTED = {
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "letters, digits and any of . _ : / @ -, beginning with one of the first two",
 }
-_KINDS_OF_MODELS: tuple[type[BaseModel], ...] = (LlamaCppModel, RemoteModel)
+LLAMA_SERVER = "llama-server"
 _SHOWN_CHARACTERS = 60
 
 
@@ -124,6 +131,8 @@ def _place_files(document: Document) -> None:
         if isinstance(server, dict) and isinstance(server.get(key), str):
             _place(document, ("server",), server, key)
     for position, model in _models(document):
+        if model.get("engine") == "llama_server":
+            _place_binary(document, position, model)
         if isinstance(model.get("api_key_file"), str):
             _place(document, ("models", position), model, "api_key_file")
         for number, adapter in _entries(model.get("adapters")):
@@ -151,6 +160,24 @@ def _place(document: Document, parent: KeyPath, values: dict[str, Any], key: str
     values[key] = str(file)
     if not file.is_file():
         document.report((*parent, key), f"there is no file {file}")
+
+
+def _place_binary(document: Document, position: int, model: dict[str, Any]) -> None:
+    """llama-server is where the config says, or on PATH, and can be run."""
+    parent: KeyPath = ("models", position)
+    named = model.get("binary")
+    if isinstance(named, str):
+        _place(document, parent, model, "binary")
+        if Path(model["binary"]).is_file() and not os.access(model["binary"], os.X_OK):
+            document.report(
+                (*parent, "binary"), f"{model['binary']} cannot be run; allow it with chmod +x"
+            )
+    elif named is None and shutil.which(LLAMA_SERVER) is None:
+        document.report(
+            (*parent, "binary"),
+            f"there is no {LLAMA_SERVER} on PATH ({os.environ.get('PATH', '')}); install llama.cpp "
+            "(docs/engines.md), or name the program's file here",
+        )
 
 
 def _absolute(document: Document, path: KeyPath, text: str) -> Path:
@@ -303,7 +330,7 @@ def _message(detail: ErrorDetails, path: KeyPath, document: Document) -> str:
             choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")
         ]
         if path[-1] == "engine":
-            choices = [name for kind in _KINDS_OF_MODELS for name in _engines_of(kind)]
+            choices = list(KINDS_OF_MODELS)
         return f"expected one of {', '.join(choices)}; got {_shown(value)}{_nearest(str(value), choices)}"
     if kind not in _EXPECTED:
         return f"{detail['msg']}; got {_shown(value)}"
@@ -342,19 +369,14 @@ def _keys_at(path: KeyPath, document: Document) -> list[str]:
     for part in path:
         values = values[part]
         if isinstance(part, int):
-            if schema in _KINDS_OF_MODELS:
-                is_remote = isinstance(values, dict) and values.get("engine") == "remote"
-                schema = RemoteModel if is_remote else LlamaCppModel
+            if schema in KINDS_OF_MODELS.values():
+                schema = KINDS_OF_MODELS[kind_of_model(values)]
             continue
         annotation: Any = schema.model_fields[part].annotation
         while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             annotation = get_args(annotation)[0]
         schema = annotation
     return list(schema.model_fields)
-
-
-def _engines_of(kind: type[BaseModel]) -> tuple[str, ...]:
-    return get_args(kind.model_fields["engine"].annotation)
 
 
 def _nearest(word: str, known: list[str]) -> str:

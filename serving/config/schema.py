@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +25,19 @@ Quantization = Literal[
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
 _BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+_CELLS_OF_LLAMA_SERVER = 256
+# Arguments of llama-server that decide where it listens and to whom, and the key of the config that says so.
+_ARGUMENTS_OF_OURS = {
+    **dict.fromkeys(("-m", "--model", "-hf", "--hf-repo", "-mu", "--model-url"), "set source"),
+    **dict.fromkeys(("-c", "--ctx-size"), "set context_length and max_sequences"),
+    **dict.fromkeys(("-np", "--parallel"), "set max_sequences"),
+    **dict.fromkeys(("--lora", "--lora-scaled"), "set adapters"),
+    **dict.fromkeys(("-a", "--alias"), "set name and aliases"),
+    **dict.fromkeys(("-mm", "--mmproj"), "set projector"),
+    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers"), "set gpu_layers"),
+    **dict.fromkeys(("--host", "--port"), "engines listen on loopback; set port, if any"),
+    **dict.fromkeys(("--api-key", "--api-key-file"), "it is made anew for each start"),
+}
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
@@ -169,18 +183,10 @@ class FiltersConfig(Section):
         return self
 
 
-class LlamaCppModel(Section):
-    """A GGUF model served by rigserve's own llama.cpp engine."""
+class EngineModel(Section):
+    """What all models have that an engine of this machine's serves, whichever it is."""
 
     name: ModelName = Field(description="The name clients ask for.")
-    engine: Literal["llama_cpp"] = "llama_cpp"
-    source: str = Field(
-        description="package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path to a GGUF file."
-    )
-    quantization: Quantization | None = Field(
-        None,
-        description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
-    )
     aliases: tuple[ModelName, ...] = Field(
         (), strict=False, description="Other names that reach this model."
     )
@@ -192,10 +198,6 @@ class LlamaCppModel(Section):
     filters: FiltersConfig = FiltersConfig()
     lenient: bool | None = Field(
         None, description="As server.lenient, for this model. Unset: as it says there."
-    )
-    projector: str | None = Field(
-        None,
-        description="The model's projector file (mmproj), with which it sees images; the forms of 'source'.",
     )
     context_length: int = Field(
         4096, ge=64, description="Prompt and completion tokens one request may use together."
@@ -213,39 +215,10 @@ class LlamaCppModel(Section):
         gt=0,
         description="How long a request may wait for its start, also for the model to be loaded; then it gets 503. Requests ask for less with the header x-rigserve-deadline-seconds.",
     )
-    max_batch_tokens: int = Field(
-        512,
-        ge=32,
-        description="Prompt tokens prefilled per step; more is faster, less is smoother.",
-    )
-    kv_tokens: int | None = Field(
-        None,
-        ge=256,
-        description="KV cells that all slots share. Unset: context_length for each slot, which is faster but takes more memory.",
-    )
-    prefix_cache_mib: int = Field(
-        1024,
-        ge=0,
-        description="Main memory for prompts whose slot was given to others, so that a chat that comes back is not computed again.",
-    )
-    speculation: Literal["none", "prompt_lookup", "draft_model"] = Field(
-        "none",
-        description="Guess tokens ahead and check them in one step, without changing the output: from what the text repeats (prompt_lookup), or with a smaller model.",
-    )
-    draft_model: str | None = Field(
-        None,
-        description="The smaller model for speculation: draft_model, with the same vocabulary; the forms of 'source'.",
-    )
     step_timeout_seconds: float = Field(
         120.0,
         gt=0,
         description="An engine is stuck, and restarted, when a step takes longer, or when it answers nothing for so long.",
-    )
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
-    )
-    gpu_layers: int = Field(
-        -1, ge=-1, description="Layers on the GPU; -1 is all of them. Ignored by a CPU build."
     )
     port: int | None = Field(
         None, ge=1, le=65535, description="Loopback port of the engine. Unset: a free one."
@@ -288,7 +261,7 @@ class LlamaCppModel(Section):
     )
 
     @model_validator(mode="after")
-    def _stays_or_goes(self) -> LlamaCppModel:
+    def _stays_or_goes(self) -> EngineModel:
         if self.pinned and self.ttl_seconds is not None:
             raise ValueError("a pinned model has no ttl_seconds; keep one of them")
         return self
@@ -303,6 +276,72 @@ class LlamaCppModel(Section):
             raise ValueError("cpu and GPUs do not go together; gpu_layers splits a model")
         return value
 
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether it is to have no GPU, even where there is one."""
+        return self.devices == ("cpu",)
+
+
+class GgufModel(EngineModel):
+    """What models have in common that llama.cpp computes, in whichever process."""
+
+    source: str = Field(
+        description="package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path to a GGUF file."
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
+    )
+    projector: str | None = Field(
+        None,
+        description="The model's projector file (mmproj), with which it sees images; the forms of 'source'.",
+    )
+    max_batch_tokens: int = Field(
+        512,
+        ge=32,
+        description="Prompt tokens prefilled per step; more is faster, less is smoother.",
+    )
+    prefix_cache_mib: int = Field(
+        1024,
+        ge=0,
+        description="Main memory for prompts whose slot was given to others, so that a chat that comes back is not computed again.",
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
+    )
+    gpu_layers: int = Field(
+        -1, ge=-1, description="Layers on the GPU; -1 is all of them. Ignored by a CPU build."
+    )
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether it is to have no GPU, even where there is one."""
+        return self.gpu_layers == 0 or super().is_for_cpu
+
+    @property
+    def kv_cells(self) -> int:
+        """Tokens whose keys and values there is room for."""
+        return self.context_length * self.max_sequences
+
+
+class LlamaCppModel(GgufModel):
+    """A GGUF model served by rigserve's own llama.cpp engine."""
+
+    engine: Literal["llama_cpp"] = "llama_cpp"
+    kv_tokens: int | None = Field(
+        None,
+        ge=256,
+        description="KV cells that all slots share. Unset: context_length for each slot, which is faster but takes more memory.",
+    )
+    speculation: Literal["none", "prompt_lookup", "draft_model"] = Field(
+        "none",
+        description="Guess tokens ahead and check them in one step, without changing the output: from what the text repeats (prompt_lookup), or with a smaller model.",
+    )
+    draft_model: str | None = Field(
+        None,
+        description="The smaller model for speculation: draft_model, with the same vocabulary; the forms of 'source'.",
+    )
+
     @model_validator(mode="after")
     def _settings_go_together(self) -> LlamaCppModel:
         if self.kv_tokens is not None and self.kv_tokens < self.context_length:
@@ -315,8 +354,46 @@ class LlamaCppModel(Section):
             )
         return self
 
+    @property
+    def kv_cells(self) -> int:
+        """Tokens whose keys and values there is room for."""
+        return self.kv_tokens or super().kv_cells
 
-ModelConfig = LlamaCppModel
+
+class LlamaServerModel(GgufModel):
+    """A GGUF model served by llama.cpp's own server, a program that is not part of rigserve."""
+
+    engine: Literal["llama_server"]
+    binary: str | None = Field(
+        None, description="The program's file. Unset: the llama-server that is found on PATH."
+    )
+    extra_args: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="More of its arguments, one word each: [--flash-attn, 'on']. They come last, and so count where they repeat one that rigserve gives.",
+    )
+
+    @field_validator("context_length")
+    @classmethod
+    def _no_slot_is_larger(cls, value: int) -> int:
+        if value % _CELLS_OF_LLAMA_SERVER:
+            raise ValueError(
+                f"context_length ({value}) must be a multiple of {_CELLS_OF_LLAMA_SERVER}: "
+                "llama-server rounds it up"
+            )
+        return value
+
+    @field_validator("extra_args")
+    @classmethod
+    def _not_what_rigserve_sees_to(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            flag = word.partition("=")[0]
+            if flag in _ARGUMENTS_OF_OURS:
+                raise ValueError(f"{flag} is for rigserve to give; {_ARGUMENTS_OF_OURS[flag]}")
+        return value
+
+
+ModelConfig = LlamaCppModel | LlamaServerModel
 """A model with an engine of this machine's."""
 
 
@@ -433,15 +510,27 @@ class RemoteModel(Section):
         return ()
 
 
+KINDS_OF_MODELS: Mapping[str, type[LlamaCppModel | LlamaServerModel | RemoteModel]] = {
+    "llama_cpp": LlamaCppModel,
+    "llama_server": LlamaServerModel,
+    "remote": RemoteModel,
+}
+"""By the ``engine`` that a model names."""
+
+
+def kind_of_model(model: Any) -> str:
+    """The ``engine`` of a model as it stands in a file, or as it was read; llama_cpp for one that names none."""
+    engine = model.get("engine") if isinstance(model, dict) else getattr(model, "engine", None)
+    return engine if isinstance(engine, str) and engine in KINDS_OF_MODELS else "llama_cpp"
+
+
 # Pydantic puts the tag into an error's place in the file; in angle brackets it is told from keys.
 AnyModel = Annotated[
-    Annotated[LlamaCppModel, Tag("<llama_cpp>")] | Annotated[RemoteModel, Tag("<remote>")],
-    Discriminator(lambda value: "<remote>" if _engine_of(value) == "remote" else "<llama_cpp>"),
+    Annotated[LlamaCppModel, Tag("<llama_cpp>")]
+    | Annotated[LlamaServerModel, Tag("<llama_server>")]
+    | Annotated[RemoteModel, Tag("<remote>")],
+    Discriminator(lambda value: f"<{kind_of_model(value)}>"),
 ]
-
-
-def _engine_of(model: Any) -> Any:
-    return model.get("engine") if isinstance(model, dict) else getattr(model, "engine", None)
 
 
 class TargetConfig(Section):

@@ -16,12 +16,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import aiohttp
 
 from serving.config import ModelConfig
 from serving.engines import guard
-from serving.engines.launch import Files, Footprint, Launcher, free_port
+from serving.engines.launch import Files, Footprint, Launch, Launcher, free_port
 
 _log = logging.getLogger(__name__)
 # What engines print, line by line.
@@ -77,7 +78,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: ModelConfig, launcher: Launcher, session: aiohttp.ClientSession
+        self, model: ModelConfig, launcher: Launcher[Any], session: aiohttp.ClientSession
     ) -> None:
         # While a reload changes a model, it has two engines.
         self.id = f"{model.name}#{next(_numbers)}"
@@ -97,6 +98,7 @@ class Engine:
         self._session = session
         self._listeners: list[Callable[[Engine], None]] = []
         self._endpoint: Endpoint | None = None
+        self._launch: Launch | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._preparing: asyncio.Task[Files] | None = None
         self._life: asyncio.Task[None] | None = None
@@ -246,7 +248,7 @@ class Engine:
         self._last_lines.clear()
         port = self.model.port or free_port()
         api_key = secrets.token_urlsafe(32)
-        launch = self.launcher.launch(self.model, files, port, api_key, gpus)
+        launch = self._launch = self.launcher.launch(self.model, files, port, api_key, gpus)
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", guard.__file__, *launch.command),
@@ -266,7 +268,10 @@ class Engine:
                 limit = self.model.start_timeout_seconds
                 return _Attempt(f"the engine was not ready after {limit:g} s", None)
             if not ready:
-                return _Attempt(f"the engine {_exit_reason(process.returncode)}", None)
+                await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
+                told = launch.explain(self._last_lines)
+                reason = _exit_reason(process.returncode)
+                return _Attempt(f"the engine {reason}{f': {told}' if told else ''}", None)
             ready_since = time.monotonic()
             _log.info("%s: ready", self.model.name)
             self._move(EngineState.READY)
@@ -314,7 +319,8 @@ class Engine:
     async def _answers(self, timeout_seconds: float) -> bool:
         """Whether the process says within that time that it works."""
         assert self._endpoint is not None
-        url = f"{self._endpoint.base_url}/health"
+        assert self._launch is not None
+        url = f"{self._endpoint.base_url}{self._launch.health_path}"
         # Without its key, another engine that listens on the port would pass for this one.
         headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)

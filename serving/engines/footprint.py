@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serving.config import ModelConfig
+from serving.config import GgufModel
 from serving.engines.launch import Files, Footprint
 from serving.models.gguf import Header, read_header
 
 MIB = 2**20
 
-# An engine's process before it has a model: Python, its libraries, tables of the vocabulary.
+# An engine's process before it has a model: Python (of ours), its libraries, tables of the vocabulary.
 _PROCESS_BYTES = 128 * MIB
 # What CUDA keeps on a card for each process, and the memory the process keeps for it.
 _CUDA_CONTEXT_BYTES = 512 * MIB
@@ -27,7 +27,7 @@ _DRAFT_BATCH_TOKENS = 512
 _WIDTHS, _FEED_FORWARD_WIDTHS = 8, 3
 
 
-def of_llama_cpp(model: ModelConfig, files: Files, *, on_gpu: bool) -> Footprint:
+def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     """An upper estimate for a model that ``files`` hold; ``memory_mib`` of the config overrules it.
 
     Reads the files' headers; raises ``GgufError`` and OSError.
@@ -125,13 +125,12 @@ class _Shape:
         return rows * (activations + scores + 2 * context_length) * _FLOAT_BYTES
 
 
-def _state_bytes(shape: _Shape, model: ModelConfig) -> int:
+def _state_bytes(shape: _Shape, model: GgufModel) -> int:
     if shape.is_pooled:
         return shape.kv_bytes(max(model.max_batch_tokens, model.context_length))
-    cells = model.kv_tokens or model.context_length * model.max_sequences
     states = shape.layers * shape.state_elements * _FLOAT_BYTES * model.max_sequences
     outputs = shape.vocabulary * _FLOAT_BYTES * model.max_sequences
-    return shape.kv_bytes(cells) + states + outputs
+    return shape.kv_bytes(model.kv_cells) + states + outputs
 
 
 def _mib(size_bytes: float) -> int:

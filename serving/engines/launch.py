@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
-from serving.config import ModelConfig
+from serving.config import EngineModel
+
+Model = TypeVar("Model", bound=EngineModel, contravariant=True)
+
+# Has glibc ask for huge pages (2 MiB) for large blocks, such as weights on a CPU: a decode step reads them all,
+# and finds them sooner (docs/results/engine.md). What the operator has set counts.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a model is served from."""
+    """What a model is served from; ``pooling`` is how an embedding model makes one vector of many, as llama.cpp counts."""
 
     model: Path
     projector: Path | None = None
     draft_model: Path | None = None
+    pooling: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +59,37 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One engine process to be: its command line, and environment variables beside the inherited ones."""
+    """One engine process to be: its command line, and environment variables beside the inherited ones.
+
+    ``health_path`` answers 200 to who has its key while it works. ``explain`` says what the last lines of one
+    that did not start mean, and the mend; nothing if it does not know.
+    """
 
     command: list[str]
     environment: dict[str, str]
+    health_path: str = "/health"
+    explain: Callable[[Sequence[str]], str] = lambda _: ""
 
 
-class Launcher(Protocol):
+class Launcher(Protocol[Model]):
     """How engines of one kind are started."""
 
-    def prepare(self, model: ModelConfig) -> Files:
+    def prepare(self, model: Model) -> Files:
         """Fetch and convert the model's files; may take long. Raises ``ModelError``."""
 
     @property
     def uses_gpus(self) -> bool:
         """Whether its engines, as they are installed here, can use NVIDIA's cards."""
 
-    def differ(self, old: ModelConfig, new: ModelConfig) -> bool:
+    def differ(self, old: Model, new: Model) -> bool:
         """Whether two configs of a model make different engines."""
 
-    def footprint(self, model: ModelConfig, files: Files, *, on_gpu: bool) -> Footprint:
+    def footprint(self, model: Model, files: Files, *, on_gpu: bool) -> Footprint:
         """An upper estimate of an engine's memory; ``on_gpu`` if it has any. Raises ``ModelError``."""
 
     def launch(
         self,
-        model: ModelConfig,
+        model: Model,
         files: Files,
         port: int,
         api_key: str,
@@ -84,6 +99,12 @@ class Launcher(Protocol):
 
         It sees no other cards than ``gpus`` (UUIDs), where that is not None.
         """
+
+
+def environment_of(gpus: tuple[str, ...] | None) -> dict[str, str]:
+    """What engines have in their environment, whatever their kind; they see no other cards than ``gpus``."""
+    cards = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    return {_TUNABLES: os.environ.get(_TUNABLES, _HUGE_PAGES), **cards}
 
 
 def free_port() -> int:

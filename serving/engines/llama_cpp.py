@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
-from serving.config import ModelConfig
-from serving.engines.footprint import of_llama_cpp
-from serving.engines.launch import Files, Footprint, Launch
+from serving.config import LlamaCppModel
+from serving.engines.footprint import of_gguf
+from serving.engines.launch import Files, Footprint, Launch, environment_of
 from serving.hardware.cpu import physical_cores
 from serving.models.gguf import GgufError
 from serving.models.requantize import prepare
 from serving.models.sources import ModelError, resolve
-
-# Has glibc ask for huge pages (2 MiB) for large blocks, such as weights on a CPU: a decode step reads them all,
-# and finds them sooner (docs/results/engine.md). What the operator has set counts.
-_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 class LlamaCppLauncher:
@@ -27,7 +22,7 @@ class LlamaCppLauncher:
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
 
-    def prepare(self, model: ModelConfig) -> Files:
+    def prepare(self, model: LlamaCppModel) -> Files:
         """The GGUF files to serve: found or downloaded, and requantized if the config asks for it."""
         return Files(
             prepare(resolve(model.source), model.quantization, self._cache_dir),
@@ -42,26 +37,26 @@ class LlamaCppLauncher:
         folders = (package.submodule_search_locations if package else None) or []
         return any(any(Path(folder).glob("lib/*ggml-cuda*")) for folder in folders)
 
-    def differ(self, old: ModelConfig, new: ModelConfig) -> bool:
+    def differ(self, old: LlamaCppModel, new: LlamaCppModel) -> bool:
         """Whether files, devices or the command line differ."""
 
-        def identity(model: ModelConfig) -> tuple[object, ...]:
+        def identity(model: LlamaCppModel) -> tuple[object, ...]:
             files = (model.source, model.quantization, model.projector, model.draft_model)
             launch = self.launch(model, Files(Path()), model.port or 0, "", None)
             return files, model.devices, launch.command
 
         return identity(old) != identity(new)
 
-    def footprint(self, model: ModelConfig, files: Files, *, on_gpu: bool) -> Footprint:
+    def footprint(self, model: LlamaCppModel, files: Files, *, on_gpu: bool) -> Footprint:
         """From the headers of its files; raises :class:`ModelError`."""
         try:
-            return of_llama_cpp(model, files, on_gpu=on_gpu)
+            return of_gguf(model, files, on_gpu=on_gpu)
         except (GgufError, OSError) as error:
             raise ModelError(f"cannot read {files.model}: {error}") from error
 
     def launch(
         self,
-        model: ModelConfig,
+        model: LlamaCppModel,
         files: Files,
         port: int,
         api_key: str,
@@ -94,9 +89,5 @@ class LlamaCppLauncher:
             arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
-            environment={
-                "RIGSERVE_ENGINE_KEY": api_key,
-                _TUNABLES: os.environ.get(_TUNABLES, _HUGE_PAGES),
-            }
-            | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
+            environment={"RIGSERVE_ENGINE_KEY": api_key, **environment_of(gpus)},
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import aiohttp
 
@@ -50,7 +51,7 @@ class Supervisor:
     def __init__(
         self,
         models: Sequence[ModelConfig],
-        launchers: Mapping[str, Launcher],
+        launchers: Mapping[str, Launcher[Any]],
         session: aiohttp.ClientSession,
         memory: MemoryConfig,
     ) -> None:
@@ -265,13 +266,13 @@ class Supervisor:
             for gpu in cards.values()
         ]
 
-    def _gpus(self, launcher: Launcher) -> list[Gpu]:
+    def _gpus(self, launcher: Launcher[Any]) -> list[Gpu]:
         return gpus() if launcher.uses_gpus else []
 
     def _gpus_for(self, engine: Engine) -> list[Gpu]:
         """The cards that a model may go to; raises :class:`NoRoomError` if it names one that is not there."""
         model, there = engine.model, self._gpus(engine.launcher)
-        if model.gpu_layers == 0 or model.devices == (HOST,):
+        if model.is_for_cpu:
             return []
         if not model.devices:
             return there

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from serving.engines.supervisor import EngineState
+from serving.engines.supervisor import Engine, EngineState
 from serving.fairness import FairQueue
 from serving.gateway.routing import Backend, endpoint_of
+from serving.gateway.wires import wire_of
 from serving.metrics import Metrics
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import Priority, Tenancy
@@ -260,8 +261,13 @@ class _Line:
 
     @property
     def capacity(self) -> int:
-        """Units that the engine is given at a time: its slots, and what follows next."""
+        """Units that the engine is given at a time: its slots, and what follows next.
+
+        One that does not tell how long requests wait for a slot of its gets no more than it has slots for.
+        """
         slots = self.engine.model.max_sequences
+        if isinstance(self.engine, Engine) and not wire_of(self.engine.model).has_queue:
+            return slots
         return slots + -(-slots // 4)
 
     @property

@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import aiohttp
-import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -30,6 +29,7 @@ from serving.gateway.intake import Gateway, json_response
 from serving.gateway.routes import admin_keys, batches, docs, files, inference, messages, responses
 from serving.gateway.routing import Backend, Route, adapters_of, own_name_of
 from serving.gateway.tracing import Tracing, TracingMiddleware
+from serving.gateway.wires import wire_of
 from serving.protocol.errors import ApiError, dotted, respond_with_error
 from serving.protocol.responses import model_json, new_id
 from serving.protocol.sse import ClientDisconnected, respond_to_nobody
@@ -180,12 +180,12 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
         return {}
     headers = {"authorization": f"Bearer {endpoint.api_key}"}
     timeout = aiohttp.ClientTimeout(total=1)
+    wire = wire_of(engine.model)
     try:
         async with session.get(
-            f"{endpoint.base_url}/internal/load", headers=headers, timeout=timeout
+            f"{endpoint.base_url}{wire.load_path}", headers=headers, timeout=timeout
         ) as answer:
-            load: dict[str, Any] = orjson.loads(await answer.read()) if answer.ok else {}
-            return load
+            return wire.read_load(await answer.read()) if answer.ok else {}
     except (aiohttp.ClientError, TimeoutError):
         return {}
 

@@ -1,15 +1,18 @@
-"""What OpenAI's own API knows of a request: the rest is not sent there in silence."""
+"""What servers of other kinds know of a request: the rest is not sent there in silence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from serving.config import AnyModel, LlamaServerModel, RemoteModel
+from serving.gateway.llama_server.fields import impossible, unhonoured
 from serving.protocol.embeddings import EmbeddingRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
+    Message,
     ModelRequest,
 )
 
@@ -33,10 +36,17 @@ OPENAI_FIELDS: Mapping[type[ModelRequest], frozenset[str]] = {
     CompletionRequest: _OF_GENERATION | {"prompt", "echo", "suffix"},
     EmbeddingRequest: frozenset(("model", "user", "input", "encoding_format", "dimensions")),
 }
-_REASONING = "reasoning_content"
+_OF_MESSAGES, _REASONING = "messages[].", "reasoning_content"
 
 
-def only_openai(name: str, asked: Asked, *, lenient: bool) -> tuple[Asked, list[str]]:
+def dialect_of(model: AnyModel) -> Callable[..., tuple[Any, list[str]]] | None:
+    """What :func:`only_openai` is to OpenAI's API, for the server of a model; None if it knows all that we do."""
+    if isinstance(model, RemoteModel):
+        return only_openai if model.dialect == "openai" else None
+    return only_llama_server if isinstance(model, LlamaServerModel) else None
+
+
+def only_openai(model: RemoteModel, asked: Asked, *, lenient: bool) -> tuple[Asked, list[str]]:
     """A request without what OpenAI's API does not know, and the names of that.
 
     Raises :class:`ApiError` (400) for what cannot be left out, and, unless ``lenient``, for what could.
@@ -45,35 +55,59 @@ def only_openai(name: str, asked: Asked, *, lenient: bool) -> tuple[Asked, list[
     if known is None:
         raise ApiError(
             400,
-            f"The model '{name}' is served by an OpenAI-compatible API, which has no {asked.path}.",
+            f"The model '{model.name}' is served by an OpenAI-compatible API, which has no {asked.path}.",
             param="model",
             code=UNSUPPORTED_PARAMETER,
         )
-    beyond: dict[str, Any] = {
-        field: None
+    reason = (
+        f"the model '{model.name}' is served by an OpenAI-compatible API, which has no such field"
+    )
+    beyond = {
+        field: reason
         for field in sorted(asked.model_fields_set - known)
         if getattr(asked, field) is not None
     }
-    names = list(beyond)
     if isinstance(asked, ChatCompletionRequest) and any(
         message.reasoning_content is not None for message in asked.messages
     ):
-        names.append(f"messages[].{_REASONING}")
-        beyond["messages"] = [
-            message.model_copy(update={_REASONING: None})
-            # One that holds nothing else cannot do without.
-            if message.content is not None or message.tool_calls
-            else message.model_copy(update={_REASONING: None, "content": ""})
-            for message in asked.messages
-        ]
-    if names and not lenient:
-        raise ApiError(
-            400,
-            f"'{names[0]}' is not supported: the model '{name}' is served by an OpenAI-compatible "
-            "API, which has no such field.",
-            param=names[0],
-            code=UNSUPPORTED_PARAMETER,
-        )
-    if not names:
+        beyond[f"{_OF_MESSAGES}{_REASONING}"] = reason
+    return _without(asked, beyond, lenient=lenient)
+
+
+def only_llama_server(
+    model: LlamaServerModel, asked: Asked, *, lenient: bool
+) -> tuple[Asked, list[str]]:
+    """A request without what llama-server does not honour, and the names of that; raises as :func:`only_openai`."""
+    found = impossible(model, asked)
+    if found is not None:
+        raise _refusal(*found)
+    return _without(asked, dict(unhonoured(model, asked)), lenient=lenient)
+
+
+def _without(asked: Asked, beyond: Mapping[str, str], *, lenient: bool) -> tuple[Asked, list[str]]:
+    """A request without these fields; raises :class:`ApiError` for the first of them unless ``lenient``."""
+    if not beyond:
         return asked, []
-    return asked.model_copy(update=beyond), names
+    if not lenient:
+        raise _refusal(*next(iter(beyond.items())))
+    changes: dict[str, Any] = {name: None for name in beyond if not name.startswith(_OF_MESSAGES)}
+    of_messages = [
+        name.removeprefix(_OF_MESSAGES) for name in beyond if name.startswith(_OF_MESSAGES)
+    ]
+    if of_messages and isinstance(asked, ChatCompletionRequest):
+        changes["messages"] = [_bare(message, of_messages) for message in asked.messages]
+    return asked.model_copy(update=changes), list(beyond)
+
+
+def _bare(message: Message, names: list[str]) -> Message:
+    """A message without these fields; one that holds nothing else has an empty text instead."""
+    changes: dict[str, Any] = dict.fromkeys(names)
+    if message.content is None and not message.tool_calls:
+        changes["content"] = ""
+    return message.model_copy(update=changes)
+
+
+def _refusal(name: str, reason: str) -> ApiError:
+    return ApiError(
+        400, f"'{name}' is not supported: {reason}.", param=name, code=UNSUPPORTED_PARAMETER
+    )

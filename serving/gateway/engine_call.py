@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from typing import ClassVar
 
 import aiohttp
 
@@ -16,6 +17,9 @@ from serving.protocol.responses import new_id
 
 class EngineCall:
     """Sends a request, and tells the engine when nobody waits for it any more."""
+
+    # Whether it is cancelled by breaking it off; then nothing more is heard of it.
+    hangs_up: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,3 +75,7 @@ class EngineCall:
         with contextlib.suppress(aiohttp.ClientError):
             async with self._session.post(url, headers=self._headers):
                 pass
+
+    def last_words(self) -> bytes:
+        """The event with the usage of a stream that was broken off, where the engine does not send it."""
+        return b""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from serving.config import AnyModel, ConfigError, FiltersConfig, Problem, RemoteModel
-from serving.gateway.dialects import only_openai
+from serving.config import AnyModel, ConfigError, FiltersConfig, Problem
+from serving.gateway.dialects import dialect_of
 from serving.protocol.embeddings import EmbeddingRequest, RerankRequest, TokenizeRequest
 from serving.protocol.errors import (
     UNKNOWN_PARAMETER,
@@ -62,8 +62,8 @@ class Filters:
     def __init__(self, model: AnyModel | None, *, lenient: bool) -> None:
         """The filters of a model. Raises :class:`ParameterError` for those that can apply to nothing."""
         self._config = model.filters if model else FiltersConfig()
-        speaks_openai = isinstance(model, RemoteModel) and model.dialect == "openai"
-        self._openai_name = model.name if model and speaks_openai else None
+        self._model = model
+        self._only_known = dialect_of(model) if model else None
         own = model.lenient if model else None
         self._lenient = lenient if own is None else own
         self._settings = _parameters(self._config)
@@ -104,8 +104,8 @@ class Filters:
             for name in sorted(asked.model_fields_set)
             if getattr(asked, name) is not None and getattr(asked, name) != getattr(result, name)
         ]
-        if self._openai_name is not None:
-            result, beyond = only_openai(self._openai_name, result, lenient=self._lenient)
+        if self._only_known is not None:
+            result, beyond = self._only_known(self._model, result, lenient=self._lenient)
             ignored += beyond
         return self._introduced(result), ignored
 

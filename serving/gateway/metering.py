@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from serving.gateway.access_log import tell_of_metered
 from serving.gateway.bill import Bill, Comparison
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Reservation
+from serving.gateway.sharing import SharedTime
 from serving.gateway.spending import Purchase
 from serving.gateway.tracing import Trace, Tracing
 from serving.metrics import Metrics
@@ -24,6 +26,8 @@ from serving.protocol.responses import Timings, Usage
 _TIMINGS = {each.name for each in fields(Timings)}
 # No context is as long.
 _MOST_TOKENS = 2**31 - 1
+# From engines that know only how long a request took, and not its share of their steps.
+_OWN_TIMINGS = {"prefill_seconds", "decode_seconds"}
 
 
 class PowerSource(Protocol):
@@ -64,6 +68,8 @@ class Request:
     queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
+    # By which its share of the engine's time is known.
+    entered: float = 0.0
     first_chunk_at: float | None = None
     last_chunk_at: float | None = None
 
@@ -91,6 +97,7 @@ class Meter:
         self._prices = prices
         self._power = power
         self._tracing = tracing
+        self._shared_times: defaultdict[str, SharedTime] = defaultdict(SharedTime)
 
     def configure(self, cost: CostModel, prices: PriceBook) -> None:
         """Price what ends from now on in another way."""
@@ -100,6 +107,7 @@ class Meter:
     def started(self, request: Request, body: ModelRequest) -> None:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
+        request.entered = self._shared_times[request.model.name].enter()
         if self._tracing is None:
             return
         # A batch's lines have no trace yet, and who asked for work in the background has been answered.
@@ -126,6 +134,7 @@ class Meter:
 
     def withdrawn(self, request: Request) -> None:
         """A request that was started is another model's after all: it does not count here."""
+        self._shared_times[request.model.name].leave(request.entered)
         self._metrics.in_flight.labels(request.model.name).dec()
         if request.trace is not None and request.began_trace:
             request.trace.answered(503)
@@ -153,7 +162,8 @@ class Meter:
         """
         ended_at = time.monotonic()
         usage = _usage(final)
-        measured = _timings(final)
+        share_seconds = self._shared_times[request.model.name].leave(request.entered)
+        measured = _timings(final, share_seconds)
         timings = measured or _observed(request, ended_at)
         is_remote = isinstance(request.model, RemoteModel)
         if is_remote:
@@ -275,12 +285,19 @@ def _count(usage: object, name: str, absent: int | None = None) -> int | None:
     return value if type(value) is int and 0 <= value <= _MOST_TOKENS else None
 
 
-def _timings(final: Mapping[str, Any] | None) -> Timings | None:
+def _timings(final: Mapping[str, Any] | None, share_seconds: float) -> Timings | None:
     timings = (final or {}).get("timings")
-    # Other engines have timings of other kinds.
-    if not isinstance(timings, dict) or timings.keys() != _TIMINGS:
+    if not isinstance(timings, dict):
         return None
     if not all(type(each) in (int, float) and each >= 0 for each in timings.values()):
+        return None
+    if timings.keys() == _OWN_TIMINGS:
+        prefill, decode = timings["prefill_seconds"], timings["decode_seconds"]
+        # Whoever reads slowly keeps the engine busy for no longer.
+        share = min(1.0, share_seconds / max(prefill + decode, 1e-9))
+        return Timings(0.0, prefill, decode, share * prefill, share * decode)
+    # Other engines have timings of other kinds.
+    if timings.keys() != _TIMINGS:
         return None
     return Timings(**timings)
 

@@ -38,6 +38,7 @@ from serving.gateway.stream import StreamTap
 from serving.gateway.token_bound import expected_tokens, token_bound
 from serving.gateway.tracing import Trace
 from serving.gateway.translation import Translation, translated
+from serving.gateway.wires import wire_of, written
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import (
     ChatCompletionRequest,
@@ -267,7 +268,8 @@ class Relay:
                 rig_headers={**trace_headers, HOPS_HEADER: str(caller.hops + 1)},
             )
         headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
-        return EngineCall(self._session, engine, endpoint, body, sent, headers)
+        wire = wire_of(engine.model)
+        return wire.call(self._session, engine, endpoint, body, sent, headers)
 
     def _reserve(self, caller: Caller, engine: Backend, tokens: int) -> Reservation | None:
         """As :meth:`Limits.reserve`; counts what is turned away."""
@@ -397,7 +399,7 @@ class Relay:
         opening: asyncio.Task[tuple[aiohttp.ClientResponse, bytes]],
     ) -> None:
         """Meter a stream whose client has left before it began."""
-        if isinstance(call, RemoteCall):
+        if call.hangs_up:
             await call.cancel()
         await asyncio.wait((opening,), timeout=_SETTLE_SECONDS)
         if opening.done() and not opening.cancelled() and opening.exception() is None:
@@ -426,6 +428,8 @@ class Relay:
                     await call.cancel()
                     async for data in upstream.content.iter_any():
                         tap.feed(data)
+            if tap.final is None:
+                tap.feed(call.last_words())
         upstream.close()
         self._finish(request, status, tap.final, tap.text_events)
 
@@ -529,5 +533,6 @@ def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
     if _is_streamed(body):
         changes["stream_options"] = StreamOptions(include_usage=True)
     sent = body.model_copy(update=changes)
-    # Pydantic writes what it has read, also numbers that other JSON libraries refuse.
-    return sent.model_dump_json(exclude_none=True, by_alias=True).encode()
+    if isinstance(engine, Remote):
+        return written(engine.model, sent)
+    return wire_of(engine.model).written(engine.model, sent)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import aiohttp
 
@@ -69,6 +69,8 @@ def clear(remote: Remote, body: ModelRequest, sent: bytes, spending: Spending | 
 
 class RemoteCall:
     """Sends a request, and gives back what the relay gets from an engine of its own."""
+
+    hangs_up: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -139,6 +141,10 @@ class RemoteCall:
             self._working.cancel()
         else:
             self._hang_up()
+
+    def last_words(self) -> bytes:
+        """Nothing: servers do not tell of their work while they do it."""
+        return b""
 
     async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Do ``work`` in the time for the first byte; what goes wrong is an :class:`ApiError`."""

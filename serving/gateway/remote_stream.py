@@ -35,6 +35,13 @@ class CanonicalEvents:
             if line.startswith(b"data:")
         )
 
+    def error(self, told: Any) -> Any:
+        """What is told of an error that broke off the stream."""
+        return told
+
+    def revise(self, chunk: dict[str, Any]) -> None:
+        """Change a chunk where a server's differ in more than their form."""
+
     def _told(self, data: bytes) -> bytes:
         if self.finished:
             return b""
@@ -51,7 +58,8 @@ class CanonicalEvents:
         # Some servers say in each chunk that there is none.
         if (error := chunk.pop("error", None)) is not None:
             # By its first key errors are told from chunks.
-            return event({"error": error})
+            return event({"error": self.error(error)})
+        self.revise(chunk)
         choices = chunk.get("choices")
         if isinstance(choices, list):
             for choice in choices:
@@ -62,4 +70,5 @@ class CanonicalEvents:
             if not choices:
                 return b""
             del chunk["usage"]
+            chunk.pop("timings", None)
         return event(chunk)

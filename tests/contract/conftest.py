@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.contract.engines import ENGINES, ContractServer, EngineUnderTest
+from tests.contract.engines import ENGINES, UPSTREAM, ContractServer, EngineUnderTest
 from tests.processes import session_pids
 
 
@@ -36,9 +37,20 @@ def contract(
     """`rigserve serve` with the models `chat` and `embedding` on an engine; ready."""
     engine: EngineUnderTest = request.param
     folder = tmp_path_factory.mktemp(f"contract-{engine.name}")
-    path = engine.write_config(folder, cache_dir, minilm_path)
-    with ContractServer(path, engine) as server:
-        session_pids.add(server.process.pid)
-        server.wait_until_ready()
+    with contextlib.ExitStack() as servers:
+        upstream = None
+        if engine.is_remote:
+            upstream_folder = tmp_path_factory.mktemp("upstream")
+            path = UPSTREAM.write_config(upstream_folder, cache_dir, minilm_path)
+            upstream = _started(servers, path, UPSTREAM).base_url
+        path = engine.write_config(folder, cache_dir, minilm_path, upstream)
+        server = _started(servers, path, engine)
         yield server
         assert "Traceback" not in server.output
+
+
+def _started(servers: contextlib.ExitStack, path: Path, engine: EngineUnderTest) -> ContractServer:
+    server = servers.enter_context(ContractServer(path, engine))
+    session_pids.add(server.process.pid)
+    server.wait_until_ready()
+    return server

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import yaml
 
+from loadtest.benchmarks.engine.peers import Peers
 from tests.processes import RigServer, write_config
 
 CHAT, EMBEDDING = "chat", "embedding"
@@ -17,55 +21,85 @@ CONTEXT_TOKENS = 1024
 SLOTS = 8
 
 
+# What every engine that computes with llama.cpp is asked to do here.
+_OF_LLAMA_CPP = frozenset(
+    {
+        *("logprobs", "seed", "logit_bias", "penalties", "top_k", "min_p", "stop", "ignore_eos"),
+        *("json_object", "json_schema", "completions", "token_prompts", "embeddings", "tokenize"),
+    }
+)
+_OF_OURS = _OF_LLAMA_CPP | {
+    *("n", "tools", "parallel_tools", "structured_outputs", "echo", "dimensions")
+}
+
+
 @dataclass(frozen=True)
 class EngineUnderTest:
     """An engine, what configs say of its models, and what it can do of what not every engine can.
 
-    ``capabilities`` are among ``probes.PROBES``; what an engine lacks, it must refuse by name.
+    ``capabilities`` are among ``probes.PROBES``; what an engine lacks, it must refuse by name. One that
+    ``is_remote`` needs a server to be remote from: a rigserve with the engine llama_cpp.
     """
 
     name: str
+    engine: str
     capabilities: frozenset[str]
-    chat_model: Mapping[str, Any] = field(default_factory=dict)
-    embedding_model: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    is_remote: bool = False
+    program: Callable[[], Path | None] | None = None
 
-    def write_config(self, folder: Path, cache_dir: Path, embedding_file: Path) -> Path:
-        """A gateway's config with a model that chats and one that embeds."""
-        chat = {
-            "name": CHAT,
-            "engine": self.name,
-            "aliases": [],
-            "context_length": CONTEXT_TOKENS,
-            "max_sequences": SLOTS,
-            **self.chat_model,
-        }
+    def write_config(
+        self, folder: Path, cache_dir: Path, embedding_file: Path, upstream: str | None = None
+    ) -> Path:
+        """A gateway's config with a model that chats and one that embeds. Skips where the engine is not installed."""
+        model = {"engine": self.engine, **self.model}
+        if self.program is not None:
+            found = self.program()
+            if found is None:
+                pytest.skip(
+                    f"NOT TESTED: {self.engine} is not installed here; have it on PATH, name it in "
+                    "RIGSERVE_LLAMA_SERVER, or build it with: make bench-peers"
+                )
+            model["binary"] = str(found)
+        limits = {"context_length": CONTEXT_TOKENS, "max_sequences": SLOTS}
+        chat = {"name": CHAT, "aliases": [], **limits, **model}
         path = write_config(folder, cache_dir, **chat)
         config = yaml.safe_load(path.read_text())
-        embedder = {
-            "name": EMBEDDING,
-            "engine": self.name,
-            "source": str(embedding_file),
-            "context_length": 256,
-            "threads": 1,
-            **self.embedding_model,
-        }
+        of_files = {"source": str(embedding_file), "threads": 1}
+        embedder = {"name": EMBEDDING, "context_length": 256, **of_files, **model}
         config["models"].append(embedder)
+        if upstream is not None:
+            for each in config["models"]:
+                for name in ("source", "quantization", "threads"):
+                    each.pop(name, None)
+                each["base_url"] = f"{upstream}/v1"
         path.write_text(yaml.safe_dump(config))
         return path
 
 
+def llama_server() -> Path | None:
+    """llama.cpp's own server, if it is somewhere here."""
+    named = os.environ.get("RIGSERVE_LLAMA_SERVER") or shutil.which("llama-server")
+    built = Peers().program("llama-server")
+    if named is None:
+        return built if built.is_file() else None
+    return Path(named)
+
+
+_LLAMA_CPP = EngineUnderTest("llama_cpp", "llama_cpp", _OF_OURS)
 ENGINES = (
+    _LLAMA_CPP,
+    EngineUnderTest("llama_server", "llama_server", _OF_LLAMA_CPP, program=llama_server),
+    EngineUnderTest("remote_rigserve", "remote", _OF_OURS, {"dialect": "rigserve"}, is_remote=True),
     EngineUnderTest(
-        "llama_cpp",
-        frozenset(
-            {
-                *("logprobs", "n", "seed", "logit_bias", "penalties", "top_k", "min_p", "stop"),
-                *("tools", "parallel_tools", "json_object", "json_schema", "structured_outputs"),
-                *("completions", "echo", "token_prompts", "embeddings", "dimensions", "tokenize"),
-            }
-        ),
+        "remote_openai",
+        "remote",
+        _OF_OURS - {"top_k", "min_p", "ignore_eos", "structured_outputs", "tokenize"},
+        {"dialect": "openai"},
+        is_remote=True,
     ),
 )
+UPSTREAM = _LLAMA_CPP
 
 
 class ContractServer(RigServer):

@@ -26,9 +26,9 @@ _SCHEMA: Any = {
 
 @dataclass(frozen=True)
 class Probe:
-    """A request. ``param`` is what the refusal of an engine that cannot do it names."""
+    """A request. The refusal of an engine that cannot do it names ``param``, or one of several that it is about."""
 
-    param: str | None
+    param: str | tuple[str, ...] | None
     fields: dict[str, Any] = field(default_factory=dict)
     path: str = _CHAT
 
@@ -56,8 +56,13 @@ PROBES: dict[str, Probe] = {
     "top_k": Probe("top_k", {"top_k": 5}),
     "min_p": Probe("min_p", {"min_p": 0.1}),
     "stop": Probe("stop", {"stop": ["sea"]}),
-    "tools": Probe("tools", {**_ONE_CALL, "tool_choice": "required"}),
-    "parallel_tools": Probe("parallel_tool_calls", {"tools": [TOOL], "parallel_tool_calls": True}),
+    "ignore_eos": Probe("ignore_eos", {"ignore_eos": True}),
+    "tools": Probe(
+        ("tools", "tool_choice", "parallel_tool_calls"), {**_ONE_CALL, "tool_choice": "required"}
+    ),
+    "parallel_tools": Probe(
+        ("parallel_tool_calls", "tools"), {"tools": [TOOL], "parallel_tool_calls": True}
+    ),
     "json_object": Probe("response_format", {"response_format": {"type": "json_object"}}),
     "json_schema": Probe(
         "response_format",

@@ -243,12 +243,40 @@ def complete(rig: ContractServer, **fields: Any) -> Completion:
     return completion
 
 
-@pytest.mark.needs("completions", "echo", "token_prompts", "tokenize", "logprobs")
+@pytest.mark.needs("completions")
 def test_text_completions(contract: ContractServer) -> None:
     answer = complete(contract)
     assert answer.id.startswith("cmpl-")
     text = answer.choices[0].text
-    assert complete(contract, logprobs=1).choices[0].text == text
+    # Not read strictly: the type of a chunk is that of a whole answer, which has a reason for its end.
+    chunks = contract.client.completions.create(
+        model=CHAT, prompt="The sea is", max_tokens=4, temperature=0, stream=True
+    )
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert "".join(choice.text for choice in choices) == text
+    assert choices[-1].finish_reason == "length"
+
+
+@pytest.mark.needs("token_prompts", "tokenize")
+def test_a_prompt_of_tokens(contract: ContractServer) -> None:
+    tokens = contract.post("/tokenize", model=CHAT, prompt="The sea is").json()["tokens"]
+    text = complete(contract).choices[0].text
+    assert complete(contract, prompt=tokens).choices[0].text == text
+    told = contract.post("/detokenize", model=CHAT, tokens=tokens)
+    assert told.json() == {"prompt": "The sea is"}
+
+
+@pytest.mark.needs("n", "token_prompts", "tokenize")
+def test_several_prompts(contract: ContractServer) -> None:
+    tokens = contract.post("/tokenize", model=CHAT, prompt="The sea is").json()["tokens"]
+    text = complete(contract).choices[0].text
+    both = complete(contract, prompt=[tokens, tokens]).choices
+    assert [(choice.index, choice.text) for choice in both] == [(0, text), (1, text)]
+
+
+@pytest.mark.needs("completions", "echo")
+def test_a_completion_with_its_prompt_and_log_probabilities(contract: ContractServer) -> None:
+    text = complete(contract, logprobs=1).choices[0].text
     # Not read strictly: OpenAI's first token has no probability either, though its types say so.
     echoed = contract.client.completions.create(
         model=CHAT, prompt="The sea is", max_tokens=4, temperature=0, echo=True, logprobs=1
@@ -258,19 +286,9 @@ def test_text_completions(contract: ContractServer) -> None:
     assert echoed.logprobs.token_logprobs is not None
     assert echoed.logprobs.token_logprobs[0] is None
     assert "".join(echoed.logprobs.tokens or ()) == echoed.text
-    tokens = contract.post("/tokenize", model=CHAT, prompt="The sea is").json()["tokens"]
-    both = complete(contract, prompt=[tokens, tokens]).choices
-    assert [(choice.index, choice.text) for choice in both] == [(0, text), (1, text)]
-    # Nor is this: the type of a chunk is that of a whole answer, which has a reason for its end.
-    chunks = contract.client.completions.create(
-        model=CHAT, prompt="The sea is", max_tokens=4, temperature=0, stream=True
-    )
-    choices = [chunk.choices[0] for chunk in chunks]
-    assert "".join(choice.text for choice in choices) == text
-    assert choices[-1].finish_reason == "length"
 
 
-@pytest.mark.needs("embeddings", "dimensions")
+@pytest.mark.needs("embeddings")
 def test_embeddings(contract: ContractServer) -> None:
     fields: Any = {"model": EMBEDDING, "input": ["A cat.", "A rug."]}
     answer = contract.post("/v1/embeddings", **fields)
@@ -284,6 +302,11 @@ def test_embeddings(contract: ContractServer) -> None:
         packed = base64.b64decode(text["embedding"])
         assert list(struct.unpack(f"<{len(packed) // 4}f", packed)) == same.embedding
         assert same.embedding == pytest.approx(item.embedding, abs=1e-6)
+
+
+@pytest.mark.needs("embeddings", "dimensions")
+def test_shorter_embeddings(contract: ContractServer) -> None:
+    fields: Any = {"model": EMBEDDING, "input": ["A cat.", "A rug."]}
     short = contract.client.embeddings.create(dimensions=8, **fields)
     for item in short.data:
         assert len(item.embedding) == 8
@@ -315,7 +338,11 @@ def test_anthropics_messages(contract: ContractServer) -> None:
     parsed = [strictly(RawMessageStreamEvent, data) for data in events]
     text = "".join(e.delta.text for e in parsed if e.type == "content_block_delta")
     assert text == answer.content[0].text
-    del fields["max_tokens"], fields["temperature"]
+
+
+@pytest.mark.needs("tokenize")
+def test_the_tokens_of_anthropics_messages(contract: ContractServer) -> None:
+    fields: Any = {"model": CHAT, "messages": HELLO}
     counted = contract.post("/v1/messages/count_tokens", **fields)
     assert strictly(MessageTokensCount, counted.content).input_tokens > 0
 
@@ -339,6 +366,7 @@ def test_files_and_batches(contract: ContractServer) -> None:
     strictly(ChatCompletion, json.dumps(json.loads(done)["response"]["body"]))
 
 
+@pytest.mark.needs("n", "ignore_eos")
 def test_requests_are_sent_again_when_there_is_room(contract: ContractServer) -> None:
     """What cannot begin in time is refused with a ``Retry-After``, which the SDK heeds."""
     # As many as the engine gets at a time.
@@ -370,6 +398,7 @@ def test_requests_are_sent_again_when_there_is_room(contract: ContractServer) ->
     assert answer.parse().choices[0].message.content
 
 
+@pytest.mark.needs("ignore_eos")
 def test_a_client_that_waits_no_longer(contract: ContractServer) -> None:
     impatient = contract.client.with_options(timeout=0.4)
     with pytest.raises(openai.APITimeoutError):

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from serving.config import LlamaCppModel
-from serving.engines.footprint import of_llama_cpp
+from serving.engines.footprint import of_gguf
 from serving.engines.launch import Files, Footprint
 from serving.hardware.memory import family_of, resident_mib
 from tests.processes import ENGINE_KEY, EngineServer
@@ -17,7 +17,7 @@ from tests.processes import ENGINE_KEY, EngineServer
 
 def estimate(path: Path, **options: Any) -> Footprint:
     model = LlamaCppModel(name="smol", source=str(path), **options)
-    return of_llama_cpp(model, Files(path), on_gpu=False)
+    return of_gguf(model, Files(path), on_gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_the_operator_says_counts(model_path: Path) -> None:
 def test_on_a_gpu_weights_and_context_go_there(model_path: Path) -> None:
     def on_gpu(layers: int) -> Footprint:
         model = LlamaCppModel(name="smol", source=str(model_path), gpu_layers=layers)
-        return of_llama_cpp(model, Files(model_path), on_gpu=True)
+        return of_gguf(model, Files(model_path), on_gpu=True)
 
     on_cpu = estimate(model_path).host_mib
     all_there, half, none = on_gpu(-1), on_gpu(15), on_gpu(0)
