@@ -262,6 +262,7 @@ class Reloader:
             await supervisor.remove(fresh.values())
             raise
         # Nothing is awaited from here on: a request sees all of the old config or all of the new.
+        adapted: list[Engine] = []
         for engine, model in zip(engines, new.local_models, strict=True):
             if model.load == "preload" and engine.model.load != "preload":
                 later.append(engine)
@@ -269,6 +270,7 @@ class Reloader:
                 engine.footprint = None
             if model.adapters != engine.model.adapters:
                 engine.take_up(model, files.get(engine))
+                adapted.append(engine)
             engine.model = model
             engine.is_expected = model.load == "preload"
         self._gateway.configure(Router(engines, remotes, new.routes), new.server)
@@ -279,7 +281,7 @@ class Reloader:
         self._gateway.meter.configure(CostModel(new.cost), prices)
         self.config, self.left_out = new, left_out
         self._file_config, self.added = of_file, tuple(added)
-        self._settle(files)
+        self._settle(adapted)
         self._afterwards(leaving, later)
         return changes
 
@@ -317,26 +319,27 @@ class Reloader:
     async def _settled(self, engine: Engine) -> None:
         """Until an engine's process has its adapters and no others; one that is in use goes with its last request."""
         told = False
-        while True:
-            # Not while others are being loaded, which are not among its files yet.
-            async with self._lock:
-                files, live = engine.files, engine.live_adapters
-                if not engine.is_loaded or files is None:
-                    return
-                try:
-                    if engine.endpoint is not None:
-                        # It may have been started again in the midst of a change.
-                        await live.load(files.adapters)
-                        for name in live.beside(files.adapters):
-                            if not self._traffic.requests_with(engine, name):
-                                await live.drop(name)
-                        if not live.beside(files.adapters):
-                            return
-                except AdapterError as error:
-                    if not told:
-                        _log.warning("%s: its adapters: %s; trying again", engine.model.name, error)
-                    told = True
+        while engine.is_loaded:
+            try:
+                await engine.prepare()
+                # Not while others are being loaded, which are not among its files yet.
+                async with self._lock:
+                    if engine.endpoint is not None and await self._is_settled(engine):
+                        return
+            except (AdapterError, ModelError) as error:
+                if not told:
+                    _log.warning("%s: its adapters: %s; trying again", engine.model.name, error)
+                told = True
             await asyncio.sleep(_ON_THEIR_WAY_SECONDS if told else _DRAIN_INTERVAL_SECONDS)
+
+    async def _is_settled(self, engine: Engine) -> bool:
+        wanted, live = (await engine.prepare()).adapters, engine.live_adapters
+        # It may have been started again in the midst of a change.
+        await live.load(wanted)
+        for name in live.beside(wanted):
+            if not self._traffic.requests_with(engine, name):
+                await live.drop(name)
+        return not live.beside(wanted)
 
     def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> None:
         task = asyncio.create_task(self._let_go(leaving, later))

@@ -24,6 +24,7 @@ from serving.config import ModelConfig
 from serving.engines import guard
 from serving.engines.adapters import AdapterCalls, LiveAdapters
 from serving.engines.launch import Files, Footprint, Launch, Launcher, free_port
+from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
 # What engines print, line by line.
@@ -269,8 +270,10 @@ class Engine:
 
     async def _attempt(self, gpus: tuple[str, ...] | None) -> _Attempt:
         """One process, from its launch to its end."""
-        files = self.files
-        assert files is not None
+        try:
+            files = await self.prepare()
+        except ModelError as error:
+            return _Attempt(str(error), None)
         self._last_lines.clear()
         port = self.model.port or free_port()
         api_key = secrets.token_urlsafe(32)
