@@ -154,7 +154,7 @@ def _tensor(module: str) -> str:
     return f"blk.{layer}.{MODULES[kind]}"
 
 
-def row_by_row(weight: NDArray[np.float64], heads: int) -> NDArray[np.float64]:
+def row_by_row(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """llama.cpp's order of rows, pair beside pair, made Hugging Face's, half beside half."""
     size = len(weight) // heads
     order = [

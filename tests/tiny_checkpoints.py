@@ -25,7 +25,12 @@ TOKENS = 320
 # As long as no window of the recorded models is.
 PROMPT = tuple(int(7 + 11 * index % 300) for index in range(40))
 
-_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_GPT2_SPLIT = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +73,7 @@ def values(name: str, shape: Sequence[int]) -> Matrix:
 
 
 def write_byte_tokenizer(folder: Path, *, merges: Sequence[str] = ("Ġ t", "h e")) -> None:
-    """A tokenizer of Qwen 2's kind: the bytes, a few merges, and two special tokens at the end."""
+    """A tokenizer of Qwen 2's kind: the bytes, a few merges, and two special tokens."""
     letters = _byte_letters()
     tokens = [*letters, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -77,7 +82,7 @@ def write_byte_tokenizer(folder: Path, *, merges: Sequence[str] = ("Ġ t", "h e"
     write_tokenizer(
         folder,
         {"type": "BPE", "vocab": vocabulary, "merges": list(merges), "ignore_merges": False},
-        added={"<|end|>": TOKENS - 2, "<|user|>": TOKENS - 1},
+        added={"<|end|>": len(tokens), "<|user|>": len(tokens) + 1},
         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]},
     )
 

@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise SafetensorsError(f"its {path.name} is empty; fetch it again")
     data = np.memmap(path, np.uint8, "r")
     try:
-        (header_bytes,) = struct.unpack_from("<Q", data)
+        (header_bytes,) = struct.unpack("<Q", bytes(data[:8]))
         start = 8 + header_bytes
         header: dict[str, Any] = json.loads(bytes(data[8:start]))
         header.pop("__metadata__", None)

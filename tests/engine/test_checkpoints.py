@@ -23,7 +23,7 @@ from tests.tiny_checkpoints import (
 
 MODELS = list(json.loads((RECORDED / "models.json").read_bytes()))
 OF_SENTENCEPIECE = ("mistral", "mixtral", "gemma", "gemma2", "gemma3", "phi3")
-# The KV cache is rounded to 16 bits.
+# In standard deviations of the logits; the KV cache is rounded to 16 bits.
 TOLERANCE = 0.02
 
 
@@ -40,7 +40,7 @@ def logits_of(path: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_converted_model_computes_what_it_does_in_transformers(name: str, tmp_path: Path) -> None:
     model = recorded(name)
-    folder = model.write(tmp_path / name)
+    folder = model.write(tmp_path / "model")
     if name.startswith(OF_SENTENCEPIECE):
         write_space_tokenizer(folder, prefix=not name.startswith("gemma"))
     else:
@@ -49,7 +49,6 @@ def test_a_converted_model_computes_what_it_does_in_transformers(name: str, tmp_
     assert made.quantization == "F32"
     assert read_header(tmp_path / "made.gguf").file_type == 0
     kept = len(model.logits)
-    found = logits_of(tmp_path / "made.gguf")[-kept:]
-    expected = [log_softmax(row) for row in model.logits]
-    assert min(np.std(row) for row in expected) > 0.5
-    assert np.abs(np.array(found) - np.array(expected)).max() < TOLERANCE
+    found = np.array(logits_of(tmp_path / "made.gguf")[-kept:])
+    expected = np.array([log_softmax(row) for row in model.logits])
+    assert np.abs(found - expected).max() < TOLERANCE * expected.std()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tools.finetune.examples import Examples
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=8, help="over all examples (default: 8)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     options = parser.parse_args()
     examples = Examples.read()
     torch.manual_seed(0)
@@ -38,13 +39,16 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     before = share(model, tokenizer, examples)
-    print(f"base: {before:.0%} of the held-out questions are answered in the company's way", flush=True)
+    print(
+        f"base: {before:.0%} of the held-out questions are answered in the company's way",
+        flush=True,
+    )
 
     tuned = get_peft_model(
         model,
         LoraConfig(
             r=_RANK,
-            lora_alpha=2 * _RANK,
+            lora_alpha=4 * _RANK,
             target_modules=["q_proj", "v_proj"],
             task_type="CAUSAL_LM",
         ),
@@ -76,7 +80,11 @@ def make_base(folder: Path) -> Path:
     model.hf_quantizer = None
     del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=_FILE).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
+    # What transformers does not take from GGUF: this tokenizer reads numbers digit by digit.
+    words = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(words)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -119,27 +127,25 @@ def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torch
     return {
         "input_ids": torch.tensor([t + [pad] * (length - len(t)) for t, _ in rows]),
         "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
-        "attention_mask": torch.tensor(
-            [[1] * len(t) + [0] * (length - len(t)) for t, _ in rows]
-        ),
+        "attention_mask": torch.tensor([[1] * len(t) + [0] * (length - len(t)) for t, _ in rows]),
     }
 
 
 @torch.inference_mode()
 def share(model, tokenizer, examples: Examples) -> float:
     """Of the held-out questions, the share that is answered in the company's way."""
-    shown = 0
-    for question in examples.held_out:
-        prompt, _ = encoded(tokenizer, question, "")
-        prompt = prompt[:-1]  # without the end of an answer
-        tokens = model.generate(
-            torch.tensor([prompt]), max_new_tokens=_ANSWER_TOKENS, do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        answer = tokenizer.decode(tokens[0][len(prompt) :], skip_special_tokens=True)
+    prompts = [encoded(tokenizer, question, "")[0][:-1] for question in examples.held_out]
+    length = max(len(prompt) for prompt in prompts)
+    pads = [length - len(prompt) for prompt in prompts]
+    tokens = model.generate(
+        torch.tensor([[tokenizer.pad_token_id] * pad + p for pad, p in zip(pads, prompts, strict=True)]),
+        attention_mask=torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads]),
+        max_new_tokens=_ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    answers = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+    for question, answer in zip(examples.held_out, answers, strict=True):
         print(f"  {question} -> {answer!r}")
-        shown += examples.is_shown_by(answer)
-    return shown / len(examples.held_out)
+    return sum(examples.is_shown_by(answer) for answer in answers) / len(answers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What cannot be converted without changing what the model does is refused by name
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from serving.models.checkpoint.families import family_of, write_parameters
 from serving.models.checkpoint.proof import prove
 from serving.models.checkpoint.rope import read_rope
 from serving.models.checkpoint.tensors import extra_tensors, file_type, plan_tensors
-from serving.models.checkpoint.vocabulary import read_vocabulary
+from serving.models.checkpoint.vocabulary import Vocabulary, read_vocabulary
 from serving.models.requantize import requantize, type_name
 from serving.models.safetensors import SafetensorsError, read_checkpoint
 from serving.models.sources import ModelError
+
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ def _write(folder: Path, path: Path) -> tuple[str, int, tuple[str, ...]]:
     tensors = extra_tensors(rope.tensors) + tensors
 
     writer = gguf.GGUFWriter(path, family.architecture)
-    writer.add_name(folder.resolve().name)
+    writer.add_name(_name(folder, vocabulary))
     write_parameters(config, family, rope, count, writer)
     writer.add_file_type(kind)
     vocabulary.write(writer, folder)
@@ -92,3 +95,11 @@ def _write(folder: Path, path: Path) -> tuple[str, int, tuple[str, ...]]:
     finally:
         writer.close()
     return type_name(kind) or "", len(tensors), tuple(vocabulary.left_out)
+
+
+def _name(folder: Path, vocabulary: Vocabulary) -> str:
+    """The folder's, made to have or not to have what llama.cpp knows Phi-3's tokenizer by (src/llama-vocab.cpp)."""
+    name = folder.resolve().name
+    if vocabulary.strips_like_phi3:
+        return name if _PHI3.search(name) else f"{name} (Phi-3)"
+    return _PHI3.sub("phi", name)

@@ -133,7 +133,9 @@ def _gemma(config: Config) -> None:
     if config.get("hidden_activation") is not None:
         config.require("hidden_activation", *_GELU, why="llama.cpp computes this family with GELU")
     config.require("tie_word_embeddings", None, True, why="llama.cpp has no output layer here")
-    config.require("use_bidirectional_attention", None, False, why="llama.cpp attends backwards only")
+    config.require(
+        "use_bidirectional_attention", None, False, why="llama.cpp attends backwards only"
+    )
     config.require("attention_bias", None, False, why="llama.cpp has no biases here")
 
 
@@ -146,13 +148,19 @@ def _gemma_with_windows(architecture: str) -> Check:
             "sliding_attention" if (layer + 1) % every else "full_attention"
             for layer in range(config.layers)
         ]
-        config.require("layer_types", None, kinds, why=f"llama.cpp has full attention every {every}")
-        config.require("sliding_window_pattern", None, every, why=f"llama.cpp computes with {every}")
+        config.require(
+            "layer_types", None, kinds, why=f"llama.cpp has full attention every {every}"
+        )
+        config.require(
+            "sliding_window_pattern", None, every, why=f"llama.cpp computes with {every}"
+        )
         width = config.head_width
         if config.layers == _LAYERS_OF_27B[architecture]:
             width = config.integer("hidden_size") // config.heads
         config.require(
-            "query_pre_attn_scalar", width, why=f"llama.cpp computes a model of this shape with {width}"
+            "query_pre_attn_scalar",
+            width,
+            why=f"llama.cpp computes a model of this shape with {width}",
         )
         if architecture == "gemma3":
             config.require("attn_logit_softcapping", None, why="llama.cpp has none in Gemma 3")

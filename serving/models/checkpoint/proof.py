@@ -6,8 +6,6 @@ prints their tokens. It runs as a process of its own, so that a crash in native 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -44,20 +42,24 @@ def prove(path: Path, folder: Path) -> None:
         # Takes a fifth of a second, which other commands need not wait for.
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
-        added = tokenizer.get_added_tokens_decoder()
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+        except Exception as error:  # it has no class of its own
+            raise UnfitCheckpoint(f"its {_TOKENIZER} cannot be read: {error}") from error
+        added = sorted(tokenizer.get_added_tokens_decoder().items())[:_MOST_ADDED_TOKENS]
         texts = list(_TEXTS)
-        texts += [added[index].content for index in sorted(added)[:_MOST_ADDED_TOKENS]]
+        texts += [token.content for _, token in added]
+        texts += [f"{token.content} \n in" for _, token in added if token.rstrip]
         expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     for text, ours, theirs in zip(texts, _read_by_llama_cpp(path, texts), expected, strict=True):
-        if ours is not None and ours != theirs:
+        if ours != theirs:
             raise UnfitCheckpoint(
                 f"llama.cpp would read text otherwise than its {_TOKENIZER}: {text!r} as {ours}, not {theirs}"
             )
 
 
-def _read_by_llama_cpp(path: Path, texts: Sequence[str]) -> list[list[int] | None]:
-    """The tokens of each text; None where the model has no embedding for one of them."""
+def _read_by_llama_cpp(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text."""
     done = subprocess.run(
         [sys.executable, "-m", "serving.models.checkpoint.proof", str(path)],
         input=json.dumps(texts),
@@ -70,7 +72,7 @@ def _read_by_llama_cpp(path: Path, texts: Sequence[str]) -> list[list[int] | Non
         if done.returncode < 0:
             reasons.append(f"the process was killed by {signal.Signals(-done.returncode).name}")
         raise UnfitCheckpoint(f"llama.cpp cannot load what it becomes: {'; '.join(reasons)}")
-    read: list[list[int] | None] = json.loads(done.stdout)
+    read: list[list[int]] = json.loads(done.stdout)
     return read
 
 
@@ -89,9 +91,7 @@ def _read(path: str, texts: Sequence[str]) -> list[list[int]]:
     for text in texts:
         data = text.encode()
         room = (llama_cpp.llama_token * (len(data) + 8))()
-        count = llama_cpp.llama_tokenize(
-            vocabulary, data, len(data), room, len(room), False, True
-        )
+        count = llama_cpp.llama_tokenize(vocabulary, data, len(data), room, len(room), False, True)
         read.append(room[:count])
     return read
 

@@ -36,10 +36,12 @@ class Rope:
         writer.add_rope_freq_base(self.base)
         if self.base_of_sliding_layers is not None:
             writer.add_rope_freq_base_swa(self.base_of_sliding_layers)
+        if self.scaling is not None:
+            writer.add_rope_scaling_type(self.scaling)
+        if self.original_context is not None:
+            writer.add_rope_scaling_orig_ctx_len(self.original_context)
         for value, add in (
-            (self.scaling, writer.add_rope_scaling_type),
             (self.factor, writer.add_rope_scaling_factor),
-            (self.original_context, writer.add_rope_scaling_orig_ctx_len),
             (self.attention_factor, writer.add_rope_scaling_attn_factors),
             (self.beta_fast, writer.add_rope_scaling_yarn_beta_fast),
             (self.beta_slow, writer.add_rope_scaling_yarn_beta_slow),
@@ -88,9 +90,7 @@ def _settings(config: Config) -> tuple[Mapping[str, Any], float, float | None]:
     return parameters, float(base), None if local is None else float(local)
 
 
-def _llama3_divisors(
-    settings: Mapping[str, Any], base: float, width: int
-) -> NDArray[np.float32]:
+def _llama3_divisors(settings: Mapping[str, Any], base: float, width: int) -> NDArray[np.float32]:
     """As transformers' modeling_rope_utils and llama.cpp's conversion scripts have it."""
     factor, context = settings["factor"], settings["original_max_position_embeddings"]
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]

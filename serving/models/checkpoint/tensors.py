@@ -26,7 +26,12 @@ _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Computed anew by every program that loads the model.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attn.bias")
 # The parts of a model that sees; what is left is the text part.
-_SEEING = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_SEEING = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 _TEXT_PREFIXES = ("language_model.model.", "model.language_model.")
 
 
@@ -57,9 +62,10 @@ class Tensor:
         """Write the values in small pieces."""
         for part in self.parts:
             for words in _chunks(part.words):
+                values = words
                 if part.dtype != self.dtype or self.offset:
-                    words = as_floats(words, part.dtype) + np.float32(self.offset)
-                file.write(np.ascontiguousarray(words).data)
+                    values = as_floats(words, part.dtype) + np.float32(self.offset)
+                file.write(np.ascontiguousarray(values).data)
 
 
 def _chunks(words: Words) -> Iterator[Words]:
@@ -147,9 +153,7 @@ def _each(words: Words, dtype: str) -> dict[int, StoredTensor]:
     return {index: StoredTensor(expert, dtype) for index, expert in enumerate(words)}
 
 
-def _tensor(
-    name: str, parts: tuple[StoredTensor, ...], config: Config, family: Family
-) -> Tensor:
+def _tensor(name: str, parts: tuple[StoredTensor, ...], config: Config, family: Family) -> Tensor:
     shapes = {part.words.shape for part in parts}
     if len(shapes) != 1:
         raise UnfitCheckpoint(f"the experts of {name!r} are of several shapes")
@@ -179,9 +183,7 @@ def _interleaved(name: str, tensor: StoredTensor, heads: int) -> StoredTensor:
     words = tensor.words
     if len(words) % (2 * heads):
         raise UnfitCheckpoint(f"the {len(words)} rows of {name!r} do not fit {heads} heads")
-    return StoredTensor(
-        words.reshape(heads, 2, -1, *words.shape[1:]).swapaxes(1, 2), tensor.dtype
-    )
+    return StoredTensor(words.reshape(heads, 2, -1, *words.shape[1:]).swapaxes(1, 2), tensor.dtype)
 
 
 def extra_tensors(values: Mapping[str, NDArray[np.float32]]) -> list[Tensor]:

@@ -46,13 +46,15 @@ _PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 # The same words, but a word that is a token itself may be made of others.
 _WITHOUT_WHOLE_WORDS = {"llama-bpe": "dbrx"}
 
+_OF_PHI3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """``model`` and ``pre_tokenizer`` are llama.cpp's names.
 
     ``left_out`` are tokens for which the model has no embedding. ``scores`` and ``adds_space_prefix`` are of
-    SentencePiece's kind only.
+    SentencePiece's kind only. ``strips_like_phi3``: its special tokens swallow the spaces after them.
     """
 
     model: str
@@ -62,6 +64,7 @@ class Vocabulary:
     left_out: Sequence[str]
     scores: Sequence[float] | None = None
     adds_space_prefix: bool | None = None
+    strips_like_phi3: bool = False
 
     def write(self, writer: gguf.GGUFWriter, folder: Path) -> None:
         """Add it, and from the folder which tokens are special, and the chat template."""
@@ -153,8 +156,17 @@ def _of_spaces(definition: Mapping[str, Any], count: int) -> Vocabulary:
             types[index] = gguf.TokenType.BYTE
         elif token == model.get("unk_token"):
             types[index] = gguf.TokenType.UNKNOWN
-    adds_prefix = _adds_space_prefix(definition)
-    return Vocabulary("llama", "default", tokens, types, left_out, scores, adds_prefix)
+    strips = any(added["special"] and added.get("rstrip") for added in definition["added_tokens"])
+    return Vocabulary(
+        "llama",
+        "default",
+        tokens,
+        types,
+        left_out,
+        scores,
+        _adds_space_prefix(definition),
+        strips_like_phi3=strips and _OF_PHI3.issubset(tokens),
+    )
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -222,9 +234,7 @@ def _of_sentencepiece(folder: Path, count: int) -> Vocabulary:
         is_control = is_special or _looks_special(token)
         tokens[index], scores[index] = token.replace(_SPACE, " "), -1000.0
         types[index] = gguf.TokenType.CONTROL if is_control else gguf.TokenType.USER_DEFINED
-    return Vocabulary(
-        "llama", "default", tokens, types, left_out, scores, model.adds_space_prefix
-    )
+    return Vocabulary("llama", "default", tokens, types, left_out, scores, model.adds_space_prefix)
 
 
 def _added(folder: Path) -> list[tuple[int, str, bool]]:
