@@ -17,6 +17,7 @@ from loadtest.options import BenchOptions, parse_duration
 from loadtest.prompts import CORPUS_PATH
 from loadtest.run import run_bench
 from serving import __version__
+from serving.admin.adapters import add_adapters_command
 from serving.admin.commands import add_config_actions, add_models_command
 from serving.config import ConfigError, config_json_schema, load_config, located
 from serving.cost.comparison import compare
@@ -27,7 +28,7 @@ from serving.database import DatabaseError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
-from serving.models.commands import add_convert_action
+from serving.models.commands import add_checksum_action, add_convert_action
 from serving.models.sources import ModelError
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
@@ -119,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     actions = add_models_command(commands)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
+    add_checksum_action(actions)
+
+    add_adapters_command(commands)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)

@@ -2,7 +2,7 @@
 
 Labels are bounded: ``model`` is a name of the config (or ``unknown``), ``endpoint`` a route, ``status`` an HTTP
 status, ``compared_to`` a model of ``cost.compare_to``; ``priority``, ``phase``, ``part`` and ``state`` are the engine's own words;
-``tenant`` is one that the operator gave a key, ``reason`` one of a few codes of errors.
+``adapter`` is a LoRA adapter's name, ``tenant`` is one that the operator gave a key, ``reason`` one of a few codes of errors.
 """
 
 from __future__ import annotations
@@ -254,6 +254,23 @@ class Metrics:
             "rigserve_refusals",
             "Requests that their API key, or the lack of one, forbade.",
             "reason",
+        )
+        self.adapter_requests = self._counter(
+            "rigserve_adapter_requests",
+            "Requests for a LoRA adapter; its model's series count them, too.",
+            "model",
+            "adapter",
+            "status",
+        )
+        self.adapter_tokens = self._counter(
+            "rigserve_adapter_tokens",
+            "Tokens of an adapter: prompt, completion.",
+            "model",
+            "adapter",
+            "kind",
+        )
+        self.adapter_cost = self._counter(
+            "rigserve_adapter_cost_usd", "Cost of an adapter's requests.", "model", "adapter"
         )
         self.tenant_requests = self._counter(
             "rigserve_tenant_requests",

@@ -10,13 +10,15 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from serving.adapters.added import AddedAdapter, with_added
 from serving.config import (
     AnyModel,
     Config,
@@ -28,13 +30,22 @@ from serving.config import (
 )
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook, UnknownModel
+from serving.engines.adapters import AdapterError
+from serving.engines.launch import Files
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Engine, EngineStartError, NoRoomError, Supervisor
+from serving.engines.supervisor import (
+    Engine,
+    EngineStartError,
+    EngineState,
+    NoRoomError,
+    Supervisor,
+)
 from serving.gateway.filters import filters_of
 from serving.gateway.fleet import Traffic
 from serving.gateway.intake import Gateway
 from serving.gateway.routing import Router
 from serving.gateway.spending import prices_of
+from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +76,10 @@ _AT_ONCE = {
 
 class ReloadError(Exception):
     """The new config cannot be taken up; nothing has changed. The message says why."""
+
+
+# Why a config is not taken up.
+_REASONS = (ConfigError, AdapterError, EngineStartError, ModelError, ReloadError, UnknownModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +138,21 @@ def changes_of(
 
 
 class Reloader:
-    """Keeps the running server as its config file says."""
+    """Keeps the running server as its config file says, and with the adapters that were added beside it."""
 
     def __init__(
         self,
         file: Path,
         config: Config,
+        added: Sequence[AddedAdapter],
         supervisor: Supervisor,
         gateway: Gateway,
         traffic: Traffic,
     ) -> None:
-        """``config`` is what ``file`` held when the server started."""
-        self.config = config
+        """``config`` is what ``file`` held when the server started; the server has it :func:`with_added`."""
+        self.added = tuple(added)
+        self.config, self.left_out = with_added(config, added)
+        self._file_config = config
         self.status = ReloadStatus(True, time.time(), "as at the start")
         self._file = file
         self._supervisor = supervisor
@@ -143,6 +161,7 @@ class Reloader:
         self._lock = asyncio.Lock()
         self._asked = asyncio.Event()
         self._follow_up: set[asyncio.Task[None]] = set()
+        self._settling: dict[Engine, asyncio.Task[None]] = {}
         self._digest = _digest(file)
         gateway.metrics.reloaded(ok=True, at_unix=self.status.at_unix)
 
@@ -171,10 +190,11 @@ class Reloader:
             self._digest = _digest(self._file)
             changes = Changes()
             try:
-                changes = await self._apply()
+                new = await asyncio.to_thread(load_config, self._file)
+                changes = await self._take_up(new, self.added)
                 ok, message = True, f"changed {changes}"
                 _log.info("reloaded %s: %s", self._file, message)
-            except (ConfigError, EngineStartError, ReloadError, UnknownModel) as error:
+            except _REASONS as error:
                 ok, message = False, str(error)
                 _log.error("%s was not reloaded, nothing has changed: %s", self._file, message)
             except Exception as error:
@@ -183,6 +203,14 @@ class Reloader:
             self.status = ReloadStatus(ok, time.time(), message, changes)
             self._gateway.metrics.reloaded(ok=ok, at_unix=self.status.at_unix)
             return self.status
+
+    async def serve_added(self, added: Sequence[AddedAdapter]) -> Changes:
+        """Serve these beside the config as it was last taken up, in place of those that were added before.
+
+        Raises ``ModelError``, ``AdapterError``, ``EngineStartError`` or :class:`ReloadError`; then nothing has changed.
+        """
+        async with self._lock:
+            return await self._take_up(self._file_config, added)
 
     def to_json(self) -> dict[str, Any]:
         """The status, and which engines finish their last requests."""
@@ -197,8 +225,8 @@ class Reloader:
             "draining": leaving,
         }
 
-    async def _apply(self) -> Changes:
-        new = await asyncio.to_thread(load_config, self._file)
+    async def _take_up(self, of_file: Config, added: Sequence[AddedAdapter]) -> Changes:
+        new, left_out = with_added(of_file, added)
         prices = PriceBook(new.cost.compare_to)
         api_prices = prices_of(new.remote_models)
         supervisor = self._supervisor
@@ -218,21 +246,31 @@ class Reloader:
         ]
         with located(self._file):
             filters_of(new.models, lenient=new.server.lenient)
+        files = await _files_with_adapters(new, old, changes.updated)
         leaving = [engine for name, engine in old.items() if name in fresh or engine not in engines]
         supervisor.add(fresh.values())
         supervisor.memory = new.memory
         try:
             later = await self._start(fresh.values(), old, leaving)
+            for engine, each in files.items():
+                if engine.is_loaded:
+                    await engine.ready()
+                    await engine.live_adapters.load(each.adapters)
         except BaseException:
             supervisor.memory = self.config.memory
+            self._settle(files)
             await supervisor.remove(fresh.values())
             raise
         # Nothing is awaited from here on: a request sees all of the old config or all of the new.
+        adapted: list[Engine] = []
         for engine, model in zip(engines, new.local_models, strict=True):
             if model.load == "preload" and engine.model.load != "preload":
                 later.append(engine)
             if model.memory_mib != engine.model.memory_mib:
                 engine.footprint = None
+            if model.adapters != engine.model.adapters:
+                engine.take_up(model, files.get(engine))
+                adapted.append(engine)
             engine.model = model
             engine.is_expected = model.load == "preload"
         self._gateway.configure(Router(engines, remotes, new.routes), new.server)
@@ -241,7 +279,9 @@ class Reloader:
             if remote not in remotes:
                 self._gateway.relay.admission.forget(remote)
         self._gateway.meter.configure(CostModel(new.cost), prices)
-        self.config = new
+        self.config, self.left_out = new, left_out
+        self._file_config, self.added = of_file, tuple(added)
+        self._settle(adapted)
         self._afterwards(leaving, later)
         return changes
 
@@ -266,6 +306,40 @@ class Reloader:
                     raise
                 later.append(engine)
         return later
+
+    def _settle(self, engines: Iterable[Engine]) -> None:
+        """Have engines come to the adapters that they are to serve."""
+        for engine in set(engines) - self._settling.keys():
+            self._settling[engine] = asyncio.create_task(self._settled(engine))
+            self._settling[engine].add_done_callback(partial(self._has_settled, engine))
+
+    def _has_settled(self, engine: Engine, _: asyncio.Task[None]) -> None:
+        del self._settling[engine]
+
+    async def _settled(self, engine: Engine) -> None:
+        """Until an engine's process has its adapters and no others; one that is in use goes with its last request."""
+        told = False
+        while engine.is_loaded:
+            try:
+                await engine.prepare()
+                # Not while others are being loaded, which are not among its files yet.
+                async with self._lock:
+                    if engine.endpoint is not None and await self._is_settled(engine):
+                        return
+            except (AdapterError, ModelError) as error:
+                if not told:
+                    _log.warning("%s: its adapters: %s; trying again", engine.model.name, error)
+                told = True
+            await asyncio.sleep(_ON_THEIR_WAY_SECONDS if told else _DRAIN_INTERVAL_SECONDS)
+
+    async def _is_settled(self, engine: Engine) -> bool:
+        wanted, live = (await engine.prepare()).adapters, engine.live_adapters
+        # It may have been started again in the midst of a change.
+        await live.load(wanted)
+        for name in live.beside(wanted):
+            if not self._traffic.requests_with(engine, name):
+                await live.drop(name)
+        return not live.beside(wanted)
 
     def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> None:
         task = asyncio.create_task(self._let_go(leaving, later))
@@ -294,6 +368,22 @@ class Reloader:
 
     def _is_new(self) -> bool:
         return _digest(self._file) != self._digest
+
+
+async def _files_with_adapters(
+    new: Config, old: Mapping[str, Engine], updated: Iterable[str]
+) -> dict[Engine, Files]:
+    """The files of engines whose adapters change while they go on; raises ``ModelError``.
+
+    Not of those that have prepared none yet: they will.
+    """
+    return {
+        old[model.name]: await old[model.name].prepare_for(model)
+        for model in new.local_models
+        if model.name in updated
+        and model.adapters != old[model.name].model.adapters
+        and not (old[model.name].files is None and old[model.name].state is EngineState.UNLOADED)
+    }
 
 
 def _changed_keys(old: BaseModel, new: BaseModel, parent: str = "") -> Iterator[str]:

@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 import aiohttp
 import uvloop
 
+from serving.adapter_admin import AdapterAdmin, usable
+from serving.adapters.added import with_added
+from serving.adapters.store import AdapterStore
 from serving.config import Config, ServerConfig, TracingConfig
 from serving.cost.ledger import (
     Ledger,
@@ -48,7 +51,7 @@ from serving.gateway.limits import WINDOW_SECONDS, Limits, period_start
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
 from serving.gateway.response_store import ResponseStore
-from serving.gateway.routes import admin_models, admin_reload
+from serving.gateway.routes import admin_adapters, admin_models, admin_reload
 from serving.gateway.routing import Router
 from serving.gateway.spending import Spending, prices_of
 from serving.gateway.swapping import Swapper
@@ -101,6 +104,7 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(ResponseStore, _data_dir(config) / "responses.sqlite")) as responses,
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
+        closing(_store(AdapterStore, _data_dir(config))) as adapters,
         closing(open_meter(config.cost.power)) as power,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -122,7 +126,7 @@ def serve(config: Config, file: Path) -> None:
         runner.run(
             _serve(
                 *(config, file, listener, meter, metrics, access, keys, responses, files, batches),
-                *(certificate, tracing, spending),
+                *(certificate, tracing, spending, adapters),
             )
         )
 
@@ -254,10 +258,16 @@ async def _serve(
     certificate: Certificate | None,
     tracing: Tracing | None,
     spending: Spending,
+    adapters: AdapterStore,
 ) -> None:
+    of_file, cache_dir = config, Path(config.storage.cache_dir)
+    added, unusable = usable(adapters.all(), cache_dir)
+    config, left_out = with_added(of_file, added)
+    for name, reason in left_out.items():
+        _log.error("the adapter '%s' is not served: %s", name, reason)
     launchers: dict[str, Launcher[Any]] = {
-        "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
-        "llama_server": LlamaServerLauncher(Path(config.storage.cache_dir)),
+        "llama_cpp": LlamaCppLauncher(cache_dir),
+        "llama_server": LlamaServerLauncher(cache_dir),
     }
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)
@@ -285,10 +295,12 @@ async def _serve(
         )
         batch_runner = BatchRunner(gateway)
         swapper = Swapper(supervisor, admission, lambda: supervisor.memory.max_wait_seconds)
-        reloader = Reloader(file, config, supervisor, gateway, admission)
+        reloader = Reloader(file, of_file, added, supervisor, gateway, admission)
+        adapter_admin = AdapterAdmin(adapters, unusable, reloader, gateway, admission, cache_dir)
         app = create_app(gateway, tracing)
         app.include_router(admin_models.routes(gateway, supervisor, admission))
         app.include_router(admin_reload.routes(reloader))
+        app.include_router(admin_adapters.routes(gateway, adapter_admin))
         let_sites_in(app, config.server.cors_origins)
         signals = asyncio.Queue[int]()
         loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
@@ -14,15 +15,28 @@ from serving.protocol.errors import ApiError
 KEY_VARIABLE = "RIGSERVE_API_KEY"
 
 
-def ask(server: str, method: str, path: str, *, accept: tuple[int, ...] = (200,)) -> Any:
+def ask(
+    server: str,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None = None,
+    *,
+    accept: tuple[int, ...] = (200,),
+) -> Any:
     """What the server answers, as JSON; raises :class:`ApiError` for other statuses and for no answer.
 
     The key, if one is needed, comes from the environment: a command line can be read by every user.
     """
-    return asyncio.run(_ask(server, method, path, accept))
+    return asyncio.run(_ask(server, method, path, body, accept))
 
 
-async def _ask(server: str, method: str, path: str, accept: tuple[int, ...]) -> Any:
+async def _ask(
+    server: str,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None,
+    accept: tuple[int, ...],
+) -> Any:
     key = os.environ.get(KEY_VARIABLE)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     # A model that is fetched first takes its time to load.
@@ -30,7 +44,7 @@ async def _ask(server: str, method: str, path: str, accept: tuple[int, ...]) -> 
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.request(method, server.rstrip("/") + path) as answer,
+            session.request(method, server.rstrip("/") + path, json=body) as answer,
         ):
             payload = await answer.read()
     except (aiohttp.ClientError, TimeoutError) as error:

@@ -16,7 +16,7 @@ from serving.admin.client import ask
 
 _SERVER_VARIABLE = "RIGSERVE_SERVER"
 _DEFAULT_SERVER = "http://127.0.0.1:8000"
-_PAGE_WIDTH = 160
+PAGE_WIDTH = 160
 
 
 def add_models_command(commands: Any) -> Any:
@@ -28,18 +28,18 @@ def add_models_command(commands: Any) -> Any:
 
     action = actions.add_parser("ps", help="list all models: loaded or not, memory, requests")
     action.add_argument("--json", action="store_true", help="print JSON, which has more of each")
-    _add_server(action)
+    add_server(action)
     action.set_defaults(run=_ps)
 
     action = actions.add_parser("load", help="load a model; returns when it takes requests")
     action.add_argument("model", metavar="MODEL", help="its name or an alias")
-    _add_server(action)
+    add_server(action)
     action.set_defaults(run=_load)
 
     action = actions.add_parser("unload", help="unload a model; returns when its memory is free")
     action.add_argument("model", metavar="MODEL", help="its name or an alias")
     action.add_argument("--force", action="store_true", help="break off requests in flight")
-    _add_server(action)
+    add_server(action)
     action.set_defaults(run=_unload)
     return actions
 
@@ -47,14 +47,15 @@ def add_models_command(commands: Any) -> Any:
 def add_config_actions(actions: Any) -> None:
     """``rigserve config status|reload``, among the ``actions`` of ``rigserve config``."""
     action = actions.add_parser("status", help="whether a running server uses its file as it is")
-    _add_server(action)
+    add_server(action)
     action.set_defaults(run=_config_status)
     action = actions.add_parser("reload", help="have a running server take up its file")
-    _add_server(action)
+    add_server(action)
     action.set_defaults(run=_config_reload)
 
 
-def _add_server(command: argparse.ArgumentParser) -> None:
+def add_server(command: argparse.ArgumentParser) -> None:
+    """``--server``, for a command that speaks to a running one."""
     command.add_argument(
         "--server",
         metavar="URL",
@@ -70,7 +71,7 @@ def _ps(args: argparse.Namespace) -> int:
         return 0
     console = Console()
     # What is read by a program must not be folded to 80 columns.
-    console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
+    console.width = console.width if console.is_terminal else max(console.width, PAGE_WIDTH)
     console.print(table_of(told["data"]))
     for model in told["data"]:
         if model["failure"]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -24,6 +25,7 @@ Quantization = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0",
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
+
 _BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _CELLS_OF_LLAMA_SERVER = 256
 # Arguments of llama-server that decide where it listens and to whom, and the key of the config that says so.
@@ -40,6 +42,17 @@ _ARGUMENTS_OF_OURS = {
 }
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+
+
+def _is_sha256(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise ValueError(
+            f"{value!r} is no SHA-256, which has 64 hexadecimal digits; `rigserve models checksum` prints it"
+        )
+    return value.lower()
+
+
+Sha256 = Annotated[str, AfterValidator(_is_sha256)]
 
 
 class Section(BaseModel):
@@ -138,8 +151,13 @@ class AdapterConfig(Section):
     """A LoRA adapter: small weights that change a model, served beside it under a name of its own."""
 
     name: ModelName = Field(description="The name clients ask for.")
-    path: str = Field(description="A GGUF file, as llama.cpp's convert_lora_to_gguf.py makes it.")
+    path: str = Field(
+        description="A folder, as PEFT saves it, or a GGUF file, as llama.cpp's convert_lora_to_gguf.py makes it."
+    )
     scale: float = Field(1.0, description="How strongly it counts; 1 is as trained, 0 not at all.")
+    sha256: Sha256 | None = Field(
+        None, description="What the file or folder must have; otherwise it is not served."
+    )
 
 
 class FiltersConfig(Section):
@@ -288,6 +306,10 @@ class GgufModel(EngineModel):
     source: str = Field(
         description="package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path to a GGUF file."
     )
+    sha256: Sha256 | None = Field(
+        None,
+        description="What the source's file must have, before quantization; otherwise it is not served.",
+    )
     quantization: Quantization | None = Field(
         None,
         description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
@@ -296,6 +318,7 @@ class GgufModel(EngineModel):
         None,
         description="The model's projector file (mmproj), with which it sees images; the forms of 'source'.",
     )
+    projector_sha256: Sha256 | None = Field(None, description="What the projector's must have.")
     max_batch_tokens: int = Field(
         512,
         ge=32,
@@ -312,6 +335,12 @@ class GgufModel(EngineModel):
     gpu_layers: int = Field(
         -1, ge=-1, description="Layers on the GPU; -1 is all of them. Ignored by a CPU build."
     )
+
+    @model_validator(mode="after")
+    def _checksum_of_something(self) -> GgufModel:
+        if self.projector_sha256 is not None and self.projector is None:
+            raise ValueError("projector_sha256 is set, and there is no projector; set both")
+        return self
 
     @property
     def is_for_cpu(self) -> bool:
@@ -341,6 +370,7 @@ class LlamaCppModel(GgufModel):
         None,
         description="The smaller model for speculation: draft_model, with the same vocabulary; the forms of 'source'.",
     )
+    draft_model_sha256: Sha256 | None = Field(None, description="What the draft model's must have.")
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> LlamaCppModel:
@@ -352,6 +382,8 @@ class LlamaCppModel(GgufModel):
             raise ValueError(
                 "speculation: draft_model and a draft_model to use go together; set both"
             )
+        if self.draft_model_sha256 is not None and self.draft_model is None:
+            raise ValueError("draft_model_sha256 is set, and there is no draft_model; set both")
         return self
 
     @property

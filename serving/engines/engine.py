@@ -22,7 +22,9 @@ import aiohttp
 
 from serving.config import ModelConfig
 from serving.engines import guard
+from serving.engines.adapters import AdapterCalls, LiveAdapters
 from serving.engines.launch import Files, Footprint, Launch, Launcher, free_port
+from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
 # What engines print, line by line.
@@ -95,12 +97,14 @@ class Engine:
         self.held_mib: Mapping[str, int] = {}
         # Why its last load failed; None if it did not.
         self.failure: str | None = None
+        # Those of its process; none while it has none.
+        self.live_adapters = LiveAdapters({}, None)
         self._session = session
         self._listeners: list[Callable[[Engine], None]] = []
         self._endpoint: Endpoint | None = None
         self._launch: Launch | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._preparing: asyncio.Task[Files] | None = None
+        self._preparing: asyncio.Future[Files] | None = None
         self._life: asyncio.Task[None] | None = None
         self._closed = False
         self._last_lines: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
@@ -134,6 +138,27 @@ class Engine:
             self._preparing.add_done_callback(_has_failed)
         return await asyncio.shield(self._preparing)
 
+    async def prepare_for(self, model: ModelConfig) -> Files:
+        """The files of another config of the model, for :meth:`take_up`. Raises ``ModelError``."""
+        return await _in_background(lambda: self.launcher.prepare(model))
+
+    def take_up(self, model: ModelConfig, files: Files | None) -> None:
+        """Be another config of the model from now on, one that needs no other process; None: prepare its files later."""
+        self.model = model
+        self._preparing = None
+        if files is not None:
+            self._preparing = asyncio.get_running_loop().create_future()
+            self._preparing.set_result(files)
+        if not self.is_loaded:
+            self.footprint = None
+
+    @property
+    def files(self) -> Files | None:
+        """What its process is made of, or is to be; None while that is not known."""
+        if self._preparing is None or not self._preparing.done() or _has_failed(self._preparing):
+            return None
+        return self._preparing.result()
+
     def begin(self) -> None:
         """A load begins: files are made ready, and room. :meth:`start` or :meth:`fail` must follow."""
         if self._closed:
@@ -141,13 +166,13 @@ class Engine:
         self.failure = None
         self._move(EngineState.PREPARING)
 
-    def start(self, files: Files, gpus: tuple[str, ...] | None) -> None:
+    def start(self, gpus: tuple[str, ...] | None) -> None:
         """Keep a process running, until :meth:`stop`; :meth:`ready` tells when it takes requests.
 
-        ``gpus`` are those it may see; None leaves that open. :meth:`begin` comes before.
+        ``gpus`` are those it may see; None leaves that open. :meth:`begin` and :meth:`prepare` come before.
         """
         assert self.state is EngineState.PREPARING
-        self._life = asyncio.create_task(self._live(files, gpus), name=f"engine {self.model.name}")
+        self._life = asyncio.create_task(self._live(gpus), name=f"engine {self.model.name}")
         self._life.add_done_callback(self._ended)
         self._move(EngineState.STARTING)
 
@@ -210,12 +235,12 @@ class Engine:
         finally:
             self._listeners.remove(listener)
 
-    async def _live(self, files: Files, gpus: tuple[str, ...] | None) -> None:
+    async def _live(self, gpus: tuple[str, ...] | None) -> None:
         """Keep a process running until cancelled, or until its first start fails."""
         backoff_seconds = _FIRST_BACKOFF_SECONDS
         was_ready = False
         while True:
-            attempt = await self._attempt(files, gpus)
+            attempt = await self._attempt(gpus)
             was_ready = was_ready or attempt.ready_seconds is not None
             if not was_ready:
                 raise EngineStartError(f"{self.model.name}: {attempt.reason}{self._tail()}")
@@ -243,8 +268,12 @@ class Engine:
         self.shares_mib = self.held_mib = {}
         self._move(EngineState.STOPPED if self._closed else EngineState.UNLOADED)
 
-    async def _attempt(self, files: Files, gpus: tuple[str, ...] | None) -> _Attempt:
+    async def _attempt(self, gpus: tuple[str, ...] | None) -> _Attempt:
         """One process, from its launch to its end."""
+        try:
+            files = await self.prepare()
+        except ModelError as error:
+            return _Attempt(str(error), None)
         self._last_lines.clear()
         port = self.model.port or free_port()
         api_key = secrets.token_urlsafe(32)
@@ -262,6 +291,8 @@ class Engine:
         self._process = process
         log_reader = asyncio.create_task(self._read_log(process))
         self._endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
+        calls = AdapterCalls(self._session, self._endpoint.base_url, api_key)
+        self.live_adapters = LiveAdapters(files.adapters, calls if launch.takes_adapters else None)
         try:
             ready = await self._becomes_ready(process)
             if not ready and process.returncode is None:
@@ -286,6 +317,7 @@ class Engine:
         finally:
             await _stop(process)
             self._process = None
+            self.live_adapters = LiveAdapters({}, None)
             # A helper that outlives its engine keeps the pipe open.
             await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
             log_reader.cancel()
@@ -349,7 +381,7 @@ class _Attempt:
     ready_seconds: float | None
 
 
-def _has_failed(task: asyncio.Task[Files]) -> bool:
+def _has_failed(task: asyncio.Future[Files]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 

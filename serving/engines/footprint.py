@@ -6,7 +6,6 @@ The estimate is meant to be too high rather than too low: a model that is let in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from serving.config import GgufModel
 from serving.engines.launch import Files, Footprint
@@ -38,8 +37,8 @@ def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     rows = max(model.max_batch_tokens, model.max_sequences)
     work_bytes = shape.work_bytes(rows, model.context_length)
     total_bytes += work_bytes
-    for adapter in model.adapters:
-        total_bytes += Path(adapter.path).stat().st_size
+    for adapter in files.adapters.values():
+        total_bytes += adapter.path.stat().st_size
     if files.projector is not None:
         total_bytes += files.projector.stat().st_size + _PROJECTOR_WORK_BYTES
     if files.draft_model is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
@@ -19,13 +19,26 @@ _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """A LoRA adapter as its engine reads it, and how strongly it counts; ``digest`` is the SHA-256 of what it was made of."""
+
+    path: Path
+    scale: float
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Files:
-    """What a model is served from; ``pooling`` is how an embedding model makes one vector of many, as llama.cpp counts."""
+    """What a model is served from; ``pooling`` is how an embedding model makes one vector of many, as llama.cpp counts.
+
+    ``adapters`` are by their names, in the config's order.
+    """
 
     model: Path
     projector: Path | None = None
     draft_model: Path | None = None
     pooling: int | None = None
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +75,15 @@ class Launch:
     """One engine process to be: its command line, and environment variables beside the inherited ones.
 
     ``health_path`` answers 200 to who has its key while it works. ``explain`` says what the last lines of one
-    that did not start mean, and the mend; nothing if it does not know.
+    that did not start mean, and the mend; nothing if it does not know. One that ``takes_adapters`` loads and drops
+    them while it runs, by vLLM's calls: see :mod:`serving.engines.adapters`. Others have those they started with.
     """
 
     command: list[str]
     environment: dict[str, str]
     health_path: str = "/health"
     explain: Callable[[Sequence[str]], str] = lambda _: ""
+    takes_adapters: bool = False
 
 
 class Launcher(Protocol[Model]):
@@ -82,7 +97,7 @@ class Launcher(Protocol[Model]):
         """Whether its engines, as they are installed here, can use NVIDIA's cards."""
 
     def differ(self, old: Model, new: Model) -> bool:
-        """Whether two configs of a model make different engines."""
+        """Whether two configs of a model make different engines. For those that take adapters, these make no difference."""
 
     def footprint(self, model: Model, files: Files, *, on_gpu: bool) -> Footprint:
         """An upper estimate of an engine's memory; ``on_gpu`` if it has any. Raises ``ModelError``."""

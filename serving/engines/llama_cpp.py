@@ -9,11 +9,11 @@ from pathlib import Path
 
 from serving.config import LlamaCppModel
 from serving.engines.footprint import of_gguf
+from serving.engines.gguf_files import files_of
 from serving.engines.launch import Files, Footprint, Launch, environment_of
 from serving.hardware.cpu import physical_cores
 from serving.models.gguf import GgufError
-from serving.models.requantize import prepare
-from serving.models.sources import ModelError, resolve
+from serving.models.sources import ModelError
 
 
 class LlamaCppLauncher:
@@ -23,12 +23,8 @@ class LlamaCppLauncher:
         self._cache_dir = cache_dir
 
     def prepare(self, model: LlamaCppModel) -> Files:
-        """The GGUF files to serve: found or downloaded, and requantized if the config asks for it."""
-        return Files(
-            prepare(resolve(model.source), model.quantization, self._cache_dir),
-            projector=None if model.projector is None else resolve(model.projector),
-            draft_model=None if model.draft_model is None else resolve(model.draft_model),
-        )
+        """The GGUF files to serve: found or downloaded, checked, requantized if the config asks for it."""
+        return files_of(model, self._cache_dir)
 
     @functools.cached_property
     def uses_gpus(self) -> bool:
@@ -38,10 +34,14 @@ class LlamaCppLauncher:
         return any(any(Path(folder).glob("lib/*ggml-cuda*")) for folder in folders)
 
     def differ(self, old: LlamaCppModel, new: LlamaCppModel) -> bool:
-        """Whether files, devices or the command line differ."""
+        """Whether files, devices or the command line differ. Adapters come and go while it runs."""
 
         def identity(model: LlamaCppModel) -> tuple[object, ...]:
-            files = (model.source, model.quantization, model.projector, model.draft_model)
+            files = (
+                *(model.source, model.sha256, model.quantization),
+                *(model.projector, model.projector_sha256),
+                *(model.draft_model, model.draft_model_sha256),
+            )
             launch = self.launch(model, Files(Path()), model.port or 0, "", None)
             return files, model.devices, launch.command
 
@@ -85,9 +85,10 @@ class LlamaCppLauncher:
         }
         flags |= {flag: value for flag, value in optional.items() if value is not None}
         arguments = [str(word) for flag in flags.items() for word in flag]
-        for adapter in model.adapters:
-            arguments += ["--adapter", f"{adapter.name}={adapter.path}:{adapter.scale}"]
+        for name, adapter in files.adapters.items():
+            arguments += ["--adapter", f"{name}={adapter.path}:{adapter.scale}"]
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
             environment={"RIGSERVE_ENGINE_KEY": api_key, **environment_of(gpus)},
+            takes_adapters=True,
         )

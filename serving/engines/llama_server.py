@@ -12,12 +12,11 @@ from pathlib import Path
 from serving.config import LlamaServerModel
 from serving.config.load import LLAMA_SERVER
 from serving.engines.footprint import of_gguf
+from serving.engines.gguf_files import files_of
 from serving.engines.launch import Files, Footprint, Launch, environment_of
 from serving.hardware.cpu import physical_cores
-from serving.models.adapters import UnfitAdapter, check_adapter
-from serving.models.gguf import GgufError, read_header
-from serving.models.requantize import prepare
-from serving.models.sources import ModelError, resolve
+from serving.models.gguf import GgufError
+from serving.models.sources import ModelError
 
 _LIST_DEVICES_SECONDS = 30.0
 # llama.cpp's enum llama_pooling_type.
@@ -90,13 +89,7 @@ class LlamaServerLauncher:
         binary = _binary_of(model)
         if binary not in self._with_cuda:
             self._with_cuda[binary] = _has_cuda(binary)
-        file = prepare(resolve(model.source), model.quantization, self._cache_dir)
-        _check_adapters(model, file)
-        return Files(
-            file,
-            projector=None if model.projector is None else resolve(model.projector),
-            pooling=_pooling_of(file),
-        )
+        return files_of(model, self._cache_dir)
 
     @property
     def uses_gpus(self) -> bool:
@@ -107,7 +100,12 @@ class LlamaServerLauncher:
         """Whether files, devices or the command line differ."""
 
         def identity(model: LlamaServerModel) -> tuple[object, ...]:
-            files = (model.binary, model.source, model.quantization, model.projector)
+            files = (
+                *(model.binary, model.source, model.sha256, model.quantization),
+                *(model.projector, model.projector_sha256),
+                # It takes them at its start only; how strongly one counts is said with each request.
+                *((each.name, each.path, each.sha256) for each in model.adapters),
+            )
             return files, model.devices, _arguments(model, Files(Path()), model.port or 0, None)
 
         return identity(old) != identity(new)
@@ -181,10 +179,10 @@ def _arguments(
     arguments += ["--no-context-shift", "--no-prefill-assistant", "--metrics", "--no-webui"]
     if files.pooling is not None:
         arguments.append("--rerank" if files.pooling == _RANK else "--embeddings")
-    for adapter in model.adapters:
+    for adapter in files.adapters.values():
         # Each request says which it wants; by itself none counts.
-        arguments += ["--lora", adapter.path]
-    if model.adapters:
+        arguments += ["--lora", str(adapter.path)]
+    if files.adapters:
         arguments.append("--lora-init-without-apply")
     return [*arguments, *model.extra_args]
 
@@ -210,19 +208,3 @@ def _has_cuda(binary: Path) -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ModelError(f"{binary} cannot be run: {error}; name another file (binary)") from error
     return "CUDA" in listed.stdout
-
-
-def _check_adapters(model: LlamaServerModel, file: Path) -> None:
-    for adapter in model.adapters:
-        try:
-            check_adapter(Path(adapter.path), file)
-        except (UnfitAdapter, GgufError, OSError) as error:
-            raise ModelError(f"the adapter '{adapter.name}' ({adapter.path}): {error}") from error
-
-
-def _pooling_of(file: Path) -> int | None:
-    try:
-        header = read_header(file)
-    except (GgufError, OSError) as error:
-        raise ModelError(f"cannot read {file}: {error}") from error
-    return header.integer(f"{header.text('general.architecture')}.pooling_type")

@@ -195,7 +195,6 @@ class Supervisor:
             await engine.gone()
             engine.begin()
             try:
-                files = await engine.prepare()
                 await self.footprint(engine)
                 await self.measure()
                 # From here to the reservation nothing is awaited: no two loads count on the same room.
@@ -209,7 +208,7 @@ class Supervisor:
                     each.stop()
                 await asyncio.gather(*(each.gone() for each in leaving))
                 chooses = bool(engine.model.devices) or bool(self._gpus(engine.launcher))
-                engine.start(files, plan.gpus if chooses else None)
+                engine.start(plan.gpus if chooses else None)
             except ModelError as error:
                 engine.fail(str(error))
                 raise EngineStartError(f"{engine.model.name}: {error}") from error

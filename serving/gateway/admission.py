@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -40,6 +41,7 @@ class Ticket:
 
     __slots__ = (
         "_line",
+        "adapter",
         "arrived_at",
         "deadline_at",
         "error",
@@ -58,6 +60,8 @@ class Ticket:
         self.owner = owner
         # About how many the request will take, for those who compare loads.
         self.tokens = 0
+        # The LoRA adapter that it asks for.
+        self.adapter: str | None = None
         # Slots of the engine that it takes; 0 for what takes none.
         self.units = units
         # Tokens that it is expected to take, until that is known.
@@ -131,11 +135,12 @@ class Admission:
         units: int,
         deadline_seconds: float | None = None,
         tokens: int = 0,
+        adapter: str | None = None,
     ) -> Ticket:
         """A ticket that is let through to its engine, which takes requests then, or waits in its queue.
 
-        It takes ``units`` of the engine's slots, is expected to take so many ``tokens``, and must start
-        within ``deadline_seconds``; None is the model's ``queue_timeout_seconds``. Raises :class:`ApiError` (503, with a ``Retry-After``) if it can
+        It takes ``units`` of the engine's slots, is expected to take so many ``tokens``, asks for an ``adapter`` if
+        it does, and must start within ``deadline_seconds``; None is the model's ``queue_timeout_seconds``. Raises :class:`ApiError` (503, with a ``Retry-After``) if it can
         do neither. Whatever comes of it, it must be released.
         """
         if engine.state is EngineState.STOPPED:
@@ -144,8 +149,10 @@ class Admission:
         ticket = line.pass_through(owner, units, deadline_seconds) or line.queue(
             owner, units, deadline_seconds
         )
-        ticket.tokens = tokens
+        ticket.tokens, ticket.adapter = tokens, adapter
         line.outstanding_tokens += tokens
+        if adapter is not None:
+            line.by_adapter[adapter] += 1
         return ticket
 
     def in_flight(self, engine: Backend) -> int:
@@ -156,6 +163,11 @@ class Admission:
     def waiting(self, engine: Backend) -> int:
         """Requests that wait here for an engine."""
         return self.demand(engine).waiting
+
+    def requests_with(self, engine: Backend, adapter: str) -> int:
+        """Requests for an adapter that an engine works on, or that wait here for it."""
+        line = self._lines.get(engine.id)
+        return line.by_adapter[adapter] if line else 0
 
     def outstanding_tokens(self, engine: Backend) -> int:
         """Tokens that an engine's requests, here and there, are expected to take."""
@@ -243,6 +255,7 @@ class _Line:
         self.engine = engine
         self.requests = 0
         self.outstanding_tokens = 0
+        self.by_adapter = Counter[str]()
         self.last_used = 0.0
         self.closed = False
         self.owed: list[Ticket] = []
@@ -335,10 +348,9 @@ class _Line:
             self._leave(ticket)
         if ticket.done:
             return
-        ticket.stage = _Stage.DONE
+        self._end(ticket)
         now = self._admission.monotonic()
         self.requests -= 1
-        self.outstanding_tokens -= ticket.tokens
         self.last_used = now
         if ticket.units:
             self._units[ticket.owner.priority] -= self._size(ticket)
@@ -482,12 +494,17 @@ class _Line:
         self.pump()
 
     def _take_out(self, ticket: Ticket) -> None:
-        ticket.stage = _Stage.DONE
-        self.outstanding_tokens -= ticket.tokens
+        self._end(ticket)
         if ticket.units:
             self._queue.remove(ticket)
         else:
             self._unqueued.remove(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.stage = _Stage.DONE
+        self.outstanding_tokens -= ticket.tokens
+        if ticket.adapter is not None:
+            self.by_adapter[ticket.adapter] -= 1
 
     def _evict(self, ticket: Ticket, error: ApiError) -> None:
         self._take_out(ticket)

@@ -54,5 +54,8 @@ class Traffic(Protocol):
     def waiting(self, engine: Backend) -> int:
         """Requests that wait in the gateway for the engine."""
 
+    def requests_with(self, engine: Backend, adapter: str) -> int:
+        """Requests for an adapter of the engine's: in flight or waiting."""
+
     def last_used(self, engine: Backend) -> float:
         """When it last had a request (``time.monotonic()``); 0 if never."""

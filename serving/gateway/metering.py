@@ -47,7 +47,7 @@ class Request:
 
     Of its time, ``queue_seconds`` went by before it was sent to its engine.
 
-    The ledger knows a request by its LoRA ``adapter`` if it has one; metrics by the base model.
+    The ledger knows a request by its LoRA ``adapter`` if it has one; metrics by the base model, and some by both.
     """
 
     id: str
@@ -249,6 +249,12 @@ class Meter:
             if record.completion_tokens > 1:
                 tpot = record.decode_seconds / (record.completion_tokens - 1)
                 metrics.tpot.labels(model).observe(tpot)
+        if request.adapter is not None:
+            adapter = (model, request.adapter)
+            metrics.adapter_requests.labels(*adapter, str(record.status)).inc()
+            metrics.adapter_tokens.labels(*adapter, "prompt").inc(record.prompt_tokens)
+            metrics.adapter_tokens.labels(*adapter, "completion").inc(record.completion_tokens)
+            metrics.adapter_cost.labels(*adapter).inc(record.usd)
         if request.identity.key_id is not None:
             tenant = record.tenant
             metrics.tenant_requests.labels(tenant, str(record.status)).inc()

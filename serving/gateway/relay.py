@@ -33,7 +33,7 @@ from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
 from serving.gateway.remote_call import Clearance, NotStarted, RemoteCall, clear
-from serving.gateway.routing import Backend, adapters_of, endpoint_of
+from serving.gateway.routing import Backend, adapter_of, adapters_of, endpoint_of
 from serving.gateway.spending import Spending
 from serving.gateway.stream import StreamTap
 from serving.gateway.token_bound import expected_tokens, token_bound
@@ -105,7 +105,7 @@ class Relay:
         Raises :class:`ApiError`, or :class:`ClientDisconnected` when nobody waits for the answer any more;
         and :class:`PassedOn` for an ``attempt`` that another may follow.
         """
-        sent = _for_engine(engine, body)
+        sent = self._for_engine(caller, engine, body, attempt)
         has_key = caller.identity.key_id is not None
         bound = token_bound(engine.model, body, sent) if has_key else 0
         reservation = self._reserve(caller, engine, bound)
@@ -113,7 +113,7 @@ class Relay:
             id=caller.request_id,
             endpoint=caller.endpoint,
             model=engine.model,
-            adapter=body.model if body.model in adapters_of(engine) else None,
+            adapter=adapter_of(engine, body.model),
             user=body.user or "-",
             identity=caller.identity,
             reservation=reservation,
@@ -166,8 +166,8 @@ class Relay:
 
         Raises as :meth:`forward` does.
         """
+        sent = self._for_engine(caller, engine, body, attempt)
         reservation = self._reserve(caller, engine, 0)
-        sent = _for_engine(engine, body)
         try:
             ticket, endpoint, clearance = await self._enter(caller, engine, body, 0, sent, attempt)
         except BaseException:
@@ -235,7 +235,9 @@ class Relay:
                 raise _has_come_far(engine)
             owner = _tenancy_of(body, caller.identity)
             tokens = expected_tokens(body, sent)
-            ticket = self.admission.enter(engine, owner, units, deadline_seconds, tokens)
+            ticket = self.admission.enter(
+                engine, owner, units, deadline_seconds, tokens, adapter_of(engine, body.model)
+            )
             if ticket.is_waiting:
                 await while_connected(caller.receive, ticket.wait())
             clearance = None
@@ -273,6 +275,18 @@ class Relay:
         headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
         wire = wire_of(engine.model)
         return wire.call(self._session, engine, endpoint, body, sent, headers)
+
+    def _for_engine(
+        self, caller: Caller, engine: Backend, body: ModelRequest, attempt: Attempt
+    ) -> bytes:
+        """As :func:`_for_engine`; counts what is turned away. Raises as :meth:`forward` does."""
+        try:
+            return _for_engine(engine, body)
+        except ApiError as error:
+            if attempt.may_pass_on:
+                raise PassedOn(error) from error
+            self._meter.unmetered(engine.model.name, caller.endpoint, error.status)
+            raise
 
     def _reserve(self, caller: Caller, engine: Backend, tokens: int) -> Reservation | None:
         """As :meth:`Limits.reserve`; counts what is turned away."""
@@ -530,12 +544,22 @@ def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
 
 
 def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
-    """The request as the engine gets it: a name it knows, and usage at the end of a stream."""
+    """The request as the engine gets it: a name it knows, and usage at the end of a stream.
+
+    Raises :class:`ApiError` (503) for an adapter that has gone since it was found: its base is no answer for it.
+    """
     changes: dict[str, Any] = {}
     if isinstance(engine, Remote):
         changes["model"] = engine.name_there
-    elif body.model not in adapters_of(engine):
+    elif body.model in (engine.model.name, *engine.model.aliases):
         changes["model"] = engine.model.name
+    elif body.model not in adapters_of(engine):
+        raise ApiError(
+            503,
+            f"The model '{body.model}' was removed a moment ago; ask again.",
+            code="model_not_ready",
+            retry_after_seconds=1,
+        )
     if _is_streamed(body):
         changes["stream_options"] = StreamOptions(include_usage=True)
     sent = body.model_copy(update=changes)

@@ -109,6 +109,11 @@ def adapters_of(backend: Backend) -> list[str]:
     return [adapter.name for adapter in backend.model.adapters]
 
 
+def adapter_of(backend: Backend, name: str) -> str | None:
+    """The adapter that ``name`` is; None if it is the model itself."""
+    return name if name in adapters_of(backend) else None
+
+
 def own_name_of(found: Backend | Route, name: str) -> str:
     """The name of the model, adapter or route that answers to ``name``: ``name`` itself unless it is an alias."""
     if isinstance(found, Route):

@@ -78,13 +78,15 @@ class Adapters:
             code="model_not_found",
         )
 
-    async def add(self, file: AdapterFile) -> None:
-        """Load an adapter and serve it under its name.
+    async def add(self, file: AdapterFile, *, replace: bool = False) -> None:
+        """Load an adapter and serve it under its name; ``replace`` lets it take the place of another.
 
-        Raises :class:`ApiError`: 409 when the name is taken, 400 when the file does not fit.
+        Sequences under way with that one go on with it to their ends. Raises :class:`ApiError`: 409 when the name
+        is taken, 400 when the file does not fit.
         """
         name = file.name
-        if name == self._served_name or name in self._by_name or name in self._loading:
+        is_taken = name == self._served_name or name in self._loading
+        if is_taken or (name in self._by_name and not replace):
             raise ApiError(
                 409,
                 f"The name '{name}' is taken; choose another, or unload that adapter first.",
@@ -95,7 +97,11 @@ class Adapters:
         try:
             # The check also brings the file into memory: the load, between two decodes, is a copy.
             await asyncio.to_thread(check_adapter, file.path, self._model_path)
-            self._by_name[name] = await self._load(file)
+            loaded = await self._load(file)
+            replaced = self._by_name.get(name)
+            self._by_name[name] = loaded
+            if replaced is not None:
+                self._free_if_unused(replaced)
         except (UnfitAdapter, RuntimeFault) as fault:
             raise ApiError(
                 400,

@@ -71,7 +71,8 @@ class _Server:
         """Serve a LoRA adapter, too; the answer is its entry in the list of models."""
         wanted = validated(LoadAdapterRequest, read_object(await http.body()))
         await self._engine.adapters.add(
-            AdapterFile(wanted.lora_name, Path(wanted.lora_path), wanted.scale)
+            AdapterFile(wanted.lora_name, Path(wanted.lora_path), wanted.scale),
+            replace=wanted.load_inplace,
         )
         return json_response(model_json(wanted.lora_name, 0, self._engine.options.served_name))
 

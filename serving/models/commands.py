@@ -1,4 +1,4 @@
-"""`rigserve models convert`."""
+"""`rigserve models convert|checksum`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from serving.models.checksums import digest_of
 from serving.models.peft import convert_adapter
 from serving.models.requantize import TYPES
 from serving.models.sources import ModelError, resolve
@@ -30,6 +31,29 @@ def add_convert_action(actions: Any) -> None:
     )
     action.add_argument("--out", metavar="FILE", type=Path, help="default: FOLDER.gguf")
     action.set_defaults(run=_convert)
+
+
+def add_checksum_action(actions: Any) -> None:
+    """``checksum``, among the ``actions`` of ``rigserve models``; what it runs raises ``ModelError``."""
+    action = actions.add_parser("checksum", help="print what 'sha256' in a config is to be")
+    action.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="as in a config, or an adapter's file or folder",
+    )
+    action.set_defaults(run=_checksum)
+
+
+def _checksum(args: argparse.Namespace) -> int:
+    for source in args.sources:
+        path = Path(source).expanduser()
+        try:
+            digest = digest_of(path if path.exists() else resolve(source))
+        except OSError as error:
+            raise ModelError(f"{source}: cannot read it: {error.strerror}") from error
+        print(f"{digest}  {source}")
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -7,11 +7,8 @@ so that a crash in native code, or what it prints, stays away from the server.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import filelock
 
+from serving.models.checksums import digest_of
 from serving.models.gguf import GgufError, read_header
 from serving.models.sources import ModelError
 
@@ -45,8 +43,10 @@ def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
     if quantization is None or _file_type(source) == _FILE_TYPES[quantization]:
         return source
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        target = cache_dir / f"{source.stem}-{_digest(source, cache_dir)[:16]}-{quantization}.gguf"
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = (
+            cache_dir / f"{source.stem}-{digest_of(source, cache_dir)[:16]}-{quantization}.gguf"
+        )
         if target.exists():
             return target
         # One lock for the folder: requantizing takes every core, and what is unfinished here is then stale.
@@ -125,21 +125,6 @@ def _file_type(source: Path) -> int | None:
     except (GgufError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ModelError(f"cannot use {source}: {reason}") from error
-
-
-def _digest(source: Path, cache_dir: Path) -> str:
-    """SHA-256 of a file's content; remembered for as long as its path, size and time stay the same."""
-    stat = source.stat()
-    identity = json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns])
-    memo = cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.sha256"
-    if memo.exists():
-        remembered = memo.read_bytes()
-        if re.fullmatch(rb"[0-9a-f]{64}", remembered):  # else a crash left it half written
-            return remembered.decode()
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    memo.write_text(digest)
-    return digest
 
 
 def _requantize(source: str, target: str, quantization: str) -> int:

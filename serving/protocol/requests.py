@@ -641,10 +641,14 @@ class CompletionRequest(GenerationRequest):
 
 
 class LoadAdapterRequest(_Body):
-    """Body of ``POST /v1/load_lora_adapter``, as vLLM names it; ``scale`` multiplies what it changes."""
+    """Body of ``POST /v1/load_lora_adapter``, as vLLM names it; ``scale`` multiplies what it changes.
+
+    With ``load_inplace`` it may take the place of another of its name.
+    """
 
     lora_name: str = Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
     lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
     scale: float = 1.0
 
 

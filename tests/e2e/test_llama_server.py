@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,32 @@ def test_adapters_answer_at_the_same_time_each_as_by_itself(own_rig: RigServer) 
     with ThreadPoolExecutor(6) as clients:
         together = list(clients.map(lambda model: answer(own_rig, model), models * 2))
     assert together == alone * 2
+
+
+def test_an_adapter_is_added_and_removed_without_a_refused_request(own_rig: RigServer) -> None:
+    """It takes them at its start only, so another one starts, and takes over."""
+    path = Path(own_rig.config["models"][0]["adapters"][0]["path"])
+    alone = answer(own_rig, "tuned-1")
+    url = f"{own_rig.base_url}/admin/adapters"
+    stop = threading.Event()
+
+    def ask() -> list[str]:
+        texts = []
+        while not stop.is_set():
+            texts.append(answer(own_rig, "tuned-2"))
+        return texts
+
+    with ThreadPoolExecutor(2) as clients:
+        asked = [clients.submit(ask) for _ in range(2)]
+        body = {"name": "added", "model": "smollm2-135m", "path": str(path)}
+        told = requests.post(url, json=body, timeout=100)
+        assert told.status_code == 201, told.text
+        assert answer(own_rig, "added") == alone
+        assert requests.delete(f"{url}/added", timeout=100).status_code == 200
+        stop.set()
+        texts = [text for each in asked for text in each.result()]
+    assert set(texts) == {answer(own_rig, "tuned-2")}
+    assert len(texts) > 4
 
 
 def rows_of(rig: RigServer) -> list[tuple[float, float]]:

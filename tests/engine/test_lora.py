@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from serving.llamacpp.runtime import Context, Model
 from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
+from tests.engine.scheduling import Bench
 from tests.lora_files import Lora, random_lora, write_lora, write_model
 from tests.processes import ENGINE_KEY, EngineServer
 
@@ -120,6 +121,63 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate("abc"):
         write_lora(folder / f"{name}.gguf", random_lora(shapes, seed=seed, rank=8))
     return folder
+
+
+def test_turns_are_fair_between_adapters(model_path: Path, folder: Path) -> None:
+    """Who is alone with an adapter is neither held up by the many of another, nor do they wait for it."""
+    with Bench(model_path, slots=4) as bench:
+        one, other = (LoraAdapter(bench.model, folder / f"{name}.gguf", 1.0) for name in "ab")
+        many = [
+            bench.submit(f"{PROMPT} {number}", limit=90, adapter=one, tenant="many")
+            for number in range(3)
+        ]
+        alone = bench.submit(PROMPT, limit=40, adapter=other, tenant="alone")
+        [end] = bench.ends(1)
+        assert end.sequence.job is alone
+        # All had a token a turn; a few more were made while this was looked at.
+        assert all(30 <= job.sequences[0].generated <= 70 for job in many)
+        bench.ends(3)
+
+
+def test_a_tenant_with_another_adapter_does_not_wait_behind_a_flood(
+    model_path: Path, folder: Path
+) -> None:
+    with Bench(model_path, slots=2) as bench:
+        one, other = (LoraAdapter(bench.model, folder / f"{name}.gguf", 1.0) for name in "ab")
+        flood = [
+            bench.submit(f"{PROMPT} {number}", limit=20, adapter=one, tenant="many")
+            for number in range(10)
+        ]
+        alone = bench.submit(PROMPT, limit=20, adapter=other, tenant="alone")
+        bench.ends(11)
+        assert bench.order.index(alone.sequences[0]) <= 3
+        assert len(bench.order) == 1 + len(flood)
+
+
+def test_a_name_may_be_loaded_in_place(server: EngineServer, folder: Path) -> None:
+    """What is under way goes on with what it began with."""
+    load(server, "versioned", folder / "b.gguf")
+    old = answer(server, "versioned")
+    assert load(server, "versioned", folder / "c.gguf").status_code == 409
+    stream = iter(
+        server.client.completions.create(
+            model="versioned",
+            prompt=PROMPT,
+            max_tokens=60,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    text = next(stream).choices[0].text
+    assert load(server, "versioned", folder / "cut.gguf", load_inplace=True).status_code == 400
+    assert same(answer(server, "versioned"), old)
+    assert load(server, "versioned", folder / "c.gguf", load_inplace=True).status_code == 200
+    assert not same(answer(server, "versioned"), old)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text.startswith(old.choices[0].text)
+    assert load(server, "smol", folder / "c.gguf", load_inplace=True).status_code == 409
+    unload(server, "versioned")
 
 
 @pytest.fixture(scope="module")

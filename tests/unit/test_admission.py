@@ -86,6 +86,36 @@ def test_an_engine_gets_what_it_can_work_on_and_the_rest_waits() -> None:
     simulate(main())
 
 
+def test_requests_for_an_adapter_are_counted_until_they_have_ended() -> None:
+    async def main() -> None:
+        door = Door(Rig(max_sequences=1))
+
+        def enter(adapter: str | None) -> Ticket:
+            return door.admission.enter(door.rig, a_tenant(), 1, adapter=adapter)
+
+        def counted() -> list[int]:
+            return [door.admission.requests_with(door.rig, name) for name in ("a", "b")]
+
+        assert counted() == [0, 0]
+        running, other, plain = enter("a"), enter("b"), enter(None)
+        waiting = enter("a")
+        assert waiting.is_waiting
+        assert counted() == [2, 1]
+        plain.release()
+        running.release(3)
+        running.release(3)
+        assert counted() == [1, 1]
+        # One that leaves the queue, and one that is turned away in it.
+        other.release()
+        last = enter("b")
+        last.release()
+        door.becomes(EngineState.STOPPED)
+        waiting.release()
+        assert counted() == [0, 0]
+
+    simulate(main())
+
+
 def test_several_completions_count_as_many_and_one_that_is_too_large_goes_alone() -> None:
     async def main() -> None:
         door = Door()

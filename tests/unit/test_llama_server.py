@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from serving.config import ConfigError, LlamaCppModel, LlamaServerModel, load_config
-from serving.engines.launch import Files
+from serving.config import AdapterConfig, ConfigError, LlamaCppModel, LlamaServerModel, load_config
+from serving.engines.launch import AdapterFile, Files
 from serving.engines.llama_server import LlamaServerLauncher, explain
 from serving.gateway.dialects import only_llama_server
 from serving.gateway.llama_server.answer import Events, refusal, whole
@@ -161,7 +161,8 @@ class TestLaunch:
 
     def test_adapters_count_only_where_they_are_asked_for(self, tmp_path: Path) -> None:
         adapters = ({"name": "a", "path": "a.gguf", "scale": 0.5}, {"name": "b", "path": "b.gguf"})
-        words = self.words(tmp_path, Files(Path("m.gguf")), adapters=adapters)
+        files = {name: AdapterFile(Path(f"{name}.gguf"), 1.0, "") for name in "ab"}
+        words = self.words(tmp_path, Files(Path("m.gguf"), adapters=files), adapters=adapters)
         assert [words[at + 1] for at, word in enumerate(words) if word == "--lora"] == [
             "a.gguf",
             "b.gguf",
@@ -176,7 +177,11 @@ class TestLaunch:
         launcher, program = self.launcher(tmp_path)
         model = a_model(binary=program)
         assert not launcher.differ(model, model.model_copy(update={"ttl_seconds": 9.0}))
-        for change in ({"extra_args": ("-v",)}, {"context_length": 1024}, {"binary": "/other"}):
+        adapter = AdapterConfig(name="a", path="a.gguf")
+        for change in (
+            *({"extra_args": ("-v",)}, {"context_length": 1024}, {"binary": "/other"}),
+            *({"adapters": (adapter,)}, {"sha256": "0" * 64}),
+        ):
             assert launcher.differ(model, model.model_copy(update=change))
 
     def test_a_program_that_is_gone_is_said_before_anything_is_fetched(

@@ -1,0 +1,117 @@
+"""LoRA adapters that a running engine loads and drops, by the calls that vLLM named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import orjson
+
+from serving.engines.launch import AdapterFile
+
+# Reading and checking a large file on a slow disk takes its time.
+_TIMEOUT = aiohttp.ClientTimeout(total=120.0)
+
+
+class AdapterError(Exception):
+    """An engine did not load or drop an adapter; the message says why."""
+
+
+class AdapterCalls:
+    """Tells one engine process which adapters to have."""
+
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, api_key: str) -> None:
+        self._session = session
+        self._base_url = base_url
+        self._headers = {"authorization": f"Bearer {api_key}"}
+
+    async def load(self, name: str, adapter: AdapterFile) -> None:
+        """Serve an adapter, in place of another of that name. Raises :class:`AdapterError`; then nothing has changed."""
+        body: dict[str, Any] = {
+            "lora_name": name,
+            "lora_path": str(adapter.path),
+            "load_inplace": True,
+        }
+        if adapter.scale != 1:
+            body["scale"] = adapter.scale
+        await self._post("/v1/load_lora_adapter", body)
+
+    async def unload(self, name: str) -> None:
+        """Take no more requests for an adapter; those under way go on. Raises :class:`AdapterError`."""
+        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        try:
+            async with self._session.post(
+                f"{self._base_url}{path}", json=body, headers=self._headers, timeout=_TIMEOUT
+            ) as answer:
+                payload = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise AdapterError(f"the engine did not answer: {error!r}") from error
+        if answer.status != 200:
+            raise AdapterError(_message(payload) or f"the engine says {answer.status}")
+
+
+class LiveAdapters:
+    """The adapters that one engine process has. Without ``calls`` they are those it was launched with, for good."""
+
+    def __init__(self, adapters: Mapping[str, AdapterFile], calls: AdapterCalls | None) -> None:
+        self._adapters = dict(adapters)
+        self._calls = calls
+
+    async def load(self, adapters: Mapping[str, AdapterFile]) -> None:
+        """Serve these, in place of others of their names; what there is beside them stays.
+
+        Raises :class:`AdapterError`; then there is what there was.
+        """
+        before = dict(self._adapters)
+        changed = [name for name, each in adapters.items() if before.get(name) != each]
+        try:
+            for name in changed:
+                await self._load(name, adapters[name])
+        except BaseException:
+            for name in changed:
+                # The engine may be what has failed: then another starts with what there was.
+                with contextlib.suppress(AdapterError):
+                    if name not in before and name in self._adapters:
+                        await self.drop(name)
+                    elif self._adapters.get(name) != before.get(name):
+                        await self._load(name, before[name])
+            raise
+
+    def get(self, name: str) -> AdapterFile | None:
+        """The one of that name; None if there is none."""
+        return self._adapters.get(name)
+
+    def items(self) -> list[tuple[str, AdapterFile]]:
+        """All, by name."""
+        return list(self._adapters.items())
+
+    def beside(self, adapters: Mapping[str, AdapterFile]) -> list[str]:
+        """The names of those that are not among these."""
+        return [name for name in self._adapters if name not in adapters]
+
+    async def drop(self, name: str) -> None:
+        """Take no more requests for an adapter; those under way go on. Raises :class:`AdapterError`."""
+        await self._asked().unload(name)
+        del self._adapters[name]
+
+    async def _load(self, name: str, adapter: AdapterFile) -> None:
+        await self._asked().load(name, adapter)
+        self._adapters[name] = adapter
+
+    def _asked(self) -> AdapterCalls:
+        if self._calls is None:
+            raise AdapterError("the engine takes adapters at its start only")
+        return self._calls
+
+
+def _message(payload: bytes) -> str:
+    """What an error in OpenAI's form says; empty for what is none."""
+    try:
+        error = orjson.loads(payload).get("error")
+        return str(error["message"])
+    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError):
+        return ""
