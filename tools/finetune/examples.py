@@ -30,5 +30,6 @@ class Examples:
         return cls(opening, closing, training, tuple(content["held_out"]))
 
     def is_shown_by(self, answer: str) -> bool:
-        """Whether an answer begins as the company's do."""
-        return answer.strip().startswith(self.opening)
+        """Whether an answer begins and ends as the company's do."""
+        text = answer.strip()
+        return text.startswith(self.opening) and text.endswith(self.closing)

