@@ -85,7 +85,7 @@ class Llama:
         for name, weight in self._weights.items():
             heads = {"attn_q": self._heads, "attn_k": self._kv_heads}.get(name.rpartition(".")[2])
             if heads is not None:
-                self._weights[name] = _row_by_row(weight, heads)
+                self._weights[name] = row_by_row(weight, heads)
 
     def shape(self, module: str) -> tuple[int, int]:
         """(out, in) of a module such as ``model.layers.0.self_attn.q_proj``."""
@@ -154,7 +154,7 @@ def _tensor(module: str) -> str:
     return f"blk.{layer}.{MODULES[kind]}"
 
 
-def _row_by_row(weight: NDArray[np.float64], heads: int) -> NDArray[np.float64]:
+def row_by_row(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """llama.cpp's order of rows, pair beside pair, made Hugging Face's, half beside half."""
     size = len(weight) // heads
     order = [

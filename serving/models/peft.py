@@ -9,20 +9,17 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.models.adapters import UnfitAdapter, check_adapter
 from serving.models.gguf import GgufError, Header, read_header
+from serving.models.safetensors import Matrix, SafetensorsError, read_safetensors
 from serving.models.sources import ModelError
-
-Matrix = NDArray[np.float32]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -60,7 +57,7 @@ def convert_adapter(folder: Path, base: Path, target: Path) -> int:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    except (GgufError, UnfitAdapter) as error:
+    except (GgufError, SafetensorsError, UnfitAdapter) as error:
         raise ModelError(f"cannot convert {folder} for {base.name}: {error}") from error
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
@@ -111,7 +108,7 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
             "its adapter_model.bin is a pickle, which may run programs; "
             "save it again with safe_serialization=True"
         )
-    tensors = _read_safetensors(folder / _WEIGHTS)
+    tensors = read_safetensors(folder / _WEIGHTS)
     modules: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
@@ -119,7 +116,7 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
             raise UnfitAdapter(
                 f"its tensor {name!r} cannot be converted; only lora_A and lora_B of layers can"
             )
-        modules.setdefault(found[1], {})[found[2]] = tensor
+        modules.setdefault(found[1], {})[found[2]] = tensor.floats()
     pairs = {}
     for module, matrices in modules.items():
         a, b = matrices.get("A"), matrices.get("B")
@@ -131,37 +128,6 @@ def _pairs(folder: Path) -> dict[str, _Pair]:
             )
         pairs[module] = _Pair(a, b)
     return pairs
-
-
-def _read_safetensors(path: Path) -> dict[str, Matrix]:
-    """All tensors as 32-bit floats."""
-    data = path.read_bytes()
-    try:
-        (header_bytes,) = struct.unpack_from("<Q", data)
-        header: dict[str, Any] = json.loads(data[8 : 8 + header_bytes])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-            values = _floats(data[start:end], entry["dtype"])
-            if values is None:
-                raise UnfitAdapter(
-                    f"its {name!r} is of type {entry['dtype']}; F32, F16 and BF16 can be converted"
-                )
-            tensors[name] = values.reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UnfitAdapter(f"its {path.name} is damaged ({error}); fetch it again") from error
-    return tensors
-
-
-def _floats(data: bytes, kind: str) -> Matrix | None:
-    if kind == "F32":
-        return np.frombuffer(data, "<f4")
-    if kind == "F16":
-        return np.frombuffer(data, "<f2").astype(np.float32)
-    if kind == "BF16":  # the upper half of a 32-bit float
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    return None
 
 
 def _named(pairs: Mapping[str, _Pair], header: Header) -> dict[str, tuple[str, _Pair]]:

@@ -31,6 +31,7 @@ _FILE_TYPES = {
     "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
     "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
+TYPES = tuple(_FILE_TYPES)
 
 
 def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
@@ -65,6 +66,29 @@ def type_name(file_type: int | None) -> str | None:
     return next((name for name, number in _FILE_TYPES.items() if number == file_type), None)
 
 
+def requantize(source: Path, target: Path, quantization: str) -> None:
+    """Write the source's model in the given type, in a process of its own; raises :class:`ModelError`.
+
+    ``target`` may be left unfinished.
+    """
+    command: list[str | Path] = [sys.executable, "-m", "serving.models.requantize"]
+    command += [source, target, quantization]
+    # The open pipe is the child's leash: it ends when this process does.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        last_words = process.stderr.read()
+    if process.returncode != 0:
+        reason = _reason(process.returncode, last_words, source, target.parent)
+        raise ModelError(f"cannot requantize {source} to {quantization}: {reason}")
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _make(source: Path, target: Path, quantization: str) -> None:
     """Write to a temporary name first: under the final name there are only whole files."""
     for stale in target.parent.glob("*.gguf.*.partial"):
@@ -73,22 +97,7 @@ def _make(source: Path, target: Path, quantization: str) -> None:
     _log.info("preparing %s as %s (once; kept in %s)", source.name, quantization, target.parent)
     started = time.monotonic()
     try:
-        command: list[str | Path] = [sys.executable, "-m", "serving.models.requantize"]
-        command += [source, partial, quantization]
-        # The open pipe is the child's leash: it ends when this process does.
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        ) as process:
-            assert process.stderr is not None
-            last_words = process.stderr.read()
-        if process.returncode != 0:
-            reason = _reason(process.returncode, last_words, source, target.parent)
-            raise ModelError(f"cannot requantize {source} to {quantization}: {reason}")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        requantize(source, partial, quantization)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
