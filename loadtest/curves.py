@@ -159,3 +159,19 @@ def ratios(rows: Sequence[tuple[str, float, float, float, str]]) -> str:
         for label, ratio, least, most, kind in rows
     )
     return f'<div class="bars">{drawn}</div>'
+
+
+def over_time(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], y_unit: str) -> str:
+    """Named lines of (second, value)."""
+    points = [point for _, line in curves for point in line]
+    if not points:
+        return ""
+    end = max(x for x, _ in points) or 1.0
+    frame = Frame.over_time(end, scale(0.0, max(y for _, y in points)))
+    parts = [frame.open("curves"), frame.axes("seconds", y_unit)]
+    parts += [
+        f'<polyline class="line s{number}" points="{frame.path(line)}"/>'
+        for number, (_, line) in enumerate(curves)
+        if line
+    ]
+    return "".join(parts) + "</svg>"

@@ -183,7 +183,7 @@ def _report_of(
             )
             if options.web:
                 assert isinstance(load, Closed)
-                with serve_web(crowd, console):
+                with serve_web(crowd, console, clock):
                     conductor.run_until_ended(load.users)
             else:
                 trace_seconds = trace[-1].at_seconds / setup.speed if trace else 0.0
