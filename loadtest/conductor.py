@@ -115,7 +115,7 @@ class Conductor:
         """Wait until what was sent is answered, and all records have come."""
         ended = max(min(stage.end, self._clock()), stage.begin)
         deadline = time.monotonic() + GRACE_SECONDS
-        while not self._crowd.collector.idle_since(ended, self._crowd.workers):
+        while not self._crowd.idle_since(ended):
             self._show(stage, "finishing")
             if time.monotonic() > deadline or self._orders.abandon.is_set():
                 self._crowd.abandon()
@@ -128,6 +128,6 @@ class Conductor:
     def _wait_until_idle(self, asked: float) -> None:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            if self._crowd.collector.idle_since(asked, self._crowd.workers):
+            if self._crowd.idle_since(asked):
                 return
             time.sleep(_LOOK_SECONDS / 4)

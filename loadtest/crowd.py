@@ -153,7 +153,7 @@ class Collector:
     def idle_since(self, moment: float, workers: int) -> bool:
         """Whether all processes have said, after that moment, that nothing is open."""
         told = [count for as_of, count in self._in_flight.values() if as_of > moment]
-        return len(told) == workers and not any(told)
+        return len(told) >= workers and not any(told)
 
 
 class Crowd:
@@ -162,8 +162,12 @@ class Crowd:
     def __init__(
         self, api_key: str | None, master_at: tuple[str, int] | None, workers: int
     ) -> None:
-        """``master_at`` is where workers are to come; None: this process sends by itself."""
+        """``master_at`` is where workers are to come; None: this process sends by itself.
+
+        ``lost`` may be set to what counts the workers that are known to be dead.
+        """
         self.workers = workers
+        self.lost: Callable[[], int] = lambda: 0
         self.collector = Collector()
         self.stages: list[Stage] = []
         self._users_wanted: int | None = None
@@ -178,6 +182,10 @@ class Crowd:
         self.runner.register_message(
             _REPORT, lambda environment, msg, **_: self.collector.take(msg.data)
         )
+
+    def idle_since(self, moment: float) -> bool:
+        """Whether all processes that are left have said, after that moment, that nothing is open."""
+        return self.collector.idle_since(moment, self.workers - self.lost())
 
     @property
     def connected(self) -> int:
@@ -254,7 +262,7 @@ def work_for(host: str, port: int, api_key: str | None, gone: Callable[[], bool]
     environment.user_classes = [user_class(post)]
     runner: WorkerRunner = environment.create_worker_runner(host, port)
     _obey(runner, post)
-    while not runner.greenlet.ready() and not gone():
+    while len(runner.greenlet) and not gone():
         gevent.sleep(_IDLE_SECONDS)
 
 

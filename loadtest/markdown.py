@@ -87,9 +87,13 @@ def verdict_line(passed: bool, subject: str, reason: str) -> str:
 
 def with_interval(found: Distribution, part: str) -> str:
     """A statistic in milliseconds and its interval; an end that so few values leave open is ``?``."""
-    low, high = found.intervals[part]
-    ends = ("?" if end is None else f"{end * 1e3:,.1f}" for end in (low, high))
-    return f"{getattr(found, part) * 1e3:,.1f} ({' to '.join(ends)})"
+    return f"{getattr(found, part) * 1e3:,.1f} ({interval(found, part)})"
+
+
+def interval(found: Distribution, part: str) -> str:
+    """Its two ends in milliseconds."""
+    ends = found.intervals[part]
+    return " to ".join("?" if end is None else f"{end * 1e3:,.1f}" for end in ends)
 
 
 def number(value: float | None, digits: int = 1) -> str:

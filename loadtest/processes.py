@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gevent
@@ -39,8 +39,13 @@ class Leash:
 
 
 @contextmanager
-def local_workers(count: int, host: str, port: int, api_key: str | None) -> Iterator[None]:
-    """So many processes that join the bench at an address, until the block ends or this process does."""
+def local_workers(
+    count: int, host: str, port: int, api_key: str | None
+) -> Iterator[Callable[[], int]]:
+    """So many processes that join the bench at an address, until the block ends or this process does.
+
+    Yields what counts those that have died.
+    """
     processes: list[subprocess.Popen[str]] = []
     try:
         for _ in range(count):
@@ -54,7 +59,7 @@ def local_workers(count: int, host: str, port: int, api_key: str | None) -> Iter
             assert process.stdin is not None
             process.stdin.write(Join(host, port, api_key).to_json() + "\n")
             process.stdin.flush()
-        yield
+        yield lambda: sum(process.poll() is not None for process in processes)
     finally:
         for process in processes:
             assert process.stdin is not None

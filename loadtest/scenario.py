@@ -202,6 +202,8 @@ def load_scenario(name_or_path: str) -> tuple[str, Scenario]:
         scenario = Scenario.model_validate(document.values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
+            if detail["type"] == "too_short" and detail["input"]:
+                continue  # pydantic counts only good items
             path = _path_in_file(detail["loc"], document.values)
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
@@ -226,6 +228,8 @@ def _path_in_file(location: tuple[str | int, ...], values: Any) -> KeyPath:
     path: list[str | int] = []
     for number, part in enumerate(location):
         last = number == len(location) - 1
+        if isinstance(values, dict) and part == values.get("kind"):
+            continue
         if isinstance(values, dict) and (part in values or last):
             values = values.get(part)
         elif isinstance(values, list) and isinstance(part, int) and part < len(values):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from loadtest import charts, curves
-from loadtest.markdown import LATENCIES, goodput, number, pair
+from loadtest.markdown import LATENCIES, goodput, interval, number, pair
 from loadtest.measures import inter_token, tokens_over_time
 from loadtest.records import RequestRecord
 from loadtest.report import Report, StageReport
@@ -373,8 +373,8 @@ def _cells(found: Distribution | None) -> str:
         return "<td>-</td>" * 6
     cells = []
     for part in ("mean", "p50", "p90", "p95", "p99"):
-        low, high = ("?" if end is None else f"{end * 1e3:,.1f}" for end in found.intervals[part])
-        cells.append(f"<td>{getattr(found, part) * 1e3:,.1f}<small>{low} to {high}</small></td>")
+        shown = f"{getattr(found, part) * 1e3:,.1f}<small>{interval(found, part)}</small>"
+        cells.append(f"<td>{shown}</td>")
     return f"{''.join(cells)}<td>{found.count:,}</td>"
 
 

@@ -189,8 +189,7 @@ def _report_of(
                 trace_seconds = trace[-1].at_seconds / setup.speed if trace else 0.0
                 conductor.run(trace_seconds + 1e-3)
         energy_after = _energy(options.url, api_key)
-        if crowd.connected < setup.workers:
-            lost = setup.workers - crowd.connected
+        if lost := max(crowd.lost(), setup.workers - crowd.connected):
             notes.append(
                 f"{lost} worker processes were lost on the way: their last requests are missing."
             )
@@ -259,11 +258,12 @@ def _crowd(
             f"rigserve bench --join {host}:{number}"
         )
     joined = "127.0.0.1" if host in ("0.0.0.0", "*", "::") else host  # noqa: S104 - compared, not bound
-    with local_workers(options.workers, joined, number, api_key):
+    with local_workers(options.workers, joined, number, api_key) as lost:
+        crowd.lost = lost
         deadline = time.monotonic() + _JOIN_SECONDS
         while crowd.connected < setup.workers and not leash.end.is_set():
-            if time.monotonic() > deadline and not options.remote_workers:
-                raise RuntimeError("the worker processes do not start")
+            if lost() or (time.monotonic() > deadline and not options.remote_workers):
+                raise RuntimeError("the worker processes do not start; see above")
             gevent.sleep(0.1)
         yield None if leash.end.is_set() else crowd
 

@@ -20,11 +20,11 @@ from loadtest.crowd import Collector
 from loadtest.markdown import (
     LATENCIES,
     goodput,
+    interval,
     notes,
     number,
     pair,
     verdict_line,
-    with_interval,
 )
 from loadtest.report import Report
 from loadtest.stages import Stage
@@ -162,7 +162,7 @@ def show_report(console: Console, report: Report, out: Path) -> None:
         )
     for kind, count in head.summary.error_classes.items():
         console.print(f"[red]{count} x {kind}[/red]; the first: {head.summary.first_error}")
-    console.print(f"At {head.stage.label}, milliseconds, with 95 % intervals:")
+    console.print(f"At {head.stage.label}:")
     console.print(_latency_table(report))
     for verdict in report.verdicts:
         style = "green" if verdict.passed else "bold red"
@@ -184,22 +184,15 @@ def _knee_share(report: Report) -> float:
 
 
 def _stages_table(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("load")
-    for heading in (
-        "requests/s",
-        "tokens/s",
-        "a user",
-        "TTFT p50 / p95",
-        "ITL p50 / p95",
-        "failed",
-        "goodput",
-    ):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("load", no_wrap=True)
+    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "goodput"):
+        sub = "\np50 / p95" if heading.endswith("ms") else ""
+        table.add_column(heading + sub, justify="right", no_wrap=True)
     for one in report.stages:
         summary = one.summary
         knee = " (knee)" if report.knee is not None and one is report.headline else ""
-        doubt = " *" if one.client.limits else ""
+        doubt = " !" if one.client.limits else ""
         table.add_row(
             one.stage.label + knee + doubt,
             f"{summary.requests_per_second:.2f}",
@@ -215,13 +208,12 @@ def _stages_table(report: Report) -> Table:
 
 def _latency_table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for heading in ("mean", "p50", "p90", "p99"):
-        table.add_column(heading, justify="right")
+    table.add_column("milliseconds")
+    for heading in ("mean", "p50", "p95", "p99", "p95 lies between (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, key in LATENCIES:
         found = getattr(report.headline.summary, key)
         if found is not None:
-            table.add_row(
-                name, *(with_interval(found, part) for part in ("mean", "p50", "p90", "p99"))
-            )
+            shown = (f"{getattr(found, part) * 1e3:,.1f}" for part in ("mean", "p50", "p95", "p99"))
+            table.add_row(name.partition(",")[0], *shown, interval(found, "p95"))
     return table

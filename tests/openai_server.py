@@ -86,7 +86,7 @@ class OpenAIServer(BaseHTTPRequestHandler):
         if behaviour == "no end":
             self.send({"choices": [{"delta": None, "finish_reason": "length"}]})
             return
-        each = 2 if behaviour == "counts" else 1
+        each = 2 if self.behaviour == "counts" else 1
         usage = {"prompt_tokens": each * words + 5, "completion_tokens": min(body["max_tokens"], 4)}
         self.finish_with(usage)
 

@@ -95,7 +95,7 @@ def test_a_connection_that_the_server_closed_is_not_used_again() -> None:
 
 
 def test_who_is_not_there_is_named() -> None:
-    with pytest.raises(ServerError, match="cannot reach 127.0.0.1:9"):
+    with pytest.raises(ServerError, match=r"cannot reach 127\.0\.0\.1:9"):
         Client("http://127.0.0.1:9/v1", None).models()
     with pytest.raises(ServerError, match="http://HOST:PORT/v1"):
         Client("127.0.0.1:9", None)

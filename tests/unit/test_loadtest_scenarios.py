@@ -76,7 +76,7 @@ def test_errors_name_the_field_and_the_line(text: str, said: str, tmp_path: Path
 
 
 def test_a_scenario_that_is_not_there_is_told_with_those_that_are() -> None:
-    with pytest.raises(ScenarioError, match="did you mean 'sweep'.*completion"):
+    with pytest.raises(ScenarioError, match=r"did you mean 'sweep'.*completion"):
         load_scenario("swep")
 
 
@@ -287,7 +287,7 @@ def test_conversations_grow_repeat_and_differ() -> None:
 def test_tools_that_are_called_have_their_results(arguments: str, called: bool) -> None:
     traffic = Traffic(turns=constant(2), tools=True)
     talk = workload(traffic).conversation(traffic, 0)
-    assert [tool["function"]["name"] for tool in talk.next().body["tools"]][0] == "read_file"
+    assert next(tool["function"]["name"] for tool in talk.next().body["tools"]) == "read_file"
     reply = Reply()
     function = {"name": "read_file", "arguments": arguments}
     reply.tool_calls = [{"id": "call_1", "type": "function", "function": function}]
