@@ -10,7 +10,7 @@ from typing import Any
 import gevent
 from locust import LoadTestShape, User, constant, task
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from loadtest.records import RequestRecord
 from loadtest.stages import Stage, stage_at
@@ -55,6 +55,7 @@ class Post:
         self._reported_samples += len(samples)
         as_of = self.station.clock()
         in_flight = self.station.in_flight
+        assert self.environment.runner is not None
         self.environment.runner.send_message(
             _REPORT,
             {
@@ -73,8 +74,7 @@ class Post:
 
     def _show(self, record: RequestRecord) -> None:
         """Have Locust count it, for its web UI."""
-        fire = self.environment.events.request.fire
-        fire(
+        self.environment.events.request.fire(
             request_type=record.tenant,
             name="end to end",
             response_time=record.end_to_end_seconds * 1e3,
@@ -83,7 +83,7 @@ class Post:
             context={},
         )
         if record.ttft_seconds is not None:
-            fire(
+            self.environment.events.request.fire(
                 request_type=record.tenant,
                 name="time to first token",
                 response_time=record.ttft_seconds * 1e3,
@@ -175,7 +175,7 @@ class Crowd:
         self._post = Post(self.environment, api_key)
         self.environment.user_classes = [user_class(self._post)]
         if master_at is None:
-            self.runner = self.environment.create_local_runner()
+            self.runner: Runner = self.environment.create_local_runner()
             _obey(self.runner, self._post)
         else:
             self.runner = self.environment.create_master_runner(*master_at)
@@ -225,6 +225,9 @@ class Crowd:
 def _shape(crowd: Crowd, clock: Callable[[], float]) -> LoadTestShape:
     class StagesShape(LoadTestShape):
         """As many users as the stage wants that is on, or was last; of arrivals, one for each process."""
+
+        def __init__(self) -> None:
+            super().__init__()
 
         def tick(self) -> tuple[int, float]:
             now = clock()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from loadtest.scenario import Sweep
 
 # Less than this from twice the load, and it is saturated.
@@ -50,9 +52,9 @@ class KneeSearch:
         below = max((load for load in self._throughputs if load < knee), default=None)
         if below is None:
             return None
-        middle = (knee * below) ** 0.5
+        middle = math.sqrt(knee * below)
         if self._sweep.over == "users":
-            middle = round(middle)
+            middle = float(round(middle))
         if knee / below <= _CLOSE_ENOUGH or middle in self._throughputs:
             return None
         return middle

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -207,6 +207,7 @@ class Station:
     def dispatch(self, stage: Stage) -> None:
         """Send this process's share of the requests that are due in a stage; returns when all are sent."""
         rng = random.Random(f"{self.setup.seed}/arrivals of {stage.index}")
+        due: Iterator[tuple[float, TraceRequest | None]]
         if stage.requests_per_second is None:
             due = ((request.at_seconds / self.setup.speed, request) for request in self.setup.trace)
         else:

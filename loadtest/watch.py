@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +126,6 @@ def raise_file_limit() -> int:
     return hard
 
 
-def _mean(values: Sequence[float] | object) -> float:
-    known = list(values)  # type: ignore[call-overload]
-    return float(sum(known) / len(known))
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known)

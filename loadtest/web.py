@@ -41,6 +41,7 @@ def serve_web(crowd: Crowd, console: Console, clock: Callable[[], float]) -> Ite
             response.set_data(response.get_data(as_text=True).replace("</body>", _LINK, 1))
         return response
 
+    assert web.app is not None
     web.app.register_blueprint(pages)
     web.app.after_request(link)
     console.print(
