@@ -32,6 +32,7 @@ from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.llama_server import LlamaServerLauncher
 from serving.engines.remote import Remote, watch
 from serving.engines.supervisor import EngineStartError, Supervisor
+from serving.engines.vllm.launcher import VllmLauncher
 from serving.gateway.access import Access, is_loopback
 from serving.gateway.admission import Admission
 from serving.gateway.app import create_app
@@ -258,6 +259,7 @@ async def _serve(
     launchers: dict[str, Launcher[Any]] = {
         "llama_cpp": LlamaCppLauncher(Path(config.storage.cache_dir)),
         "llama_server": LlamaServerLauncher(Path(config.storage.cache_dir)),
+        "vllm": VllmLauncher(Path(config.storage.cache_dir), _data_dir(config)),
     }
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)
