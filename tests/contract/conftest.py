@@ -23,8 +23,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     needed = {name for mark in metafunc.definition.iter_markers("needs") for name in mark.args}
     able = [engine for engine in ENGINES if needed <= engine.capabilities]
-    ids = [engine.name for engine in able]
-    metafunc.parametrize("contract", able, indirect=True, ids=ids, scope="session")
+    # The first test of each waits for its start.
+    engines = [
+        pytest.param(engine, id=engine.name, marks=pytest.mark.timeout(300 + engine.start_seconds))
+        for engine in able
+    ]
+    metafunc.parametrize("contract", engines, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -52,5 +56,5 @@ def contract(
 def _started(servers: contextlib.ExitStack, path: Path, engine: EngineUnderTest) -> ContractServer:
     server = servers.enter_context(ContractServer(path, engine))
     session_pids.add(server.process.pid)
-    server.wait_until_ready()
+    server.wait_until_ready(engine.start_seconds)
     return server

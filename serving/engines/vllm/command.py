@@ -64,8 +64,10 @@ def arguments(
         "--kv-cache-dtype": model.kv_cache_dtype,
         # What requests leave open is as OpenAI has it, and not as the model's makers like it.
         "--generation-config": "vllm",
-        # That of the llama_cpp engine: Lark grammars, most of JSON Schema.
-        "--structured-outputs-config": json.dumps({"backend": "guidance"}),
+        # As the llama_cpp engine has it: Lark grammars, most of JSON Schema, and JSON without needless space.
+        "--structured-outputs-config": json.dumps(
+            {"backend": "guidance", "disable_any_whitespace": True}
+        ),
         "--middleware": "rigserve_inside.KeyForAll",
     }
     kv_bytes = kv_cache_bytes(model, description)
@@ -132,7 +134,10 @@ def _speculation(model: VllmModel) -> str | None:
 
 
 def _parsers(model: VllmModel, description: Description) -> list[str]:
-    found = parsers_of(description.model_type, description.template)
+    template = description.template
+    if model.chat_template is not None:
+        template = Path(model.chat_template).read_text(encoding="utf-8")
+    found = parsers_of(description.model_type, template)
     tools = found.tools if model.tool_parser == _AUTO else model.tool_parser
     reasoning = found.reasoning if model.reasoning_parser == _AUTO else model.reasoning_parser
     words = [] if tools is None else ["--enable-auto-tool-choice", "--tool-call-parser", tools]

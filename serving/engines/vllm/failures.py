@@ -29,13 +29,13 @@ _FAILURES: tuple[tuple[re.Pattern[str], _Mend], ...] = tuple(
             "its environment is damaged; make it anew: rigserve engines install vllm",
         ),
         (
-            r"address already in use|Address already in use",
+            r"(?i)address already in use",
             "another program has its port; set another, or leave port out for a free one",
         ),
         (
             r"max seq len \((\d+)\).*estimated maximum model length is (\d+)",
-            "there is no room for the KV cache of context_length {0}; {1} would fit: set context_length: {1}, or auto, or "
-            "raise memory_fraction (now {fraction})",
+            "there is no room for the KV cache of context_length {0}; {1} would fit: set context_length to {1}, or to auto, "
+            "or raise memory_fraction (now {fraction})",
         ),
         (
             r"No available memory for the cache blocks|larger than the available KV cache memory"
@@ -45,60 +45,60 @@ _FAILURES: tuple[tuple[re.Pattern[str], _Mend], ...] = tuple(
         ),
         (
             r"User-specified max_model_len \((\d+)\) is greater than the derived max_model_len \([a-z_]+=(\d+)",
-            "the model's own context ends at {1}; set context_length to that, or to auto (now {0})",
+            "the model's own context ends at {1}; set context_length (now {0}) to that, or to auto",
         ),
         (
-            r"(?i)Free memory on device .* is less than desired GPU memory utilization",
+            r"Free memory on device .* is less than desired GPU memory utilization",
             "others hold too much of the card's memory; lower memory_fraction (now {fraction}), or unload them",
         ),
         (
-            r"(?i)out of memory|std::bad_alloc|can't allocate memory|cannot allocate memory|Explicit(?:ly)? set .*exceed"
-            r"|kv_cache_memory_bytes.*larger|not enough memory",
-            "there is not enough memory; lower context_length (now {model.context_length}), max_sequences (now "
-            "{model.max_sequences}) or max_batch_tokens, set kv_cache_dtype: fp8, or choose a smaller quantization",
+            r"(?i)out of memory|std::bad_alloc|cannot allocate memory|is less than requested memory for kv",
+            "there is not enough memory; lower context_length (now {model.context_length}) or max_sequences (now "
+            "{model.max_sequences}), set kv_cache_dtype: fp8, or choose a smaller quantization",
         ),
         (
             r"Bfloat16 is only supported on GPUs with compute capability",
             "the card is too old for bfloat16; set dtype: float16",
         ),
         (
-            r"(?i)minimum capability|compute capability .* is not supported|requires? (?:at least )?compute capability",
-            "the card is too old for this quantization; choose another (quantization), such as awq or gptq",
+            r"quantization method (\S+) is not supported for the current GPU. Minimum capability: (\d+)",
+            "the card is too old for {0}, which needs compute capability {1}; choose another quantization, such as awq "
+            "or gptq",
         ),
         (
-            r"(?i)no kernel image is available|Failed to find a kernel|no valid .*kernel|Cannot find .* kernel",
-            "it has no kernel for this quantization on this hardware; choose another quantization, or another model",
+            r"torch\.(\w+) is not supported for quantization method (\S+)\. Supported dtypes: \[torch\.(\w+)",
+            "models quantized as {1} cannot be computed in {0}; set dtype: {2}",
         ),
         (
-            r"([\w-]+) quantization is (?:currently )?not supported",
+            r"no kernel image is available for execution|Failed to find a kernel that can implement"
+            r"|_C::\w+\(\) expected at most 0 argument|Could not run '_C",
+            "it has no kernel for this on this hardware; choose another quantization (quantization, kv_cache_dtype), or a "
+            "model whose files are not quantized",
+        ),
+        (
+            r"(\S+) quantization is currently not supported in",
             "it cannot serve {0} on this hardware; choose another quantization, or a model whose files are not quantized",
         ),
         (
-            r"Quantization method specified in the model config \((\S+)\) does not match .* \((\S+)\)",
+            r"Quantization method specified in the model config \((\S+)\) does not match .*\((\S+)\)",
             "the model's files are quantized as {0}, and quantization says {1}; leave quantization out",
         ),
         (
-            r"(?:Unknown|Invalid|Unsupported) quantization(?: method)?:? '?([\w-]+)",
-            "it does not know the quantization {0}; correct quantization, or choose another model",
+            r"Unknown quantization method: ([\w-]+)",
+            "this vLLM does not know the quantization {0}; choose another, leave it out, or install a plug-in of vLLM's for "
+            "it into its environment",
         ),
         (
-            r"(?i)bitsandbytes.*(?:install|No module)|No module named '?bitsandbytes",
-            "bitsandbytes is not in its environment; install it there: PYTHON -m pip install bitsandbytes",
-        ),
-        (
-            r"(?i)No module named '?(?:gguf|vllm_gguf_plugin)|vllm-gguf-plugin",
-            "its environment cannot read GGUF files; leave quantization out, and the file is made into a folder once",
-        ),
-        (
-            r"(?:kv_cache_dtype|KV cache dtype|kv cache dtype)\W.*not supported|[Ff]p8 KV cache.*not supported",
-            "it has no KV cache of this kind on this hardware; set kv_cache_dtype: auto (now {model.kv_cache_dtype})",
+            r"\.gguf' is not a valid JSON file|No module named '?(?:gguf|vllm_gguf_plugin)",
+            "this vLLM cannot read GGUF files; leave quantization out, and a folder is made of the file once, or install "
+            "vllm-gguf-plugin into its environment",
         ),
         (
             r"model type `([^`]*)` but Transformers does not recognize",
             "it does not know models of the type {0!r}; upgrade it: rigserve engines install vllm",
         ),
         (
-            r"Model architectures \[?'?([\w', ]+?)'?\]? (?:are not supported|failed)",
+            r"Model architectures \['([^']+)'\] (?:are not supported|failed to be inspected)",
             "it does not know models of the kind {0}; upgrade it: rigserve engines install vllm",
         ),
         (
@@ -106,23 +106,23 @@ _FAILURES: tuple[tuple[re.Pattern[str], _Mend], ...] = tuple(
             "the model's {0} heads cannot be shared by {1} cards; set tensor_parallel to a number that divides {0}",
         ),
         (
-            r"invalid (?:tool call parser|reasoning parser): (\S+)|Tool parser '?([^' ]+)'? (?:is )?not found|(?:tool|reasoning) parser:? '?(\S+?)'? (?:not found|is not)",
-            "it does not know the parser {0}{1}{2}; correct tool_parser or reasoning_parser",
+            r"(?:Tool|Reasoning) parser '([^']+)' not found|invalid (?:tool call|reasoning) parser: (\S+)",
+            "it does not know the parser {0}; correct tool_parser or reasoning_parser",
         ),
         (
-            r"(?i)lora.* rank (\d+) is greater than max_lora_rank",
+            r"LoRA rank (\d+) is greater than max_lora_rank",
             "an adapter's rank is {0}; raise adapter_rank",
         ),
         (
-            r"(?i)(?:while loading|expected target modules|unsupported LoRA|lora adapter|LoRAModule).*(?:error|fail|not|expected)",
+            r"(?i)call to add_lora method failed|expected target modules in|while loading lora|unsupported LoRA weight",
             "an adapter is none of this model's, or is damaged; correct adapters",
         ),
         (
-            r"SafetensorError|Error while deserializing header|incomplete metadata|header too large",
+            r"SafetensorError|Error while deserializing header",
             "the model's files are damaged; fetch them again (source)",
         ),
         (
-            r"Invalid repository ID or local directory|Cannot find any model weights|does not appear to have a file named",
+            r"Invalid repository ID or local directory|Cannot find any model weights",
             "there is no model in that folder; correct source",
         ),
     )
@@ -135,6 +135,6 @@ def explain(model: VllmModel, lines: Sequence[str]) -> str:
     for pattern, mend in _FAILURES:
         for line in lines:
             if found := pattern.search(line):
-                groups = [group or "" for group in found.groups()]
+                groups = [group for group in found.groups() if group is not None]
                 return mend.format(*groups, model=model, fraction=fraction)
     return ""
