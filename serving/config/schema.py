@@ -485,7 +485,8 @@ class VllmModel(EngineModel):
     tensor_parallel: int = Field(1, ge=1, description="Cards that share each layer.")
     pipeline_parallel: int = Field(1, ge=1, description="Groups of cards that share the layers.")
     prefix_caching: bool = Field(
-        True, description="Keep prompts' KV cache, so that what begins alike is computed once."
+        True,
+        description="Keep prompts' KV cache, so that what begins alike is computed once; of models that can have it.",
     )
     chunked_prefill: bool | None = Field(
         None,

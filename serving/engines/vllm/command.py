@@ -64,10 +64,6 @@ def arguments(
         "--kv-cache-dtype": model.kv_cache_dtype,
         # What requests leave open is as OpenAI has it, and not as the model's makers like it.
         "--generation-config": "vllm",
-        # As the llama_cpp engine has it: Lark grammars, most of JSON Schema, and JSON without needless space.
-        "--structured-outputs-config": json.dumps(
-            {"backend": "guidance", "disable_any_whitespace": True}
-        ),
         "--middleware": "rigserve_inside.KeyForAll",
     }
     kv_bytes = kv_cache_bytes(model, description)
@@ -89,8 +85,10 @@ def arguments(
     words += [
         *("--enable-prompt-tokens-details", "--enable-per-request-metrics"),
         *("--enable-tokenizer-info-endpoint", "--disable-uvicorn-access-log"),
-        "--enable-prefix-caching" if model.prefix_caching else "--no-enable-prefix-caching",
     ]
+    if not model.prefix_caching:
+        # By itself it is on for models that can have it; others would not start if they were told to.
+        words.append("--no-enable-prefix-caching")
     if model.chunked_prefill is not None:
         words.append(
             "--enable-chunked-prefill" if model.chunked_prefill else "--no-enable-chunked-prefill"
