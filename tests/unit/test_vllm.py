@@ -461,7 +461,10 @@ class TestRequests:
         assert fields["tool_choice"] == "auto"
         assert sent(chat(tools=TOOLS, tool_choice="none")).keys() == {"model", "messages"}
         one = {"type": "function", "function": {"name": "look"}}
-        assert sent(chat(tools=TOOLS, tool_choice=one))["tool_choice"] == one
+        named = sent(chat(tools=TOOLS, tool_choice=one))
+        assert named["tool_choice"] == one
+        # Its arguments are to follow their schema.
+        assert named["tools"][0]["function"]["strict"] is True
 
     def test_the_old_names_of_forms_are_told_as_the_new_ones(self) -> None:
         assert sent(chat(guided_regex="a+"))["structured_outputs"] == {"regex": "a+"}

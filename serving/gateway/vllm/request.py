@@ -65,6 +65,10 @@ def _of_chat(asked: ChatCompletionRequest) -> dict[str, Any]:
         for tool in asked.tools or ()
         if tool.function.name in names
     ]
+    if use.required:
+        # Otherwise it would hold the call to a name, and not to its arguments' schema.
+        for tool in tools:
+            tool["function"]["strict"] = True
     choice: Any = "required" if use.required else "auto"
     if use.required and not use.parallel and len(names) == 1:
         choice = {"type": "function", "function": {"name": next(iter(names))}}
