@@ -25,6 +25,8 @@ from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
+from serving.engines.commands import add_engines_command
+from serving.engines.vllm.install import InstallError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ApiError,
         ConfigError,
         DatabaseError,
+        InstallError,
         LedgerError,
         LogError,
         ModelError,
@@ -101,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     add_checksum_action(actions)
 
     add_adapters_command(commands)
+
+    add_engines_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)
