@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
-from huggingface_hub.utils import build_hf_headers
 
 from serving.models.architecture import Architecture
 from serving.models.gguf import GgufError, Header, read_header
@@ -141,4 +140,5 @@ def _hub_part(hub: HubSource, name: str) -> GgufPart:
     if isinstance(cached, str):
         return _local_part(Path(cached))
     url = hf_hub_url(hub.repo_id, name, revision=hub.revision)
-    return _remote_part(RemoteFile(url, build_hf_headers()))
+    token = get_token()
+    return _remote_part(RemoteFile(url, {"Authorization": f"Bearer {token}"} if token else {}))

