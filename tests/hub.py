@@ -26,20 +26,10 @@ class Hub:
         # Sends other bytes than those that were promised.
         self.is_damaging = False
         self.gated: set[str] = set()
+        # Files are sent only as many at once as it has parties.
+        self.together: threading.Barrier | None = None
         self.ranges: list[str] = []
         self.url = ""
-        self._sending, self._lock = 0, threading.Lock()
-        self.most_at_once = 0
-
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """Counts how many files are sent at once."""
-        with self._lock:
-            self._sending += 1
-            self.most_at_once = max(self.most_at_once, self._sending)
-        yield
-        with self._lock:
-            self._sending -= 1
 
 
 @contextlib.contextmanager
@@ -72,7 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, "EntryNotFound")
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _search(self, query: dict[str, list[str]]) -> None:
         words = query.get("search", [""])[0].casefold()
@@ -114,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked and self.command == "GET":
             self._hub.ranges.append(asked)
             first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, end = int(first), int(last) + 1 if last else end
+            start, end = int(first), min(end, int(last) + 1) if last else end
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         else:
@@ -125,8 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        with self._hub.sending():
-            self._send(content[start:end])
+        if self._hub.together is not None:
+            self._hub.together.wait(timeout=20)
+        self._send(content[start:end])
 
     def _send(self, content: bytes) -> None:
         if self._hub.is_damaging:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,13 +40,33 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield served
 
 
+_SCRIPT = """
+import argparse, sys
+from pathlib import Path
+from serving.models.download_commands import add_download_actions
+from serving.models.hub import ModelError
+parser = argparse.ArgumentParser()
+add_download_actions(
+    parser.add_subparsers(),
+    default_config=Path("configs/default.yaml"),
+    fit_warning=lambda source: {warning},
+)
+args = parser.parse_args(sys.argv[1:])
+try:
+    sys.exit(args.run(args))
+except ModelError as error:
+    print(f"error: {{error}}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
 class Machine:
     """A machine with a cache of its own, on which rigserve is run."""
 
     def __init__(self, home: Path, url: str) -> None:
         self.cache = home / "hub"
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        self._environment = {
+        self.environment = {
             **kept,
             "HF_ENDPOINT": url,
             "HF_HOME": str(home),
@@ -53,11 +74,14 @@ class Machine:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
-    def models(self, *arguments: str, url: str | None = None) -> tuple[int, str, str]:
-        environment = self._environment | ({"HF_ENDPOINT": url} if url else {})
+    def models(
+        self, *arguments: str, url: str | None = None, too_big: bool = False
+    ) -> tuple[int, str, str]:
+        """`rigserve models`, without what the whole command has to import; its status and output."""
+        warning = "f'{source} is too big'" if too_big else "None"
         result = subprocess.run(
-            [sys.executable, "-m", "serving", "models", *arguments],
-            env=environment,
+            [sys.executable, "-c", _SCRIPT.format(warning=warning), *arguments],
+            env=self.environment | ({"HF_ENDPOINT": url} if url else {}),
             capture_output=True,
             text=True,
             timeout=60,
@@ -116,14 +140,18 @@ def test_one_of_several_files_is_removed_and_the_others_stay(machine: Machine) -
 
 
 def test_a_download_that_broke_off_is_taken_up(machine: Machine, hub: Hub) -> None:
-    hub.cut_after_bytes = 400_000
-    status, out, err = machine.models("pull", Q4)
-    if status:  # the Hub's library may have gone on by itself
+    # The Hub's library writes in blocks of 10 MiB.
+    content = BIG * 6
+    (hub.folder / "org/tiny-GGUF/large.gguf").write_bytes(content)
+    hub.cut_after_bytes = 15_000_000
+    source = "hf://org/tiny-GGUF/large.gguf"
+    status, out, err = machine.models("pull", source)
+    if status:  # the library may have gone on by itself
         assert "cannot download it" in err
-        status, out, err = machine.models("pull", Q4)
+        status, out, err = machine.models("pull", source)
     assert status == 0, err
-    assert Path(out.strip()).read_bytes() == BIG[:1_000_000]
-    assert hub.ranges == ["bytes=400000-"]
+    assert Path(out.strip()).read_bytes() == content
+    assert hub.ranges == [f"bytes={10 * 2**20}-"]
 
 
 def test_what_is_damaged_on_its_way_is_not_kept(machine: Machine, hub: Hub) -> None:
@@ -137,6 +165,7 @@ def test_what_is_damaged_on_its_way_is_not_kept(machine: Machine, hub: Hub) -> N
 
 
 def test_of_a_split_model_all_parts_are_pulled_at_once(machine: Machine, hub: Hub) -> None:
+    hub.together = threading.Barrier(2)
     status, out, err = machine.models("pull", "hf://org/tiny-GGUF/big-00002-of-00002.gguf")
     assert status == 0, err
     assert [Path(line).name for line in out.splitlines()] == [
@@ -210,34 +239,23 @@ def test_a_download_that_the_disk_has_no_room_for_is_not_begun() -> None:
         check_disk(fetch, free_bytes=5 * 10**9)
 
 
-def test_a_model_that_will_not_fit_is_warned_of_before_it_is_fetched(
-    machine: Machine, tmp_path: Path
-) -> None:
+def test_a_model_that_will_not_fit_is_warned_of_before_it_is_fetched(machine: Machine) -> None:
     """The planner's word, and nobody at a terminal to say that it is wanted all the same."""
-    script = """
-import argparse, sys
-from serving.models.download_commands import add_download_actions
-parser = argparse.ArgumentParser()
-actions = parser.add_subparsers()
-add_download_actions(actions, default_config=None, fit_warning=lambda source: f"{source} is too big")
-args = parser.parse_args(sys.argv[1:])
-sys.exit(args.run(args))
-"""
-    environment = machine._environment
+    status, out, err = machine.models("pull", Q4, too_big=True)
+    assert (status, out) == (1, "")
+    assert f"warning: {Q4} is too big" in err
+    status, out, err = machine.models("pull", Q4, "--yes", too_big=True)
+    assert (status, Path(out.strip()).is_file()) == (0, True), err
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", script, "pull", Q4, *more],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
 
-    refused = run()
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert f"warning: {Q4} is too big" in refused.stderr
-    agreed = run("--yes")
-    assert (agreed.returncode, Path(agreed.stdout.strip()).is_file()) == (0, True), agreed.stderr
+def test_the_command_itself(machine: Machine) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "serving", "models", "pull", "hf://org/gone/m.gguf"],
+        env=machine.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: hf://org/gone/m.gguf: there is no repository org/gone")
