@@ -97,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "GatedRepo")
             return
         if not path.is_file():
-            self._refuse(404, "EntryNotFound")
+            is_there = (self._hub.folder / repository).is_dir()
+            self._refuse(404, "EntryNotFound" if is_there else "RepoNotFound")
             return
         content = path.read_bytes()
         start, end = 0, len(content)
