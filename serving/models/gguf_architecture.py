@@ -217,7 +217,8 @@ def _feed_forward(
 ) -> FeedForward | Experts | None:
     down = tensors.get("ffn_down_exps.weight")
     if down is not None:
-        shared = tensors.get("ffn_down_shexp.weight")
+        # Gemma 4 has a dense network beside its experts.
+        shared = tensors.get("ffn_down_shexp.weight") or tensors.get("ffn_down.weight")
         return Experts(
             count=down.shape[2],
             active=metadata.number("expert_used_count"),

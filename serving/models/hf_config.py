@@ -38,6 +38,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 def _layers(family: Family, keys: Keys, width: int) -> tuple[Layer, ...]:
     norms = tuple(Weight(f"{name}.weight", (width,)) for name in family.norms)
+    if family.has_layer_scale:
+        norms += (Weight("layer_output_scale.weight", (1,)),)
     if pattern := keys.text("hybrid_override_pattern"):
         return tuple(_single_part_layer(kind, family, keys, width, norms) for kind in pattern)
     return tuple(

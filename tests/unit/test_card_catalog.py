@@ -80,6 +80,12 @@ def test_what_a_card_cannot_compute_in_or_nobody_publishes_has_no_rate() -> None
     assert card_named("Apple M4 (10-core GPU)").tera_per_second("fp16") is None
 
 
+def test_of_apples_memory_the_gpu_has_a_part() -> None:
+    assert find_card("m1 16gb").gpu_memory_mib == 10922
+    assert find_card("m2 max 30-core 64gb").gpu_memory_mib == 48 * 1024
+    assert find_card("dgx spark").gpu_memory_mib == 128 * 1024
+
+
 @pytest.mark.parametrize(
     ("name", "memory_mib", "found"),
     [

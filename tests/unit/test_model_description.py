@@ -83,6 +83,18 @@ METADATA: dict[str, dict[str, Any]] = {
         "attention.value_length": 256,
         "attention.sliding_window": 1024,
     },
+    "gemma-4-26b-a4b-it": {
+        "attention.head_count": 16,
+        "attention.head_count_kv": [8, 8, 8, 8, 8, 2] * 5,
+        "attention.key_length": 512,
+        "attention.value_length": 512,
+        "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256,
+        "attention.sliding_window": 1024,
+        "attention.sliding_window_pattern": [True, True, True, True, True, False] * 5,
+        "expert_count": 128,
+        "expert_used_count": 8,
+    },
     "gpt-oss-20b": {
         "attention.head_count": 64,
         "attention.head_count_kv": 8,
