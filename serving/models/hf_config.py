@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from serving.models.architecture import Architecture, FeedForward, Layer, Weight
+from serving.models.architecture import Architecture, FeedForward, Layer, UnreadArchitecture, Weight
 from serving.models.hf_encoders import encoder_of
 from serving.models.hf_families import Family, family_of
 from serving.models.hf_feed_forward import experts, feed_forward
-from serving.models.hf_keys import Keys, UnreadArchitecture
+from serving.models.hf_keys import Keys
 from serving.models.hf_mixers import attention, mamba2, mixers
 
 

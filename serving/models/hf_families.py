@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from serving.models.hf_keys import UnreadArchitecture
+from serving.models.architecture import UnreadArchitecture
 
 # Norms of queries and keys: one that all heads share, or one as wide as all heads together.
 HeadNorms = Literal["none", "shared", "wide"]

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.models.architecture import Attention, LatentAttention, Mixer, Recurrent, Weight
+from serving.models.architecture import (
+    Attention,
+    LatentAttention,
+    Mixer,
+    Recurrent,
+    UnreadArchitecture,
+    Weight,
+)
 from serving.models.hf_families import Family
-from serving.models.hf_keys import Keys, UnreadArchitecture
+from serving.models.hf_keys import Keys
 
 
 @dataclass(frozen=True, slots=True)

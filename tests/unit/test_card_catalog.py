@@ -38,6 +38,19 @@ PUBLISHED_TERA_PER_SECOND: dict[str, dict[Precision, float]] = {
 }
 
 
+# As the head of catalog.yaml explains them.
+KERNELS = {
+    "llama_cpp": {
+        *("mmq-mma", "mmq-fp4", "mmq-dp4a", "dequantize"),
+        *("fattn-mma", "fattn-tile", "metal", "vulkan"),
+    },
+    "vllm": {
+        *("awq", "gptq", "marlin", "int8_w8a8", "fp8_weight_only", "fp8_w8a8"),
+        *("mxfp4_weight_only", "nvfp4_w4a4"),
+    },
+}
+
+
 def card_named(name: str) -> Card:
     return next(card for card in catalog_cards() if card.name == name)
 
@@ -62,6 +75,8 @@ def test_every_figure_is_plausible_and_has_a_source() -> None:
         assert 2016 <= card.launch_year <= 2026, card.name
         assert card.architecture.sources, card.name
         assert card.architecture.kernels["llama_cpp"], card.name
+        for engine, kernels in card.architecture.kernels.items():
+            assert set(kernels) <= KERNELS[engine], card.name
         assert (card.architecture.compute_capability is None) == (
             card.architecture.vendor != "nvidia"
         ), card.name

@@ -12,10 +12,10 @@ from serving.models.architecture import (
     Experts,
     LatentAttention,
     Recurrent,
+    UnreadArchitecture,
 )
 from serving.models.catalog import CatalogModel, catalog_models, find_model
 from serving.models.hf_config import architecture_of
-from serving.models.hf_keys import UnreadArchitecture
 
 TOLERANCE, WITH_VISION = 0.01, 0.02
 # "3B" may be what is computed with a token beside the embeddings, rounded: makers count differently.

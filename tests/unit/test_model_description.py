@@ -432,3 +432,36 @@ for source in sys.argv[1:]:
     assert "its server answers 404" in missing
     assert "there is no repository org/gone" in gone
     assert not list((tmp_path / "home").rglob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "shape", "says"),
+    [
+        ("token_embd.weight", (), "it is no language model"),
+        ("blk.0.attn_q.weight", (), "1 of its 2 layers have no tensors"),
+        ("token_embd.weight", (8,), "shapes of its tensors"),
+    ],
+)
+def test_a_gguf_file_of_something_else_is_told(
+    tmp_path: Path, left_out: str, shape: tuple[int, ...], says: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_head_count(2)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (32, 8),
+        "blk.0.attn_q.weight": (8, 8),
+        "blk.1.attn_q.weight": (8, 8),
+    }
+    del shapes[left_out]
+    if shape:
+        shapes[left_out] = shape
+    for name, size in shapes.items():
+        writer.add_tensor(name, np.zeros(size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=says):
+        describe(str(tmp_path / "m.gguf"))
