@@ -25,12 +25,14 @@ from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
+from serving.doctor.commands import add_doctor_command
 from serving.engines.commands import add_engines_command
 from serving.engines.vllm.install import InstallError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_checksum_action, add_convert_action
+from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
     actions = add_models_command(commands)
+    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=_fit_warning)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
     add_checksum_action(actions)
@@ -106,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add_adapters_command(commands)
 
     add_engines_command(commands, default_config=_DEFAULT_CONFIG)
+
+    add_doctor_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)
@@ -116,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_schema)
     add_config_actions(actions)
     return parser
+
+
+def _fit_warning(_source: str) -> str | None:
+    """Nobody can tell yet whether a model fits this machine before it is here."""
+    return None
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
