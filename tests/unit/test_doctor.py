@@ -264,12 +264,15 @@ models: [{{name: m, source: hf://o/r/m.gguf}}]
     data = tmp_path / "data"
     data.mkdir(0o755)
     (data / "keys.sqlite").touch(0o644)
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
+    # pytest keeps others out of its own folders.
+    closed = [each for each in (tmp_path, *tmp_path.parents) if not each.stat().st_mode & 0o005]
+    for folder in closed:
+        folder.chmod(0o755)
     try:
         warnings = [f for f in check_folders(config) if f.check == "Permissions"]
     finally:
-        tmp_path.parent.parent.chmod(0o700)
+        for folder in closed:
+            folder.chmod(0o700)
     assert [finding.status for finding in warnings] == [Status.WARNING]
     assert "keys.sqlite" in warnings[0].says
     data.chmod(0o700)
