@@ -126,7 +126,7 @@ def who_reaches_what(rig: RigServer, secrets: dict[str, str]) -> None:
         return {"authorization": f"Bearer {secrets[who]}"}
 
     def status(who: str, model: str) -> int:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 2}
+        body: Any = {"model": model, "prompt": PROMPT, "max_tokens": 2}
         url = f"{rig.base_url}/v1/completions"
         return requests.post(url, json=body, headers=headers(who), timeout=60).status_code
 

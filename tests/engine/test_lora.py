@@ -181,9 +181,9 @@ def test_a_name_may_be_loaded_in_place(server: EngineServer, folder: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def server(model_path: Path, folder: Path) -> Iterator[EngineServer]:
+def server(half_precision_path: Path, folder: Path) -> Iterator[EngineServer]:
     with EngineServer(
-        model_path,
+        half_precision_path,
         context_length=256,
         max_sequences=4,
         max_queue=16,
