@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
     (folder / "base.gguf").symlink_to(model_path)
     for version in (1, 2):
         lora = random_lora(SHAPES, seed=version, rank=8)
-        write_lora(folder / f"legal-v{version}.gguf", lora)
+        # The second says something else from its first token on.
+        stronger = replace(lora, alpha=version**3 * lora.alpha)
+        write_lora(folder / f"legal-v{version}.gguf", stronger)
     module = "model.layers.{}.self_attn.q_proj"
     lora = random_lora({module.format(layer): (576, 576) for layer in range(3)}, seed=7)
     write_peft(folder / "support-v1", lora.pairs)
@@ -123,13 +126,13 @@ def who_reaches_what(rig: RigServer, secrets: dict[str, str]) -> None:
         return {"authorization": f"Bearer {secrets[who]}"}
 
     def status(who: str, model: str) -> int:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 2}
+        body: Any = {"model": model, "prompt": PROMPT, "max_tokens": 2}
         url = f"{rig.base_url}/v1/completions"
         return requests.post(url, json=body, headers=headers(who), timeout=60).status_code
 
     url = f"{rig.base_url}/admin/adapters"
     path = str(rig.config_path.parent / "legal-v2.gguf")
-    body = {"name": "legal", "model": "base", "path": path}
+    body: Any = {"name": "legal", "model": "base", "path": path}
     assert requests.post(url, json=body, timeout=60).status_code == 401
     assert (
         requests.post(url, json=body, headers=headers("legal-app"), timeout=60).status_code == 403
@@ -258,7 +261,8 @@ def answer(client: openai.OpenAI, model: str) -> str:
     told = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=6, temperature=0, extra_body={"ignore_eos": True}
     )
-    return told.choices[0].text
+    # Batches of other sizes round differently, which in the long run is to be seen.
+    return told.choices[0].text[:4]
 
 
 def turns(rig: RigServer, model: str, change: Callable[[int], None]) -> None:

@@ -16,11 +16,13 @@ import pytest
 from aiohttp import web
 from starlette.requests import Request as HttpRequest
 
-from serving.config import CostConfig, RemoteModel, RouteConfig, ServerConfig
+from serving.config import CostConfig, LlamaCppModel, RemoteModel, RouteConfig, ServerConfig
 from serving.cost.ledger import Ledger
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
+from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.remote import Remote
+from serving.engines.supervisor import Engine
 from serving.gateway import batch_runner
 from serving.gateway.access import Access
 from serving.gateway.admission import Admission
@@ -224,6 +226,32 @@ def test_a_question_is_passed_on_as_a_request_is_and_counts_once(
             assert requests is not None
             assert requests.remaining == PER_MINUTE - 1
             assert await house.is_as_before(busy, other)
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_has_gone_since_it_was_found_is_not_answered_by_its_base(
+    tmp_path: Path,
+) -> None:
+    """It may go while a route's request tries others first."""
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house, aiohttp.ClientSession() as session:
+            model = LlamaCppModel(name="base", source="-", aliases=("nick",), load="on_demand")
+            engine = Engine(model, LlamaCppLauncher(tmp_path), session)
+            with pytest.raises(ApiError) as refused:
+                await house.relay.forward(CALLER, engine, chat(model="gone"))
+            assert (refused.value.status, refused.value.code) == (503, "model_not_ready")
+            other = await house.remote("other", answers(200, COMPLETION))
+            first = Candidate("gone", engine, Role.TARGET)
+            second = Candidate("other", other, Role.FALLBACK)
+            plan = Plan(
+                *(Route("r", (first, second), None), [first, second], Marks()),
+                lambda each: chat(model=each.name),
+            )
+            answer = await house.dispatcher.forward(CALLER, plan, chat(model="gone"))
+            assert answer.headers["x-rigserve-model"] == "other"
+            assert await house.is_as_before(other)
 
     asyncio.run(main())
 
