@@ -11,10 +11,11 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-overload setup setup-dev python clean
+.PHONY: help serve test vllm test-vllm soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-engines bench-overload setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
+	@echo 'make test-vllm   install vLLM, then run its tests, which make test leaves out where it is not installed'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
 	@echo 'make fuzz    wrong requests by the thousand (FUZZ_REQUESTS=100000, FUZZ_SEED=1)'
@@ -23,6 +24,7 @@ help:
 	@echo 'make api-docs   write docs/api.md from the code'
 	@echo 'make bench-engine   measure the llama.cpp engine beside its peers (BENCH="--sections speed": some of it)'
 	@echo 'make bench-gateway   measure the gateway beside nginx and LiteLLM (BENCH="--soak-minutes 30": memory, too)'
+	@echo 'make bench-engines   measure the engines beside each other, at 1, 4 and 16 clients'
 	@echo 'make bench-overload   measure how many answers still come in time at ten times the capacity'
 	@echo 'make clean   remove .venv'
 	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
@@ -32,6 +34,13 @@ serve: setup
 
 test: setup-dev
 	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# The newest that rigserve is tested with, in an environment of its own below the data folder; repeats take a minute.
+vllm: setup-dev
+	.venv/bin/rigserve engines install vllm --version $(or $(VLLM_VERSION),0.32.0)
+
+test-vllm: vllm
+	.venv/bin/python -m pytest -k vllm tests/contract tests/e2e/test_vllm.py tests/unit/test_vllm.py
 
 # Thousands of requests of all kinds; `make test` has a short one.
 soak: setup-dev
@@ -69,6 +78,10 @@ bench-peers: setup-dev
 # Needs a quiet machine with two cores, and nginx; LiteLLM is installed beside, once.
 bench-gateway: setup-dev
 	.venv/bin/python -m loadtest.benchmarks.gateway --out docs/results/gateway.md $(BENCH)
+
+# Needs a quiet machine; measures the engines that are here.
+bench-engines: setup-dev
+	.venv/bin/python -m loadtest.benchmarks.engines --out docs/results/engines.md $(BENCH)
 
 # Needs a quiet machine with two cores.
 bench-overload: setup-dev

@@ -1,4 +1,4 @@
-"""``python -m loadtest``: the process that :func:`loadtest.run.run_bench` starts. Use `rigserve bench`."""
+"""``python -m loadtest``: the processes that :func:`loadtest.run.run_bench` starts. Use `rigserve bench`."""
 
 # ruff: noqa: E402 - gevent must come before everything that opens sockets.
 from gevent import monkey
@@ -7,7 +7,10 @@ monkey.patch_all()
 
 import sys
 
-from loadtest.options import BenchOptions
-from loadtest.session import run
+from loadtest.options import BenchOptions, Join
+from loadtest.session import join, run
 
-sys.exit(run(BenchOptions.from_json(sys.stdin.readline())))
+line = sys.stdin.readline()
+if sys.argv[1:] == ["--worker"]:
+    sys.exit(join(Join.from_json(line)))
+sys.exit(run(BenchOptions.from_json(line)))

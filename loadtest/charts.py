@@ -64,8 +64,8 @@ def cumulative(values: Sequence[float], marks: Mapping[int, float], x_unit: str)
         return ""
     # Where values lie far from zero and close together, the axis begins near them.
     start = ordered[0] if ordered[0] > ordered[-1] / 3 else 0.0
-    ticks = _scale(start, ordered[-1])
-    frame = _Frame(ticks, ticks[-1], _scale(0.0, 1.0))
+    ticks = scale(start, ordered[-1])
+    frame = Frame(ticks, ticks[-1], scale(0.0, 1.0))
     points = [(frame.x_ticks[0], 0.0)]
     for position, value in enumerate(ordered):
         points.append((value, position / len(ordered)))
@@ -89,7 +89,7 @@ def area(points: Sequence[tuple[float, float]], x_unit: str, y_unit: str) -> str
     if not points:
         return ""
     top = max(y for _, y in points)
-    frame = _Frame.over_time(points[-1][0] + points[0][0], _scale(0.0, top))
+    frame = Frame.over_time(points[-1][0] + points[0][0], scale(0.0, top))
     outline = [(points[0][0], 0.0), *points, (points[-1][0], 0.0)]
     return (
         frame.open("area")
@@ -109,7 +109,7 @@ def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x
     rows = max(row for row, *_ in requests) + 1
     requests = sorted(requests, key=lambda request: request[1])[:MOST_REQUESTS]
     end = max(stop for *_, stop, _ in requests)
-    frame = _Frame.over_time(end, (0.0, float(rows)))
+    frame = Frame.over_time(end, (0.0, float(rows)))
     thick = max(min((_HEIGHT - _TOP - _BOTTOM) / rows - 2, 12.0), 1.0)
     parts = [frame.open("timeline"), frame.axes(x_unit, f"{rows} users", y_lines=False)]
     for row, start, first, stop, failed in requests:
@@ -128,17 +128,27 @@ def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """The plotting area, from the first ticks to ``x_end`` and the last of ``y_ticks``."""
+class Frame:
+    """The plotting area, from the first ticks to ``x_end`` and the last of ``y_ticks``.
+
+    ``x_labels`` stand at the ticks instead of their numbers.
+    """
 
     x_ticks: Sequence[float]
     x_end: float
     y_ticks: Sequence[float]
+    x_labels: Sequence[str] | None = None
 
     @staticmethod
-    def over_time(end: float, y_ticks: Sequence[float]) -> _Frame:
+    def over_time(end: float, y_ticks: Sequence[float]) -> Frame:
         """With an x axis that ends where the bench did."""
-        return _Frame([tick for tick in _scale(0.0, end) if tick <= end], end, y_ticks)
+        return Frame([tick for tick in scale(0.0, end) if tick <= end], end, y_ticks)
+
+    @staticmethod
+    def of_categories(labels: Sequence[str], y_ticks: Sequence[float]) -> Frame:
+        """With an x axis of names, the first of them at 0.5, each 1 from the next."""
+        places = [0.0, *(number + 0.5 for number in range(len(labels)))]
+        return Frame(places, float(len(labels)), y_ticks, ["", *labels])
 
     def x(self, value: float) -> float:
         share = (value - self.x_ticks[0]) / ((self.x_end - self.x_ticks[0]) or 1.0)
@@ -156,9 +166,10 @@ class _Frame:
 
     def axes(self, x_unit: str, y_unit: str, *, percent: bool = False, y_lines: bool = True) -> str:
         bottom = _HEIGHT - _BOTTOM
+        labels = self.x_labels or [_short(tick) for tick in self.x_ticks]
         parts = [
-            _text(self.x(tick), bottom + 16, _short(tick), "tick", "middle")
-            for tick in self.x_ticks
+            _text(self.x(tick), bottom + 16, label, "tick", "middle")
+            for tick, label in zip(self.x_ticks, labels, strict=True)
         ]
         for tick in self.y_ticks if y_lines else ():
             at = self.y(tick)
@@ -187,7 +198,7 @@ def _text(x: float, y: float, content: str, kind: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
-def _scale(low: float, high: float) -> list[float]:
+def scale(low: float, high: float) -> list[float]:
     """Evenly spaced round numbers, of which the first is at most ``low`` and the last at least ``high``."""
     # Below a millionth of a millisecond there is nothing to see, and soon nothing a float can divide.
     rough = max((high - low) / _TICKS or abs(high) or 1.0, 1e-6)

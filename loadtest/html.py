@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
 from html import escape
-from typing import Any
 
-from loadtest import charts
-from loadtest.measures import Distribution, Summary, throughput_over_time
-from loadtest.records import RequestRecord
+from loadtest import charts, sections
+from loadtest.markdown import goodput, notes, number
+from loadtest.report import Report
+from loadtest.statistics import Distribution
 from serving.cost.comparison import CostReport
 from serving.cost.render import saving_text, usd_text, verdict
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5b6678;
   --line: #dfe3ea; --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
 @media (prefers-color-scheme: dark) { :root { --page: #11151c; --card: #1a202b; --ink: #e7ebf2; --soft: #9aa6b8;
@@ -48,74 +45,90 @@ td.loss { color: var(--bad); font-weight: 600; }
 .bar-track.ours b { background: var(--accent); } .bar-ticks { position: relative; height: 20px; }
 .bar-ticks span { position: absolute; transform: translateX(-50%); } .bar-ticks, .bar-unit { color: var(--soft); font-size: .8rem; }
 .bar-unit { grid-column: 1 / -1; text-align: center; }
+.chart .line { fill: none; stroke-width: 2; } .chart .whisker { stroke-width: 1.5; opacity: .55; }
+.chart .line.s0, .chart .whisker.s0 { stroke: var(--accent); } .chart .line.s1, .chart .whisker.s1 { stroke: var(--wait); }
+.chart .dot.s0 { fill: var(--accent); } .chart .dot.s1 { fill: var(--wait); } .k0 { background: var(--accent); } .k1 { background: var(--wait); }
+.chart .knee { stroke: var(--soft); stroke-dasharray: 3 3; } td small { display: block; color: var(--soft); font-size: .74rem; }
+td.pass { color: var(--accent); font-weight: 600; } td.words { text-align: left; white-space: normal; } .doubt { color: var(--bad); font-weight: 700; }
+.warning { border-left: 5px solid var(--bad); } .grid + .card, .card + .grid, .soft + .grid { margin-top: 14px; }
+.bar-track.ratio b { top: 10px; height: 6px; border-radius: 3px; } .bar-track.ratio u { position: absolute; top: 7px; width: 12px; height: 12px;
+  border-radius: 50%; margin-left: -6px; background: var(--other); } .ratio.worse u, .ratio.worse b { background: var(--bad); }
+.ratio.better u, .ratio.better b { background: var(--accent); } .ratio b { opacity: .6; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 4px 0 10px; }
 pre { overflow-x: auto; font-size: .82rem; margin: 0; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 13px; } .tiles { grid-template-columns: 1fr 1fr; }
   .tiles .number { font-size: 1.3rem; } .bars { grid-template-columns: 1fr max-content; } .bar-track { height: 20px; }
   .bar-track b { top: 2px; height: 13px; } .bar-label { grid-column: 1 / -1; text-align: left; padding: 4px 0 0; }
   table, th { font-size: .78rem; } th, td { padding: 6px 3px; } th { white-space: normal; } td:first-child { white-space: normal; }
-  .prices :is(td, th):nth-child(4), .latencies :is(td, th):nth-child(6) { display: none; } }
+  .prices :is(td, th):nth-child(4), .latencies :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(7)) { display: none; }
+  .stages :is(td, th):is(:nth-child(4), :nth-child(7)), .tenants :is(td, th):is(:nth-child(3), :nth-child(7)) { display: none; }
+  td small { font-size: .66rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
   --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
   * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
 """
 
 
-def render_html(
-    *,
-    summary: Summary,
-    records: Sequence[RequestRecord],
-    cost: CostReport | None,
-    model: str,
-    started: datetime,
-    settings: Mapping[str, Any],
-    host: Mapping[str, Any],
-    notes: Sequence[str],
-) -> str:
+def render_html(report: Report) -> str:
     """The whole page."""
+    cost, head = report.cost, report.headline
+    title = f"{escape(report.model)}: load and cost"
+    stages = len(report.stages)
     body = [
-        f"<h1>{escape(model)}: load and cost</h1>",
-        f'<p class="soft">{started:%Y-%m-%d %H:%M %Z} · {escape(str(settings["url"]))} · '
-        f"{settings['users']} users for {summary.window_seconds:.0f} s · about "
-        f"{settings['prompt_tokens']} prompt and {settings['output_tokens']} output tokens a request</p>",
+        f"<h1>{title}</h1>",
+        f'<p class="soft">{report.started:%Y-%m-%d %H:%M %Z} · {escape(report.options.url)} · scenario '
+        f"{escape(report.options.scenario_name)} · "
+        f"{escape(head.stage.label) if stages == 1 else f'{stages} stages'} of "
+        f"{head.stage.end - head.stage.begin:.0f} s</p>",
+        f'<p class="card verdict">{sections.summary_text(report)}</p>',
     ]
     if cost is not None:
         body.append(f'<p class="card verdict">{escape(verdict(cost))}</p>')
-    body.append(_tiles(summary, cost))
-    body.extend(f'<p class="soft">Note: {escape(note)}</p>' for note in notes)
+    body.append(_tiles(report))
+    body.extend(f'<p class="soft">Note: {escape(note)}</p>' for note in notes(report))
+    body.append(sections.verdicts_section(report))
+    body.append(sections.comparison_section(report))
+    body.append(sections.load_section(report))
     if cost is not None:
         body.append(_cost_section(cost))
-    body.append(_latency_section(summary, records))
-    body.append(_time_section(records))
-    body.append(_settings_section(settings, host))
+    body.append(sections.latency_section(report))
+    body.append(sections.tenants_section(report))
+    body.append(sections.time_section(report))
+    body.append(sections.client_section(report))
+    body.append(sections.settings_section(report))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(model)}: load and cost</title><style>{_STYLE}</style></head>"
+        f"<title>{title}</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
 
-def _tiles(summary: Summary, cost: CostReport | None) -> str:
+def _tiles(report: Report) -> str:
+    summary, cost = report.headline.summary, report.cost
     tiles = [
         (
-            _number(summary.completion_tokens_per_second),
+            number(summary.completion_tokens_per_second),
             "output tokens per second, "
-            f"{_number(summary.completion_tokens_per_second_per_user)} a user",
+            f"{number(summary.completion_tokens_per_second_per_user)} a user",
         ),
-        (_number(summary.requests_per_second, 2), "requests per second"),
+        (number(summary.requests_per_second, 2), "requests per second"),
         (_milliseconds(summary.ttft_seconds, "p50"), "time to first token, p50"),
         (_milliseconds(summary.tpot_seconds, "p50"), "time per output token, p50"),
         (f"{summary.totals.errors} of {summary.totals.requests}", "requests failed"),
     ]
+    if summary.goodput is not None:
+        tiles.append((goodput(summary), "of the requests within the SLO (goodput)"))
+    if summary.cached_share is not None:
+        tiles.append((f"{summary.cached_share:.0%}", "of the prompt tokens were cached"))
     if cost is not None:
         label = "estimated" if cost.estimated else "measured"
         price = cost.here_fully_loaded.output_usd_per_million
         tiles.insert(0, (usd_text(price), f"a million output tokens here, all costs ({label})"))
     return '<div class="tiles">' + "".join(
-        f'<div class="card"><div class="number">{escape(number)}</div>'
+        f'<div class="card"><div class="number">{escape(shown)}</div>'
         f'<div class="soft">{escape(text)}</div></div>'
-        for number, text in tiles
+        for shown, text in tiles
     ) + "</div>"  # fmt: skip
 
 
@@ -171,107 +184,6 @@ def _cost_section(cost: CostReport) -> str:
 def _saving_cell(percent: float | None) -> str:
     kind = ' class="loss"' if percent is not None and percent < 0 else ""
     return f"<td{kind}>{escape(saving_text(percent))}</td>"
-
-
-def _latency_section(summary: Summary, records: Sequence[RequestRecord]) -> str:
-    good = [record for record in records if record.error is None and not record.warmup]
-    table = "".join(
-        f"<tr><td>{name}</td>{_distribution_cells(distribution)}</tr>"
-        for name, distribution in (
-            ("Time to first token (TTFT)", summary.ttft_seconds),
-            ("Inter-token latency (ITL)", summary.itl_seconds),
-            ("Time per output token (TPOT)", summary.tpot_seconds),
-            ("End to end", summary.end_to_end_seconds),
-        )
-    )
-    figures = (
-        _latency_figure(
-            "Time to first token", [r.ttft_seconds for r in good], summary.ttft_seconds
-        ),
-        _latency_figure(
-            "Inter-token latency",
-            [gap for r in good for gap in r.chunk_gaps_seconds],
-            summary.itl_seconds,
-        ),
-        _latency_figure(
-            "Time per output token", [r.tpot_seconds for r in good], summary.tpot_seconds
-        ),
-        _latency_figure(
-            "End to end", [r.end_to_end_seconds for r in good], summary.end_to_end_seconds
-        ),
-    )
-    return (
-        '<h2>Latency</h2><div class="card scroll"><table class="latencies"><thead><tr><th>milliseconds</th><th>mean</th>'
-        f"<th>p50</th><th>p90</th><th>p99</th><th>values</th></tr></thead><tbody>{table}</tbody></table></div>"
-        f'<div class="grid" style="margin-top:14px">{"".join(figures)}</div>'
-    )
-
-
-def _latency_figure(
-    name: str, values: Sequence[float | None], distribution: Distribution | None
-) -> str:
-    if distribution is None:
-        return ""
-    known = [value * 1e3 for value in values if value is not None]
-    marks = {
-        50: distribution.p50 * 1e3,
-        90: distribution.p90 * 1e3,
-        99: distribution.p99 * 1e3,
-    }
-    caption = " · ".join(f"p{percent} {value:,.1f} ms" for percent, value in marks.items())
-    return (
-        f'<figure class="card"><h3>{name}</h3>{charts.cumulative(known, marks, "milliseconds")}'
-        f"<figcaption>Dots: {caption}</figcaption></figure>"
-    )
-
-
-def _time_section(records: Sequence[RequestRecord]) -> str:
-    measured = [record for record in records if not record.warmup]
-    if not measured:
-        return ""
-    begin = min(record.started_at for record in measured)
-    spans = [
-        (
-            record.user,
-            record.started_at - begin,
-            None if record.first_token_at is None else record.first_token_at - begin,
-            record.ended_at - begin,
-            record.error is not None,
-        )
-        for record in measured
-    ]
-    heading = "Every request"
-    if len(spans) > charts.MOST_REQUESTS:
-        heading = f"The first {charts.MOST_REQUESTS:,} of {len(spans):,} requests"
-    rate = [(at - begin, value) for at, value in throughput_over_time(measured, 40)]
-    return (
-        '<h2>Over time</h2><div class="grid"><figure class="card"><h3>Output tokens per second</h3>'
-        f"{charts.area(rate, 'seconds', 'tokens per second')}</figure>"
-        f'<figure class="card"><h3>{heading}</h3>'
-        f"{charts.timeline(spans, 'seconds')}<figcaption>"
-        '<span class="key" style="background:var(--wait)"></span>waiting for the first token'
-        '<span class="key" style="background:var(--accent)"></span>streaming'
-        '<span class="key" style="background:var(--bad)"></span>failed</figcaption></figure></div>'
-    )
-
-
-def _settings_section(settings: Mapping[str, Any], host: Mapping[str, Any]) -> str:
-    text = json.dumps({"settings": settings, "client_host": host}, indent=2)
-    return f'<h2>To repeat it</h2><div class="card"><pre>{escape(text)}</pre></div>'
-
-
-def _distribution_cells(distribution: Distribution | None) -> str:
-    if distribution is None:
-        return "<td>-</td>" * 5
-    values = (distribution.mean, distribution.p50, distribution.p90, distribution.p99)
-    return (
-        "".join(f"<td>{value * 1e3:,.1f}</td>" for value in values)
-        + f"<td>{distribution.count:,}</td>"
-    )
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "unknown" if value is None else f"{value:,.{digits}f}"
 
 
 def _milliseconds(distribution: Distribution | None, which: str) -> str:

@@ -5,94 +5,215 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from loadtest.measures import Distribution
-from loadtest.records import RequestRecord
+from loadtest.crowd import Collector
+from loadtest.markdown import (
+    LATENCIES,
+    goodput,
+    interval,
+    notes,
+    number,
+    pair,
+    verdict_line,
+)
 from loadtest.report import Report
+from loadtest.stages import Stage
 from serving.cost.render import render
 
 _PLAIN_INTERVAL_SECONDS = 5.0
+_REDRAW_SECONDS = 0.5
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_HISTORY = 40
 
 
-def show_progress(
-    console: Console,
-    records: Sequence[RequestRecord],
-    users: int,
-    remaining: Callable[[], float | None],
-) -> None:
-    """A line on what has happened so far, until no time remains."""
-    begun = last_plain = time.monotonic()
-    with console.status("starting") as status:
-        while (left := remaining()) is not None:
-            now = time.monotonic()
-            done = [record for record in records if not record.warmup]
-            tokens = sum(record.completion_tokens or 0 for record in done)
-            failed = sum(record.error is not None for record in done)
-            line = (
-                f"{now - begun:.0f} s, {users} users: {len(done)} requests, {failed} errors, "
-                f"{tokens / max(now - begun, 1e-9):.0f} tokens/s"
-            )
-            status.update(line)
-            if not console.is_terminal and now - last_plain >= _PLAIN_INTERVAL_SECONDS:
-                last_plain = now
-                console.print(line)
-            time.sleep(min(0.2, left))
+def sparkline(values: Sequence[float]) -> str:
+    """Values as a row of blocks, the greatest one full."""
+    top = max(values, default=0)
+    if not top:
+        return _BLOCKS[0] * len(values)
+    return "".join(_BLOCKS[min(int(v / top * len(_BLOCKS)), len(_BLOCKS) - 1)] for v in values)
+
+
+class Progress:
+    """A live view of a terminal, or a line now and then of anything else."""
+
+    def __init__(self, console: Console, collector: Collector, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._collector = collector
+        self._clock = clock
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._last = time.monotonic()
+        self._seen = 0
+        self._tokens: list[tuple[float, float]] = []
+        self._ttfts: list[tuple[float, float]] = []
+        self._errors = 0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, stage: Stage, doing: str) -> None:
+        """Draw anew, unless that was just done."""
+        now = time.monotonic()
+        wait = _REDRAW_SECONDS if self._console.is_terminal else _PLAIN_INTERVAL_SECONDS
+        if now - self._last < wait:
+            return
+        self._last = now
+        self._read_on()
+        if self._console.is_terminal:
+            self._live.update(self._view(stage, doing), refresh=True)
+        else:
+            self._console.print(self._line(stage, doing))
+
+    def _read_on(self) -> None:
+        """Take in the records that are new."""
+        records = self._collector.records
+        for record in records[self._seen :]:
+            self._errors += record.error is not None
+            if record.ttft_seconds is not None:
+                self._ttfts.append((record.ended_at, record.ttft_seconds))
+            self._tokens.append((record.ended_at, float(record.completion_tokens or 0)))
+        self._seen = len(records)
+
+    def _line(self, stage: Stage, doing: str) -> str:
+        left = max(stage.end - self._clock(), 0.0)
+        state = "finishing" if doing == "finishing" else f"{left:.0f} s left"
+        return (
+            f"{stage.label}, {state}: {self._seen} requests, {self._errors} errors, "
+            f"{self._collector.in_flight} in flight, {self._per_second(stage):.0f} tokens/s"
+        )
+
+    def _per_second(self, stage: Stage) -> float:
+        since = max(self._clock() - stage.begin, 1e-9)
+        return sum(tokens for at, tokens in self._tokens if at >= stage.begin) / since
+
+    def _view(self, stage: Stage, doing: str) -> Group:
+        now = self._clock()
+        done = min(max((now - stage.begin) / max(stage.end - stage.begin, 1e-9), 0.0), 1.0)
+        head = Text.assemble(
+            (f"stage {stage.index + 1}: {stage.label}", "bold"), "   ", self._line(stage, doing)
+        )
+        parts: list[Text | ProgressBar] = [head, ProgressBar(total=1.0, completed=done, width=60)]
+        for name, series, how in (
+            ("tokens/s", self._tokens, "sum"),
+            ("TTFT ms", self._ttfts, "median"),
+        ):
+            values = _by_second(series, now, how)
+            if values:
+                scale = 1e3 if how == "median" else 1.0
+                parts.append(
+                    Text.assemble(
+                        (f"{name:>9} ", "dim"),
+                        (sparkline(values), "cyan"),
+                        f" {values[-1] * scale:,.0f} (most: {max(values) * scale:,.0f})",
+                    )
+                )
+        return Group(*parts)
+
+
+def _by_second(series: Sequence[tuple[float, float]], now: float, how: str) -> list[float]:
+    """The last seconds of a series: sums, or medians, of what fell in each."""
+    last = int(now)
+    bins: list[list[float]] = [[] for _ in range(_HISTORY)]
+    for at, value in series:
+        place = int(at) - last + _HISTORY
+        if 0 <= place < _HISTORY:
+            bins[place].append(value)
+    if how == "sum":
+        values = [sum(one) for one in bins]
+    else:
+        values = [float(np.median(one)) if one else 0.0 for one in bins]
+    first = next((n for n, value in enumerate(values) if value), len(values))
+    return values[first:]
 
 
 def show_report(console: Console, report: Report, out: Path) -> None:
-    """The summary, the cost of the tokens, and where the rest is."""
-    summary, totals = report.summary, report.summary.totals
+    """The stages, the latencies, the verdicts, the cost of the tokens, and where the rest is."""
+    totals, head = report.totals, report.headline
     console.print(
-        f"\n[bold]{report.model}[/bold] at {report.options.url}: {report.options.users} users, "
-        f"{summary.window_seconds:.1f} s"
+        f"\n[bold]{report.model}[/bold] at {report.options.url}, scenario {report.options.scenario_name}: "
+        f"{totals.requests} requests, {totals.errors} errors"
     )
-    console.print(
-        f"{totals.requests} requests, {totals.errors} errors, {summary.requests_per_second:.2f} requests/s"
-    )
-    console.print(
-        f"tokens/s: {_rate(summary.prompt_tokens_per_second)} in, "
-        f"{_rate(summary.completion_tokens_per_second)} out "
-        f"({_rate(summary.completion_tokens_per_second_per_user)} a user)"
-    )
-    for kind, count in summary.error_classes.items():
-        console.print(f"[red]{count} x {kind}[/red]; the first: {summary.first_error}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("milliseconds")
-    for heading in ("mean", "p50", "p90", "p99"):
-        table.add_column(heading, justify="right")
-    for name, distribution in latency_rows(report):
-        table.add_row(name, *_milliseconds(distribution))
-    console.print(table)
-    for note in report.notes:
-        console.print(f"Note: {note}")
+    console.print(_stages_table(report))
+    if report.knee is not None:
+        console.print(
+            f"The knee is at {head.stage.label}: more load brings less than "
+            f"{1 / _knee_share(report) - 1:.0%} more."
+        )
+    for kind, count in head.summary.error_classes.items():
+        console.print(f"[red]{count} x {kind}[/red]; the first: {head.summary.first_error}")
+    console.print(f"At {head.stage.label}:")
+    console.print(_latency_table(report))
+    for verdict in report.verdicts:
+        style = "green" if verdict.passed else "bold red"
+        line = verdict_line(verdict.passed, verdict.subject, verdict.reason)
+        console.print(Text(line, style=style))
+    for note in notes(report):
+        console.print(f"Note: {note}", highlight=False)
     if report.cost is not None:
         console.print(render(report.cost))
     else:
         console.print("No cost: no request succeeded, or the server does not count tokens.")
-    console.print(f"\nReport: {out / 'report.html'} (also report.json, report.csv)")
+    console.print(
+        f"\nReport: {out / 'report.html'} (also report.json, report.csv, report.md, records.jsonl)"
+    )
 
 
-def latency_rows(report: Report) -> list[tuple[str, Distribution | None]]:
-    """The four latencies, named in full."""
-    summary = report.summary
-    return [
-        ("TTFT, time to first token", summary.ttft_seconds),
-        ("ITL, inter-token latency", summary.itl_seconds),
-        ("TPOT, time per output token", summary.tpot_seconds),
-        ("end to end", summary.end_to_end_seconds),
-    ]
+def _knee_share(report: Report) -> float:
+    return getattr(report.options.scenario.load, "knee_share", 0.9)
 
 
-def _milliseconds(distribution: Distribution | None) -> list[str]:
-    if distribution is None:
-        return ["-"] * 4
-    values = (distribution.mean, distribution.p50, distribution.p90, distribution.p99)
-    return [f"{value * 1e3:,.1f}" for value in values]
+def _stages_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("load", no_wrap=True)
+    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "goodput"):
+        sub = "\np50 / p95" if heading.endswith("ms") else ""
+        table.add_column(heading + sub, justify="right", no_wrap=True)
+    for one in report.stages:
+        summary = one.summary
+        knee = " (knee)" if report.knee is not None and one is report.headline else ""
+        doubt = " !" if one.client.limits else ""
+        table.add_row(
+            one.stage.label + knee + doubt,
+            f"{summary.requests_per_second:.2f}",
+            number(summary.completion_tokens_per_second),
+            number(summary.completion_tokens_per_second_per_user),
+            pair(summary.ttft_seconds),
+            pair(summary.itl_seconds),
+            f"{summary.totals.errors} of {summary.totals.requests}",
+            goodput(summary),
+        )
+    return table
 
 
-def _rate(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1f}"
+def _latency_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("milliseconds")
+    for heading in ("mean", "p50", "p95", "p99", "p95 lies between (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, key in LATENCIES:
+        found = getattr(report.headline.summary, key)
+        if found is not None:
+            shown = (f"{getattr(found, part) * 1e3:,.1f}" for part in ("mean", "p50", "p95", "p99"))
+            table.add_row(name.partition(",")[0], *shown, interval(found, "p95"))
+    return table

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loadtest.options import BenchOptions, parse_duration
+from loadtest.commands import add_bench_command
 from loadtest.prompts import CORPUS_PATH
-from loadtest.run import run_bench
+from loadtest.scenario import parse_duration
 from serving import __version__
 from serving.admin.adapters import add_adapters_command
 from serving.admin.commands import add_config_actions, add_models_command
@@ -25,10 +25,14 @@ from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
+from serving.doctor.commands import add_doctor_command
+from serving.engines.commands import add_engines_command
+from serving.engines.vllm.install import InstallError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_checksum_action, add_convert_action
+from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ApiError,
         ConfigError,
         DatabaseError,
+        InstallError,
         LedgerError,
         LogError,
         ModelError,
@@ -74,29 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--verbose", action="store_true", help="log what the libraries say, too")
     command.set_defaults(run=_serve)
 
-    command = commands.add_parser("bench", help="load-test a server and price its tokens")
-    command.add_argument("--users", type=int, default=8, help="concurrent users (default: 8)")
-    command.add_argument(
-        "--duration", type=_duration, default=30.0, help="such as 30s, 2m, 1h (default: 30s)"
-    )
-    command.add_argument(
-        "--prompt-tokens", type=int, default=78, help="prompt length (default: 78)"
-    )
-    command.add_argument(
-        "--output-tokens", type=int, default=128, help="completion length (default: 128)"
-    )
-    command.add_argument(
-        "--url", default="http://127.0.0.1:8000/v1", help="any OpenAI-compatible API"
-    )
-    command.add_argument("--model", help="default: the first that the server lists")
-    command.add_argument("--api-key", help="default: $OPENAI_API_KEY")
-    command.add_argument("--out", type=Path, help="folder for the report (default: bench-TIME)")
-    command.add_argument("--web", action="store_true", help="steer it from Locust's web UI")
-    command.add_argument("--seed", type=int, default=0, help="chooses the prompts (default: 0)")
-    command.add_argument(
-        "--config", type=Path, default=_DEFAULT_CONFIG, help="its cost section prices the tokens"
-    )
-    command.set_defaults(run=_bench)
+    add_bench_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("cost", help="what the metered tokens cost here and elsewhere")
     _add_config(command)
@@ -118,11 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
     actions = add_models_command(commands)
+    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=_fit_warning)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
     add_checksum_action(actions)
 
     add_adapters_command(commands)
+
+    add_engines_command(commands, default_config=_DEFAULT_CONFIG)
+
+    add_doctor_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)
@@ -133,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_schema)
     add_config_actions(actions)
     return parser
+
+
+def _fit_warning(_source: str) -> str | None:
+    """Nobody can tell yet whether a model fits this machine before it is here."""
+    return None
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -173,25 +166,6 @@ def _logs(args: argparse.Namespace) -> int:
         for line in lines_of(folder, args.model, args.lines, follow=args.follow):
             print(line, flush=True)
     return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    cost = load_config(args.config).cost
-    return run_bench(
-        BenchOptions(
-            url=args.url,
-            model=args.model,
-            api_key=args.api_key,
-            users=args.users,
-            duration_seconds=args.duration,
-            prompt_tokens=args.prompt_tokens,
-            output_tokens=args.output_tokens,
-            out=args.out,
-            web=args.web,
-            seed=args.seed,
-            cost=cost,
-        )
-    )
 
 
 def _cost(args: argparse.Namespace) -> int:

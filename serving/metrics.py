@@ -99,6 +99,7 @@ class EngineSeries:
         for field, name, text, *label in _ENGINE_COUNTERS:
             yield self._filled(CounterMetricFamily(name, text, labels=("model", *label)), field)
         yield self._step_rows()
+        yield from self._own_families()
 
     def _filled(
         self, family: GaugeMetricFamily | CounterMetricFamily, field: str
@@ -111,6 +112,20 @@ class EngineSeries:
             elif value is not None:
                 family.add_metric((model,), value)
         return family
+
+    def _own_families(self) -> Iterator[Metric]:
+        """The series of engines that have others, under their own names."""
+        together: dict[str, Metric] = {}
+        for model, answer in self.answers.items():
+            for family in answer.get("families", ()):
+                told = together.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                told.samples += [
+                    sample._replace(labels={"model": model, **sample.labels})
+                    for sample in family.samples
+                ]
+        yield from together.values()
 
     def _step_rows(self) -> HistogramMetricFamily:
         family = HistogramMetricFamily(

@@ -35,6 +35,7 @@ from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.llama_server import LlamaServerLauncher
 from serving.engines.remote import Remote, watch
 from serving.engines.supervisor import EngineStartError, Supervisor
+from serving.engines.vllm.launcher import VllmLauncher
 from serving.gateway.access import Access, is_loopback
 from serving.gateway.admission import Admission
 from serving.gateway.app import create_app
@@ -268,6 +269,7 @@ async def _serve(
     launchers: dict[str, Launcher[Any]] = {
         "llama_cpp": LlamaCppLauncher(cache_dir),
         "llama_server": LlamaServerLauncher(cache_dir),
+        "vllm": VllmLauncher(cache_dir, _data_dir(config)),
     }
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)

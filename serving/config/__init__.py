@@ -27,6 +27,7 @@ from serving.config.schema import (
     StorageConfig,
     TracingConfig,
     UsdPerMillion,
+    VllmModel,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "StorageConfig",
     "TracingConfig",
     "UsdPerMillion",
+    "VllmModel",
     "config_json_schema",
     "load_config",
     "located",

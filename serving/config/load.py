@@ -139,6 +139,9 @@ def _place_files(document: Document) -> None:
         for number, adapter in _entries(model.get("adapters")):
             if isinstance(adapter.get("path"), str):
                 _place_adapter(document, ("models", position, "adapters", number), adapter)
+        if model.get("engine") == "vllm":
+            _place_vllm(document, position, model)
+            continue
         for key in _SOURCES:
             _place_source(document, ("models", position), model, key)
 
@@ -175,6 +178,28 @@ def _place_adapter(document: Document, parent: KeyPath, adapter: dict[str, Any])
             (*parent, "path"),
             f"the folder {folder} has no {PEFT_CONFIG}; name one that PEFT has saved, or a GGUF file",
         )
+
+
+def _place_vllm(document: Document, position: int, model: dict[str, Any]) -> None:
+    """A model of vLLM's is a folder that is there, a GGUF file, or a repository; so are the files beside it."""
+    parent: KeyPath = ("models", position)
+    source = model.get("source")
+    if isinstance(source, str) and not source.startswith(_REMOTE_SCHEMES) and "://" not in source:
+        folder = _absolute(document, (*parent, "source"), source)
+        if folder.is_dir():
+            model["source"] = str(folder)
+            if not (folder / "config.json").is_file():
+                document.report(
+                    (*parent, "source"),
+                    f"the folder {folder} has no config.json; name one in Hugging Face's format",
+                )
+        else:
+            _place_source(document, parent, model, "source")
+    else:
+        _place_source(document, parent, model, "source")
+    for key in ("environment", "chat_template"):
+        if isinstance(model.get(key), str):
+            _place(document, parent, model, key)
 
 
 def _place_binary(document: Document, position: int, model: dict[str, Any]) -> None:

@@ -40,6 +40,22 @@ _ARGUMENTS_OF_OURS = {
     **dict.fromkeys(("--host", "--port"), "engines listen on loopback; set port, if any"),
     **dict.fromkeys(("--api-key", "--api-key-file"), "it is made anew for each start"),
 }
+# The same of vLLM.
+_VLLM_ARGUMENTS_OF_OURS = {
+    **dict.fromkeys(("--model", "--revision", "--tokenizer-revision"), "set source"),
+    **dict.fromkeys(("--max-model-len",), "set context_length"),
+    **dict.fromkeys(("--max-num-seqs",), "set max_sequences"),
+    **dict.fromkeys(("--served-model-name",), "set name and aliases"),
+    **dict.fromkeys(
+        ("--lora-modules", "--enable-lora", "--max-loras", "--max-lora-rank"), "set adapters"
+    ),
+    **dict.fromkeys(("--tensor-parallel-size", "-tp"), "set tensor_parallel"),
+    **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "set pipeline_parallel"),
+    **dict.fromkeys(("--gpu-memory-utilization",), "set memory_fraction"),
+    **dict.fromkeys(("--host", "--port", "--uds"), "engines listen on loopback; set port, if any"),
+    **dict.fromkeys(("--api-key",), "it is made anew for each start"),
+    **dict.fromkeys(("--generation-config",), "set filters.defaults"),
+}
 # As browsers write it.
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
@@ -53,6 +69,16 @@ def _is_sha256(value: str) -> str:
 
 
 Sha256 = Annotated[str, AfterValidator(_is_sha256)]
+
+
+def _without_ours(words: tuple[str, ...], ours: Mapping[str, str]) -> tuple[str, ...]:
+    for word in words:
+        flag = word.partition("=")[0]
+        # vLLM takes underlines, too.
+        known = ours.get(flag) or ours.get(flag.replace("_", "-"))
+        if known is not None:
+            raise ValueError(f"{flag} is for rigserve to give; {known}")
+    return words
 
 
 class Section(BaseModel):
@@ -217,9 +243,6 @@ class EngineModel(Section):
     lenient: bool | None = Field(
         None, description="As server.lenient, for this model. Unset: as it says there."
     )
-    context_length: int = Field(
-        4096, ge=64, description="Prompt and completion tokens one request may use together."
-    )
     max_sequences: int = Field(
         16, ge=1, le=256, description="Slots: requests that decode together in one batch."
     )
@@ -309,6 +332,9 @@ class GgufModel(EngineModel):
     sha256: Sha256 | None = Field(
         None,
         description="What the source's file must have, before quantization; otherwise it is not served.",
+    )
+    context_length: int = Field(
+        4096, ge=64, description="Prompt and completion tokens one request may use together."
     )
     quantization: Quantization | None = Field(
         None,
@@ -418,14 +444,161 @@ class LlamaServerModel(GgufModel):
     @field_validator("extra_args")
     @classmethod
     def _not_what_rigserve_sees_to(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for word in value:
-            flag = word.partition("=")[0]
-            if flag in _ARGUMENTS_OF_OURS:
-                raise ValueError(f"{flag} is for rigserve to give; {_ARGUMENTS_OF_OURS[flag]}")
+        return _without_ours(value, _ARGUMENTS_OF_OURS)
+
+
+class VllmSpeculation(Section):
+    """Guesses tokens ahead and checks them in one step, without changing the output."""
+
+    method: Literal["ngram", "draft_model", "eagle", "eagle3", "medusa", "mtp"] = Field(
+        description="ngram: what the text repeats. draft_model: a smaller model. The others: heads that were trained for this very model."
+    )
+    model: str | None = Field(
+        None,
+        description="The draft model's or the heads' folder or hf://ORG/REPO; ngram and mtp have none.",
+    )
+    tokens: int = Field(3, ge=1, le=32, description="How many tokens are guessed at a time.")
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> VllmSpeculation:
+        if (self.method in ("ngram", "mtp")) != (self.model is None):
+            raise ValueError(
+                f"method {self.method!r} {'has no' if self.model else 'needs a'} model"
+            )
+        return self
+
+
+class VllmModel(EngineModel):
+    """A model in Hugging Face's format served by vLLM, from an environment of its own."""
+
+    engine: Literal["vllm"]
+    source: str = Field(
+        description="A Hugging Face folder, or hf://ORG/REPO[@REVISION]; a GGUF file (package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path) is made into such a folder once."
+    )
+    environment: str | None = Field(
+        None,
+        description="The Python of an environment that has vLLM. Unset: the one that `rigserve engines install vllm` has made.",
+    )
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="A container image that has vLLM, such as vllm/vllm-openai:v0.32.0, instead of an environment.",
+    )
+    container_runtime: Literal["docker", "podman"] = Field(
+        "docker", description="The program that runs the image."
+    )
+    context_length: int | Literal["auto"] = Field(
+        4096,
+        description="Prompt and completion tokens one request may use together, 64 at least; auto: as many as the model has, or as there is memory for.",
+    )
+    quantization: (
+        Literal["awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors", "gguf"] | None
+    ) = Field(
+        None,
+        description="How its weights are quantized, or (fp8, bitsandbytes) are to be while they are loaded. gguf: serve the GGUF file itself. Unset: as its files say.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="What it computes in."
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"] = Field(
+        "auto", description="How its KV cache is kept: fp8 takes half the memory."
+    )
+    memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of each card's memory (without a card: of main memory) to take, weights and KV cache together. Unset: KV cache for max_sequences of context_length, or, with context_length auto, 0.9 (0.5).",
+    )
+    max_batch_tokens: int | None = Field(
+        None, ge=32, description="Tokens computed per step. Unset: as vLLM likes it."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="Cards that share each layer.")
+    pipeline_parallel: int = Field(1, ge=1, description="Groups of cards that share the layers.")
+    prefix_caching: bool = Field(
+        True,
+        description="Keep prompts' KV cache, so that what begins alike is computed once; of models that can have it.",
+    )
+    chunked_prefill: bool | None = Field(
+        None,
+        description="Compute long prompts in pieces, between others' tokens. Unset: as vLLM likes it.",
+    )
+    speculation: VllmSpeculation | None = None
+    adapter_slots: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Adapters that one batch may mix; each takes memory. More than there are: room for those added while it runs. Unset: as many as there are, 8 at most.",
+    )
+    adapter_rank: int = Field(
+        16,
+        ge=1,
+        description="The highest rank of those added while it runs; that of `adapters` is known.",
+    )
+    chat_template: str | None = Field(
+        None, description="A file with another chat template (Jinja) than the model's own."
+    )
+    tool_parser: str | None = Field(
+        "auto",
+        min_length=1,
+        description="How its tool calls are read: vLLM's name for it. auto: by the model's family; null: not at all.",
+    )
+    reasoning_parser: str | None = Field(
+        "auto",
+        min_length=1,
+        description="How its reasoning is told from its answer; as tool_parser.",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads where it has no card. Unset: the machine's physical cores.",
+    )
+    start_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="How long an engine may take to be ready. Longer is an error at the first start; later it is tried again.",
+    )
+    extra_args: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="More of its arguments, one word each: [--enforce-eager]. They come last, and so count where they repeat one that rigserve gives.",
+    )
+
+    @field_validator("context_length")
+    @classmethod
+    def _is_a_length(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 64:
+            raise ValueError(f"expected at least 64, or auto; got {value}")
         return value
 
+    @field_validator("extra_args")
+    @classmethod
+    def _not_what_rigserve_sees_to(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _without_ours(value, _VLLM_ARGUMENTS_OF_OURS)
 
-ModelConfig = LlamaCppModel | LlamaServerModel
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> VllmModel:
+        if self.environment is not None and self.image is not None:
+            raise ValueError("vLLM is in an environment or in an image; keep one of them")
+        if self.adapters and self.adapter_slots == 0:
+            raise ValueError("there are adapters, and adapter_slots is 0; leave that out")
+        cards = self.tensor_parallel * self.pipeline_parallel
+        if self.is_for_cpu and cards > 1:
+            raise ValueError(
+                "tensor_parallel and pipeline_parallel are for cards; devices says cpu"
+            )
+        if self.devices and not self.is_for_cpu and len(self.devices) != cards:
+            raise ValueError(
+                f"devices names {len(self.devices)} cards; tensor_parallel times pipeline_parallel is {cards}"
+            )
+        return self
+
+    @property
+    def cards(self) -> int:
+        """How many cards it computes on, where it has any."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+ModelConfig = LlamaCppModel | LlamaServerModel | VllmModel
 """A model with an engine of this machine's."""
 
 
@@ -542,9 +715,10 @@ class RemoteModel(Section):
         return ()
 
 
-KINDS_OF_MODELS: Mapping[str, type[LlamaCppModel | LlamaServerModel | RemoteModel]] = {
+KINDS_OF_MODELS: Mapping[str, type[LlamaCppModel | LlamaServerModel | VllmModel | RemoteModel]] = {
     "llama_cpp": LlamaCppModel,
     "llama_server": LlamaServerModel,
+    "vllm": VllmModel,
     "remote": RemoteModel,
 }
 """By the ``engine`` that a model names."""
@@ -560,6 +734,7 @@ def kind_of_model(model: Any) -> str:
 AnyModel = Annotated[
     Annotated[LlamaCppModel, Tag("<llama_cpp>")]
     | Annotated[LlamaServerModel, Tag("<llama_server>")]
+    | Annotated[VllmModel, Tag("<vllm>")]
     | Annotated[RemoteModel, Tag("<remote>")],
     Discriminator(lambda value: f"<{kind_of_model(value)}>"),
 ]

@@ -35,7 +35,9 @@ _PROBE_TIMEOUT_SECONDS = 2.0
 _WATCH_INTERVAL_SECONDS = 5.0
 # How long the last lines of an engine that has ended may take to arrive.
 _LAST_LINES_SECONDS = 1.0
-_LOG_LINES_KEPT = 40
+# Some say why they cannot start long before the end: Python's, on their way through several processes.
+_LOG_LINES_KEPT = 500
+_LOG_LINES_SHOWN = 40
 _FIRST_BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF_SECONDS = 30.0
 # An engine that has run this long was healthy: its next crash starts the backoff anew.
@@ -370,7 +372,8 @@ class Engine:
     def _tail(self) -> str:
         if not self._last_lines:
             return ""
-        return ". Its last lines:\n" + "\n".join(f"    {line}" for line in self._last_lines)
+        shown = list(self._last_lines)[-_LOG_LINES_SHOWN:]
+        return ". Its last lines:\n" + "\n".join(f"    {line}" for line in shown)
 
 
 @dataclass(frozen=True, slots=True)

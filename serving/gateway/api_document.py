@@ -235,6 +235,17 @@ _OPERATIONS: dict[tuple[str, str], _Operation] = {
     ("post", "/admin/models/{name}/unload"): _Operation(
         "Administration", "Unload a model", "Engine"
     ),
+    ("get", "/admin/adapters"): _Operation("Administration", "List LoRA adapters", "List"),
+    ("post", "/admin/adapters"): _Operation(
+        "Administration",
+        "Add a LoRA adapter",
+        "Adapter",
+        {"of a file": _asked(name="legal", path="/srv/adapters/legal.gguf")},
+        status=201,
+    ),
+    ("delete", "/admin/adapters/{adapter}"): _Operation(
+        "Administration", "Remove a LoRA adapter", "Adapter"
+    ),
     ("get", "/admin/reload"): _Operation("Administration", "How the last reload went", "Reload"),
     ("post", "/admin/reload"): _Operation("Administration", "Reload the config", "Reload"),
 }

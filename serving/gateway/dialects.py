@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from serving.config import AnyModel, LlamaServerModel, RemoteModel
+from serving.config import AnyModel, LlamaServerModel, RemoteModel, VllmModel
 from serving.gateway.llama_server.fields import impossible, unhonoured
+from serving.gateway.vllm import fields as of_vllm
 from serving.protocol.embeddings import EmbeddingRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import (
@@ -43,6 +44,8 @@ def dialect_of(model: AnyModel) -> Callable[..., tuple[Any, list[str]]] | None:
     """What :func:`only_openai` is to OpenAI's API, for the server of a model; None if it knows all that we do."""
     if isinstance(model, RemoteModel):
         return only_openai if model.dialect == "openai" else None
+    if isinstance(model, VllmModel):
+        return only_vllm
     return only_llama_server if isinstance(model, LlamaServerModel) else None
 
 
@@ -82,6 +85,14 @@ def only_llama_server(
     if found is not None:
         raise _refusal(*found)
     return _without(asked, dict(unhonoured(model, asked)), lenient=lenient)
+
+
+def only_vllm(_model: VllmModel, asked: Asked, *, lenient: bool) -> tuple[Asked, list[str]]:
+    """A request without what vLLM does not honour, and the names of that; raises as :func:`only_openai`."""
+    found = of_vllm.impossible(asked)
+    if found is not None:
+        raise _refusal(*found)
+    return _without(asked, dict(of_vllm.unhonoured(asked)), lenient=lenient)
 
 
 def _without(asked: Asked, beyond: Mapping[str, str], *, lenient: bool) -> tuple[Asked, list[str]]:

@@ -28,6 +28,7 @@ _TIMINGS = {each.name for each in fields(Timings)}
 _MOST_TOKENS = 2**31 - 1
 # From engines that know only how long a request took, and not its share of their steps.
 _OWN_TIMINGS = {"prefill_seconds", "decode_seconds"}
+_QUEUE = "queue_seconds"
 
 
 class PowerSource(Protocol):
@@ -297,11 +298,11 @@ def _timings(final: Mapping[str, Any] | None, share_seconds: float) -> Timings |
         return None
     if not all(type(each) in (int, float) and each >= 0 for each in timings.values()):
         return None
-    if timings.keys() == _OWN_TIMINGS:
+    if timings.keys() - {_QUEUE} == _OWN_TIMINGS:
         prefill, decode = timings["prefill_seconds"], timings["decode_seconds"]
         # Whoever reads slowly keeps the engine busy for no longer.
         share = min(1.0, share_seconds / max(prefill + decode, 1e-9))
-        return Timings(0.0, prefill, decode, share * prefill, share * decode)
+        return Timings(timings.get(_QUEUE, 0.0), prefill, decode, share * prefill, share * decode)
     # Other engines have timings of other kinds.
     if timings.keys() != _TIMINGS:
         return None

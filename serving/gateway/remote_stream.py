@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -42,6 +43,10 @@ class CanonicalEvents:
     def revise(self, chunk: dict[str, Any]) -> None:
         """Change a chunk where a server's differ in more than their form."""
 
+    def parts(self, chunk: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        """The chunks that one of a server's is told as."""
+        return (chunk,)
+
     def _told(self, data: bytes) -> bytes:
         if self.finished:
             return b""
@@ -71,4 +76,4 @@ class CanonicalEvents:
                 return b""
             del chunk["usage"]
             chunk.pop("timings", None)
-        return event(chunk)
+        return b"".join(map(event, self.parts(chunk)))

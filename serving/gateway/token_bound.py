@@ -11,6 +11,7 @@ _TEMPLATE_TOKENS = 256
 _MARKER_TOKENS = 8
 _BYTES_OF_A_TOKEN = 4
 _TYPICAL_ANSWER_TOKENS = 256
+_LONGEST_CONTEXT_TOKENS = 131_072
 # In a string the quotes would be escaped.
 _IMAGE = b'"image_url":'
 
@@ -22,12 +23,12 @@ def token_bound(model: AnyModel, asked: ModelRequest, sent: bytes) -> int:
     image may have. And no prompt together with one completion is longer than the model's context.
     """
     prompt_tokens, completion_tokens = token_bounds(model, asked, sent)
-    return min(_sequences(asked) * model.context_length, prompt_tokens + completion_tokens)
+    return min(_sequences(asked) * _context_of(model), prompt_tokens + completion_tokens)
 
 
 def token_bounds(model: AnyModel, asked: ModelRequest, sent: bytes) -> tuple[int, int]:
     """Upper bounds of the prompt's tokens, and of the completions'."""
-    context = model.context_length
+    context = _context_of(model)
     if isinstance(asked, ChatCompletionRequest | CompletionRequest):
         prompts = len(asked.prompts) if isinstance(asked, CompletionRequest) else 1
         around = _MARKER_TOKENS if isinstance(asked, CompletionRequest) else _TEMPLATE_TOKENS
@@ -42,6 +43,12 @@ def token_bounds(model: AnyModel, asked: ModelRequest, sent: bytes) -> tuple[int
     # The query is read again with each document.
     each = len(asked.query.encode()) + _MARKER_TOKENS
     return len(sent) + len(asked.documents) * each, 0
+
+
+def _context_of(model: AnyModel) -> int:
+    """The longest prompt and completion. Where an engine decides that by itself, more than it will."""
+    length = model.context_length
+    return length if isinstance(length, int) else _LONGEST_CONTEXT_TOKENS
 
 
 def expected_tokens(asked: ModelRequest, sent: bytes) -> int:

@@ -15,6 +15,9 @@ from serving.gateway.engine_call import EngineCall
 from serving.gateway.llama_server import load as llama_server_load
 from serving.gateway.llama_server.call import LlamaServerCall
 from serving.gateway.llama_server.request import written as written_for_llama_server
+from serving.gateway.vllm import load as vllm_load
+from serving.gateway.vllm.call import VllmCall
+from serving.gateway.vllm.request import written as written_for_vllm
 from serving.protocol.requests import ModelRequest
 
 
@@ -61,6 +64,9 @@ _WIRES: Mapping[str, Wire] = {
         llama_server_load.LOAD_PATH,
         llama_server_load.load_of,
         has_queue=False,
+    ),
+    "vllm": Wire(
+        written_for_vllm, VllmCall, vllm_load.LOAD_PATH, vllm_load.load_of, has_queue=True
     ),
 }
 

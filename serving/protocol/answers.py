@@ -142,5 +142,13 @@ SCHEMAS: dict[str, Schema] = {
     "Engine": _object(
         id=_TEXT, object=_only("rigserve.engine"), state=_TEXT, in_flight=_WHOLE, waiting=_WHOLE
     ),
+    "Adapter": _object(
+        id=_TEXT,
+        object=_only("rigserve.adapter"),
+        parent=_TEXT,
+        path=_TEXT,
+        state=_TEXT,
+        in_flight=_WHOLE,
+    ),
     "Reload": _object(file=_TEXT, ok=_FLAG, message=_or_null(_TEXT), changes=_object()),
 }

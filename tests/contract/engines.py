@@ -14,7 +14,9 @@ import requests
 import yaml
 
 from loadtest.benchmarks.engine.peers import Peers
-from tests.processes import RigServer, write_config
+from tests.models import write_minilm_folder
+from tests.processes import START_SECONDS, RigServer, write_config
+from tests.vllm import MISSING, vllm_python
 
 CHAT, EMBEDDING = "chat", "embedding"
 CONTEXT_TOKENS = 1024
@@ -34,11 +36,22 @@ _OF_OURS = _OF_LLAMA_CPP | {
 
 
 @dataclass(frozen=True)
+class Program:
+    """What an engine is started with that is not part of rigserve: where it is, None if nowhere, and the key that names it."""
+
+    key: str
+    find: Callable[[], Path | None]
+    missing: str
+
+
+@dataclass(frozen=True)
 class EngineUnderTest:
     """An engine, what configs say of its models, and what it can do of what not every engine can.
 
     ``capabilities`` are among ``probes.PROBES``; what an engine lacks, it must refuse by name. One that
-    ``is_remote`` needs a server to be remote from: a rigserve with the engine llama_cpp.
+    ``is_remote`` needs a server to be remote from: a rigserve with the engine llama_cpp. ``embedder`` writes
+    the model that embeds into a folder where it is not a GGUF file. Who leaves a stream is told its tokens; one
+    that ``times_who_leaves`` tells the times, too.
     """
 
     name: str
@@ -46,7 +59,10 @@ class EngineUnderTest:
     capabilities: frozenset[str]
     model: Mapping[str, Any] = field(default_factory=dict)
     is_remote: bool = False
-    program: Callable[[], Path | None] | None = None
+    program: Program | None = None
+    embedder: Callable[[Path], Path] | None = None
+    times_who_leaves: bool = True
+    start_seconds: float = START_SECONDS
 
     def write_config(
         self, folder: Path, cache_dir: Path, embedding_file: Path, upstream: str | None = None
@@ -54,19 +70,21 @@ class EngineUnderTest:
         """A gateway's config with a model that chats and one that embeds. Skips where the engine is not installed."""
         model = {"engine": self.engine, **self.model}
         if self.program is not None:
-            found = self.program()
+            found = self.program.find()
             if found is None:
                 pytest.skip(
-                    f"NOT TESTED: {self.engine} is not installed here; have it on PATH, name it in "
-                    "RIGSERVE_LLAMA_SERVER, or build it with: make bench-peers"
+                    f"NOT TESTED: {self.engine} is not installed here; {self.program.missing}"
                 )
-            model["binary"] = str(found)
+            model[self.program.key] = str(found)
         limits = {"context_length": CONTEXT_TOKENS, "max_sequences": SLOTS}
         chat = {"name": CHAT, "aliases": [], **limits, **model}
         path = write_config(folder, cache_dir, **chat)
         config = yaml.safe_load(path.read_text())
+        if self.embedder is not None:
+            embedding_file = self.embedder(folder / "embedder")
         of_files = {"source": str(embedding_file), "threads": 1}
         embedder = {"name": EMBEDDING, "context_length": 256, **of_files, **model}
+        embedder.pop("chat_template", None)
         config["models"].append(embedder)
         if upstream is not None:
             for each in config["models"]:
@@ -86,10 +104,34 @@ def llama_server() -> Path | None:
     return Path(named)
 
 
+_LLAMA_SERVER = Program(
+    "binary",
+    llama_server,
+    "have it on PATH, name it in RIGSERVE_LLAMA_SERVER, or build it with: make bench-peers",
+)
+# The embedded model as vLLM serves it: a folder that is made of its file.
+_OF_VLLM: Mapping[str, Any] = {
+    "quantization": None,
+    # Shapes of batches change what is computed least in this.
+    "dtype": "float32",
+    "chat_template": str(Path(__file__).parent / "hermes.jinja"),
+    # Compiling the model would take longer than the tests.
+    "extra_args": ["--enforce-eager"],
+}
 _LLAMA_CPP = EngineUnderTest("llama_cpp", "llama_cpp", _OF_OURS)
 ENGINES = (
     _LLAMA_CPP,
-    EngineUnderTest("llama_server", "llama_server", _OF_LLAMA_CPP, program=llama_server),
+    EngineUnderTest("llama_server", "llama_server", _OF_LLAMA_CPP, program=_LLAMA_SERVER),
+    EngineUnderTest(
+        "vllm",
+        "vllm",
+        _OF_OURS - {"dimensions"},
+        _OF_VLLM,
+        program=Program("environment", vllm_python, MISSING),
+        embedder=write_minilm_folder,
+        times_who_leaves=False,
+        start_seconds=600,
+    ),
     EngineUnderTest("remote_rigserve", "remote", _OF_OURS, {"dialect": "rigserve"}, is_remote=True),
     EngineUnderTest(
         "remote_openai",

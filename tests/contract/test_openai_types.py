@@ -155,7 +155,8 @@ def test_a_tool_call(contract: ContractServer, how: Any) -> None:
     assert deltas[0].function is not None
     assert deltas[0].function.name == "weather"
     streamed = "".join((d.function and d.function.arguments) or "" for d in deltas)
-    assert streamed == call.function.arguments
+    # Engines that read calls out of text may write the JSON of a whole one anew.
+    assert json.loads(streamed) == json.loads(call.function.arguments)
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
 

@@ -20,6 +20,7 @@ from openapi_spec_validator import validate
 from playwright.sync_api import Page, Request, sync_playwright
 
 from serving.gateway.api_document import EMBEDDING_MODEL, RERANKER
+from tests.lora_files import random_lora, write_lora
 from tests.models import write_minilm
 from tests.processes import RigServer, write_config
 
@@ -34,6 +35,7 @@ _LINE = {
 # In this order each finds what it names, and nothing is deleted before it is looked at.
 _ORDER = (
     ("post", "/admin/keys"),
+    ("post", "/admin/adapters"),
     ("post", "/v1/files"),
     ("post", "/v1/batches"),
     ("post", "/v1/batches/{batch_id}/cancel"),  # while there is something to cancel
@@ -106,7 +108,7 @@ def test_every_operation_says_what_it_does_and_what_comes_back(rig: DocumentedRi
         assert body is None or body["examples"], where
 
 
-def test_the_examples_run_and_the_answers_are_as_told(rig: DocumentedRig) -> None:
+def test_the_examples_run_and_the_answers_are_as_told(rig: DocumentedRig, tmp_path: Path) -> None:
     ids = {"name": "smollm2-135m"}
     for method, path, operation in operations(rig.document):
         body = operation.get("requestBody", {}).get("content", {})
@@ -121,6 +123,9 @@ def test_the_examples_run_and_the_answers_are_as_told(rig: DocumentedRig) -> Non
                 }
             elif sent and "input_file_id" in sent["json"]:
                 sent["json"]["input_file_id"] = ids["file_id"]
+            elif sent and path == "/admin/adapters":
+                lora = random_lora({"blk.0.attn_q.weight": (576, 576)}, seed=1)
+                sent["json"]["path"] = str(write_lora(tmp_path / "legal.gguf", lora))
             address = path.format(**ids)
             answer = requests.request(
                 method, rig.base_url + address, headers=rig.headers, timeout=60, **sent
@@ -146,6 +151,7 @@ def check(document: dict[str, Any], schema: dict[str, Any], value: object) -> No
 def remember(ids: dict[str, str], path: str, answer: dict[str, Any]) -> None:
     """Keep the id of what was made for the operations that name one."""
     kinds = {"files": "file_id", "batches": "batch_id", "responses": "response_id", "keys": "key"}
+    kinds["adapters"] = "adapter"
     made = kinds.get(path.rpartition("/")[2])
     if made and "id" in answer:
         ids[made] = answer["id"]

@@ -115,7 +115,7 @@ def test_mistakes_in_remotes(tmp_path: Path, model: str, expected: str) -> None:
 def test_an_unknown_engine_is_told_all_there_are(tmp_path: Path) -> None:
     told = problem(tmp_path, "models:\n  - {name: m, engine: remot, source: x}\n")
     assert (
-        "expected one of llama_cpp, llama_server, remote; got 'remot'; did you mean 'remote'?"
+        "expected one of llama_cpp, llama_server, vllm, remote; got 'remot'; did you mean 'remote'?"
         in told
     )
 

@@ -1,162 +1,37 @@
-"""What the load test measures, against hand-made streams and NumPy."""
+"""Whole benches, in their own processes, against a small server."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jsonschema
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loadtest import charts
-from loadtest.client import Client, sse_events
-from loadtest.measures import distribution, summarize, throughput_over_time
-from loadtest.options import BenchOptions, parse_duration
-from loadtest.pricing import traffic_of
-from loadtest.prompts import Calibration, excerpt
-from loadtest.records import RequestRecord
+from loadtest import charts, curves
+from loadtest.amounts import constant
+from loadtest.options import BenchOptions
+from loadtest.records import read_records
 from loadtest.run import run_bench
+from loadtest.scenario import Closed, Scenario, Traffic
+from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
+from tests.openai_server import JOULES_A_REQUEST, serving
 from tests.processes import wait_for
 
 COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
-JOULES_A_REQUEST = 2.0
-
-
-def record(**fields: Any) -> RequestRecord:
-    base: dict[str, Any] = {
-        "number": 0, "user": 0, "warmup": False, "started_at": 1.0, "ended_at": 3.0,
-        "first_token_at": 1.5, "chunk_gaps_seconds": [0.5, 0.5, 0.25], "prompt_tokens": 10,
-        "cached_tokens": 2, "completion_tokens": 6, "finish_reason": "stop",
-    }  # fmt: skip
-    return RequestRecord(**(base | fields))
-
-
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
-def test_percentiles_are_numpys(values: list[float]) -> None:
-    result = distribution(values)
-    assert result is not None
-    for percent, value in ((50, result.p50), (90, result.p90), (99, result.p99)):
-        assert value == pytest.approx(np.percentile(values, percent), abs=1e-6)
-    assert result.mean == pytest.approx(np.mean(values), abs=1e-6)
-
-
-def test_latencies_by_hand() -> None:
-    one = record()
-    assert one.ttft_seconds == 0.5
-    assert one.end_to_end_seconds == 2.0
-    assert one.tpot_seconds == pytest.approx(1.25 / 5)
-    assert record(first_token_at=None).ttft_seconds is None
-    assert record(completion_tokens=1).tpot_seconds is None
-
-
-def test_a_summary_leaves_warm_up_and_failures_apart() -> None:
-    records = [
-        record(warmup=True, started_at=0.0, ended_at=1.0),
-        record(),
-        record(user=1, started_at=2.0, ended_at=5.0, first_token_at=2.5, completion_tokens=14),
-        record(error="http_503", error_message="full", prompt_tokens=None, completion_tokens=None),
-    ]
-    summary = summarize(records)
-    assert summary.window_seconds == 4.0
-    assert (summary.totals.requests, summary.totals.errors) == (3, 1)
-    assert summary.totals.completion_tokens == 20
-    assert summary.totals_with_warmup.completion_tokens == 26
-    assert summary.completion_tokens_per_second == 5.0
-    assert (summary.users, summary.completion_tokens_per_second_per_user) == (2, 2.5)
-    assert summary.prompt_tokens_per_second_per_user == 2.5
-    assert summary.requests_per_second == 0.5
-    assert summary.error_classes == {"http_503": 1}
-    assert summary.first_error == "full"
-    assert summary.ttft_seconds is not None
-    assert summary.ttft_seconds.count == 2
-
-
-def test_unknown_tokens_are_not_invented() -> None:
-    summary = summarize([record(), record(prompt_tokens=None, completion_tokens=None)])
-    assert summary.totals.completion_tokens is None
-    assert summary.completion_tokens_per_second is None
-    assert traffic_of([record(completion_tokens=None)], None, None, COST) is None
-
-
-def test_throughput_over_time_keeps_every_token() -> None:
-    points = throughput_over_time(
-        [record(), record(started_at=2.0, ended_at=5.0, first_token_at=4.0)], 8
-    )
-    width = points[1][0] - points[0][0]
-    assert sum(rate * width for _, rate in points) == pytest.approx(12)
-
-
-def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
-    timings = {"prefill_busy_seconds": 0.25, "decode_busy_seconds": 1.0}
-    measured = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 25.0}, COST)
-    assert measured is not None
-    assert (measured.prefill_busy_seconds, measured.decode_busy_seconds) == (0.25, 1.0)
-    assert (measured.energy_joules, measured.energy_source) == (20.0, "nvml")
-    assert not measured.estimated
-    stood_still = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 5.0}, COST)
-    assert stood_still is not None
-    assert stood_still.energy_source == "estimated"
-    assert stood_still.energy_joules == pytest.approx(1.25 * COST.power.load_watts)
-    # Without them: two requests that overlap keep the server busy for the time either is open.
-    foreign = traffic_of(
-        [record(), record(started_at=2.0, ended_at=4.0, first_token_at=2.5)], None, None, COST
-    )
-    assert foreign is not None
-    assert foreign.busy_seconds == pytest.approx(3.0)
-    assert foreign.energy_joules == pytest.approx(3.0 * COST.power.load_watts)
-    assert foreign.estimated
-
-
-@given(st.lists(st.integers(1, 60)))
-def test_events_survive_every_split(sizes: list[int]) -> None:
-    stream = b'data: {"a": "\xc3\xa9"}\n\n: a comment\n\ndata:{"b":2}\r\n\r\ndata: [DONE]\n\n'
-
-    def reads() -> Iterator[bytes]:
-        at = 0
-        for size in [*sizes, len(stream)]:
-            yield stream[at : at + size]
-            at += size
-
-    assert list(sse_events(reads())) == [b'{"a": "\xc3\xa9"}', b'{"b":2}', b"[DONE]"]
-
-
-def test_prompts_differ_repeat_and_have_the_wanted_length() -> None:
-    assert excerpt(1, 20, seed=0) == excerpt(1, 20, seed=0)
-    assert excerpt(1, 20, seed=0) != excerpt(1, 20, seed=1)
-    assert len({excerpt(number, 5000, seed=0) for number in range(50)}) == 50
-    # 8 tokens of template and 1.5 tokens a word.
-    calibration = Calibration((10, 23), (60, 98))
-    assert calibration.words_for(98) == 60
-    assert calibration.words_for(1) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("30s", 30), ("2m", 120), ("1.5h", 5400), ("45", 45), ("7d", 604800)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "s", "0s", "-3s", "3 weeks", "1e3"])
-def test_bad_durations(text: str) -> None:
-    with pytest.raises(ValueError, match="not a duration"):
-        parse_duration(text)
 
 
 @given(
@@ -166,10 +41,17 @@ def test_bad_durations(text: str) -> None:
 @example([0.0], [5e-324])
 def test_charts_stay_within_their_frames(values: list[float], rates: list[float]) -> None:
     middle = sorted(values)[len(values) // 2]
+    places = [str(number) for number in range(len(values))]
+    line = curves.Curve("p50", values, [(value / 2, value * 2) for value in values])
+    pairs = [(number + 0.5, rate) for number, rate in enumerate(rates)]
     drawings = (
-        charts.cumulative(values, {50: middle}, "ms"),
-        charts.area([(number + 0.5, rate) for number, rate in enumerate(rates)], "s", "tokens/s"),
+        charts.area(pairs, "s", "tokens/s"),
         charts.timeline([(0, 0.0, v / 2, v, False) for v in values], "seconds"),
+        curves.histogram(values, {50: middle}, "ms"),
+        curves.over_categories(places, [line], "users", "ms", mark=0),
+        curves.trade_off([("x", value, value) for value in values], "tokens/s", "s"),
+        curves.heat_map(pairs, len(rates) + 1.0, "s", "ms"),
+        curves.over_time([("p50", pairs)], "ms"),
     )
     for drawing in drawings:
         box = re.search(r'viewBox="0 0 (\d+) (\d+)"', drawing)
@@ -180,7 +62,8 @@ def test_charts_stay_within_their_frames(values: list[float], rates: list[float]
                 x, y = map(float, point.split(","))
                 assert 0 <= x <= width
                 assert 0 <= y <= height
-        assert all(0 <= float(x) <= width for x in re.findall(r' c?x="([^"]+)"', drawing))
+        assert all(0 <= float(x) <= width for x in re.findall(r' c?x[12]?="([^"]+)"', drawing))
+        assert all(0 <= float(y) <= height for y in re.findall(r' c?y[12]?="([^"]+)"', drawing))
 
 
 def test_a_timeline_of_very_many_requests_stays_small() -> None:
@@ -188,132 +71,29 @@ def test_a_timeline_of_very_many_requests_stays_small() -> None:
     assert 0 < drawing.count("<rect") <= 2 * charts.MOST_REQUESTS
 
 
-class OpenAIServer(BaseHTTPRequestHandler):
-    """A small server in OpenAI's shape; ``behaviour`` chooses how it misbehaves."""
-
-    behaviour = "good"
-    usages: list[dict[str, int]]  # one for each answer it has finished
-    begun: list[str]  # the prompts of the load, without those of the warm-up
-    protocol_version = "HTTP/1.1"
-    timeout = 0.5  # then it hangs up on an idle connection
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self.answer(200, json.dumps({"data": [{"id": "tiny"}]}).encode())
-        elif self.path == "/metrics" and self.behaviour == "metered":
-            joules = JOULES_A_REQUEST * len(self.usages)
-            metric = f'rigserve_energy_joules_total{{model="tiny",source="nvml"}} {joules}\n'
-            self.answer(200, metric.encode())
-        else:
-            self.answer(404, b"no such thing")
-
-    def answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        prompt = body["messages"][0]["content"]
-        words = len(prompt.split())
-        warm_up = words in (11, 61)
-        behaviour = "good" if warm_up and self.behaviour != "strict" else self.behaviour
-        if not warm_up:
-            self.begun.append(prompt)
-        if behaviour == "strict" and "ignore_eos" in body:
-            self.answer(400, b'{"error": {"message": "Extra inputs are not permitted"}}')
-            return
-        if behaviour == "busy":
-            self.answer(503, b'{"error": {"message": "all slots are taken"}}')
-            return
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
-        self.end_headers()
-        self.close_connection = True
-        self.send({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        for letter in "abcd"[: body["max_tokens"]]:
-            if behaviour == "slow":
-                time.sleep(0.4)
-            delta: dict[str, Any] = {"content": letter}
-            if behaviour == "thinks and calls":
-                call = {"index": 0, "function": {"arguments": letter}}
-                delta = {"reasoning_content": letter} if letter < "c" else {"tool_calls": [call]}
-            self.send({"choices": [{"delta": delta}], "error": None})
-        if behaviour in MISSHAPEN:
-            self.wfile.write(b"data: " + MISSHAPEN[behaviour][0] + b"\n\n")
-            return
-        self.send({"choices": [{"delta": None, "finish_reason": "length"}]})
-        if behaviour == "no end":
-            return
-        usage = {"prompt_tokens": words + 5, "completion_tokens": min(body["max_tokens"], 4)}
-        self.usages.append(usage)
-        if self.behaviour != "no usage":
-            self.send({"choices": [], "usage": usage})
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def send(self, event: dict[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-MISSHAPEN = {  # what is sent instead of the end: (data, class, part of the message)
-    "dies": (b'{"error": {"message": "engine died"}}', "stream_error", "engine died"),
-    "says no more": (b'{"error": "out of memory"}', "stream_error", "out of memory"),
-    "no JSON": (b"{oops", "malformed_stream", "shape"),
-    "a list": (b"[1]", "malformed_stream", "shape"),
-    "no [DONE]": (b'{"choices": []}', "incomplete_stream", "broke off"),
-}
-
-
-class QuietServer(ThreadingHTTPServer):
-    """Clients that hang up are part of the tests."""
-
-    def handle_error(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(behaviour: str) -> Iterator[tuple[str, type[OpenAIServer]]]:
-    """A running server: its base URL, and where it counts."""
-    handler = type("Handler", (OpenAIServer,), {"behaviour": behaviour, "usages": [], "begun": []})
-    with QuietServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", handler
-        server.shutdown()
-
-
 def options(url: str, out: Path, **changes: Any) -> BenchOptions:
+    traffic = Traffic(prompt_tokens=constant(40), output_tokens=constant(4))
     base: dict[str, Any] = {
-        "url": url, "model": None, "api_key": None, "users": 2, "duration_seconds": 1.5,
-        "prompt_tokens": 40, "output_tokens": 4, "out": out, "web": False, "seed": 1, "cost": COST,
+        "url": url, "out": out, "seed": 1, "cost": COST, "scenario_name": "test",
+        "scenario": Scenario(traffic=(traffic,), load=Closed(kind="closed", users=2), duration=1.5),
     }  # fmt: skip
     return BenchOptions(**(base | changes))
+
+
+def scenario(**changes: Any) -> Scenario:
+    base = {
+        "traffic": [{"prompt_tokens": 40, "output_tokens": 4}],
+        "load": {"kind": "closed", "users": 2},
+    }
+    return Scenario.model_validate(base | {"duration": 1.5} | changes)
 
 
 def bench(out: Path, behaviour: str, **changes: Any) -> tuple[int, dict[str, Any], str]:
     with serving(behaviour) as (url, _):
         status = run_bench(options(url, out, **changes))
-    return status, json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
-
-
-def one_request(url: str) -> RequestRecord:
-    result = RequestRecord(number=0, user=0, warmup=False, started_at=0.0)
-    words = {"messages": [{"role": "user", "content": "a prompt"}], "max_tokens": 4}
-    client = Client(url, None)
-    client.stream_chat(words, result, time.monotonic)
-    client.close()
-    return result
-
-
-def test_reasoning_and_calls_are_timed_as_text_is() -> None:
-    with serving("thinks and calls") as (url, _):
-        result = one_request(url)
-    assert result.first_token_at is not None
-    assert len(result.chunk_gaps_seconds) == 3
+    report = json.loads((out / "report.json").read_text())
+    jsonschema.validate(report, json.loads(PATH.read_text()))
+    return status, report, (out / "report.html").read_text()
 
 
 class Page(HTMLParser):
@@ -336,6 +116,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_the_published_schema_is_the_codes() -> None:
+    assert json.loads(PATH.read_text()) == report_schema(), "run python -m loadtest.schema"
+
+
 def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
     cost = load_config(DEFAULT_CONFIG).cost
     with serving("good") as (url, server):
@@ -348,16 +132,22 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
         assert everything[kind] == sum(usage[kind] for usage in server.usages)
     assert report["totals"]["requests"] == everything["requests"] - 2 == len(server.begun)
     assert len(set(server.begun)) == len(server.begun)
-    measured = [r for r in report["requests"] if not r["warmup"]]
-    assert {r["prompt_tokens"] for r in measured} == {40}
+    load = [r for r in report["requests"] if not r["warmup"]]
+    assert {r["prompt_tokens"] for r in load} == {40}
+    low, high = report["stages"][0]["window"]
+    assert (low, high) == pytest.approx((high - 1.2, low + 1.2))
+    assert all(r["measured"] == (low <= r["started_at"] < high) for r in load)
     assert report["totals"]["cached_tokens"] is None  # it never said
     assert report["settings"]["seed"] == 1
     assert "api_key" not in report["settings"]
-    assert report["notes"] == []
+    assert report["notes"] == [
+        "The server has no /tokenize: prompt lengths are estimates, corrected by its usage."
+    ]
     with (tmp_path / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == everything["requests"]
+    assert len(rows) == everything["requests"] == len(read_records(tmp_path / "records.jsonl"))
     assert sum(int(row["completion_tokens"]) for row in rows) == everything["completion_tokens"]
+    assert "| 2 users |" in (tmp_path / "report.md").read_text()
 
     html = (tmp_path / "report.html").read_text()
     page = Page()
@@ -368,34 +158,116 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
     assert report["cost"]["estimated"]
     assert "(estimated)" in html
     assert len(report["cost"]["rows"]) >= 10
-    # Once in the chart and once in the table; the settings repeat them without the mark-up.
+    # Once in the chart and once in the table.
     for row in report["cost"]["rows"]:
         assert f">{row['reference']}</div>" in html
         assert f"<td>{row['reference'].replace('/', '/<wbr>')}</td>" in html
 
 
-@pytest.mark.parametrize("behaviour", MISSHAPEN)
-def test_misshapen_streams_are_errors_with_their_reason(behaviour: str) -> None:
-    with serving(behaviour) as (url, _):
-        result = one_request(url)
-    _, error, message = MISSHAPEN[behaviour]
-    assert result.error == error
-    assert message in (result.error_message or "")
-    assert result.first_token_at is not None
+def test_prompts_are_counted_by_the_server_where_it_counts(tmp_path: Path) -> None:
+    status, report, _ = bench(tmp_path, "counts")
+    assert (status, report["notes"]) == (0, [])
+    load = [r for r in report["requests"] if not r["warmup"]]
+    assert {r["prompt_tokens"] for r in load} <= {39, 41}  # two tokens a word, 5 of the template
 
 
-def test_a_stream_without_its_end_is_incomplete() -> None:
-    with serving("no end") as (url, _):
-        result = one_request(url)
-    assert (result.error, result.finish_reason) == ("incomplete_stream", "length")
+def test_worker_processes_share_the_load_and_their_records_are_merged(tmp_path: Path) -> None:
+    mixed = scenario(
+        load={"kind": "closed", "users": 6},
+        duration=2.0,
+        traffic=[
+            {"tenant": "a", "weight": 2, "output_tokens": 4, "prompt_tokens": 40},
+            {"tenant": "b", "output_tokens": 2, "prompt_tokens": 30},
+        ],
+    )
+    with serving("paced") as (url, server):
+        assert run_bench(options(url, tmp_path, scenario=mixed, workers=2)) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    load = [r for r in report["requests"] if not r["warmup"]]
+    assert len(load) == len(server.begun) == len({r["number"] for r in load})
+    everything = report["totals_with_warmup"]
+    assert everything["completion_tokens"] == sum(u["completion_tokens"] for u in server.usages)
+    assert {(r["worker"], r["user"]) for r in load} == {(n % 2, n) for n in range(6)}
+    assert len({r["user"] for r in load if r["tenant"] == "a"}) == 4
+    assert set(report["stages"][0]["tenants"]) == {"a", "b"}
+    assert len(set(server.begun)) == len(server.begun)
+
+
+def test_arrivals_do_not_wait_and_count_from_when_they_were_due(tmp_path: Path) -> None:
+    arrivals = scenario(
+        load={"kind": "open", "requests_per_second": 20, "arrivals": "constant"}, duration=2.0
+    )
+    status, report, _ = bench(tmp_path, "slow", scenario=arrivals)  # an answer takes 1.6 s
+    assert status == 0
+    load = [r for r in report["requests"] if not r["warmup"]]
+    assert len(load) == 40
+    starts = sorted(r["started_at"] for r in load)
+    assert max(later - earlier for earlier, later in itertools.pairwise(starts)) < 0.06
+    assert all(r["sent_at"] >= r["started_at"] for r in load)
+    assert report["totals"]["errors"] == 0
+
+
+def test_a_sweep_raises_the_load_by_itself(tmp_path: Path) -> None:
+    sweep = scenario(load={"kind": "sweep", "most": 4, "max_stages": 3}, duration=1.0)
+    status, report, html = bench(tmp_path, "paced", scenario=sweep)
+    assert status == 0
+    assert [stage["users"] for stage in report["stages"]] == [1, 2, 4]
+    rates = [stage["summary"]["completion_tokens_per_second"] for stage in report["stages"]]
+    assert rates[2] > 2 * rates[0]
+    assert report["knee"] is None, "this server takes any number"
+    assert "Throughput" in html
+
+
+def test_a_staircase_and_a_trace(tmp_path: Path) -> None:
+    steps = scenario(load={"kind": "steps", "steps": [{"users": 1}, {"users": 3}]}, duration=2.0)
+    status, report, _ = bench(tmp_path / "steps", "paced", scenario=steps)
+    assert status == 0
+    assert [stage["label"] for stage in report["stages"]] == ["1 user", "3 users"]
+    second = [r for r in report["requests"] if r["stage"] == 1 and r["measured"]]
+    assert len({r["user"] for r in second}) == 3
+
+    trace = tmp_path / "trace.csv"
+    trace.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+                     "3,m,40,2,42,x\n5,m,60,4,64,x\n6,m,50,3,53,x\n")  # fmt: skip
+    replay = scenario(
+        load={"kind": "replay", "trace": str(trace), "speed": 2.0}, warm_up=0.0, cool_down=0.0
+    )
+    status, report, _ = bench(tmp_path / "trace", "paced", scenario=replay)
+    load = sorted((r for r in report["requests"] if not r["warmup"]), key=lambda r: r["started_at"])
+    begin = load[0]["started_at"]
+    assert [r["started_at"] - begin for r in load] == pytest.approx([0, 1.0, 1.5])
+    assert [r["completion_tokens"] for r in load] == [2, 4, 3]
+    assert [r["wanted_prompt_tokens"] for r in load] == [40, 60, 50]
+
+
+def test_a_gate_that_does_not_hold_is_an_exit_status_with_its_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving("paced") as (url, _):
+        assert run_bench(options(url, tmp_path / "a", slo=("ttft p50 < 5s", "errors < 1%"))) == 0
+        capfd.readouterr()
+        assert run_bench(options(url, tmp_path / "b", slo=("ttft p50 < 0.001ms",))) == 3
+        assert "FAIL: ttft p50 < 0.001ms (2 users): it is" in capfd.readouterr().out
+        same = options(url, tmp_path / "c", baseline=tmp_path / "a" / "report.json")
+        assert run_bench(same) == 0
+    with serving("slow") as (url, _):
+        slower = options(
+            url,
+            tmp_path / "d",
+            baseline=tmp_path / "a" / "report.json",
+            scenario=scenario(duration=8.0),
+        )
+        assert run_bench(slower) == 3
+    assert "FAIL: TPOT p50 (2 users)" in capfd.readouterr().out
 
 
 def test_failures_are_counted_by_class(tmp_path: Path) -> None:
     status, report, _ = bench(tmp_path, "busy")
     assert status == 1
     assert report["totals"]["errors"] == report["totals"]["requests"] > 0
-    assert report["error_classes"] == {"http_503": report["totals"]["errors"]}
-    assert report["first_error"] == "all slots are taken"
+    summary = report["stages"][0]["summary"]
+    assert summary["error_classes"] == {"http_503": summary["totals"]["errors"]}
+    assert summary["first_error"] == "all slots are taken"
     assert report["cost"] is None
 
 
@@ -429,7 +301,7 @@ def test_a_bench_that_is_stopped_still_reports(tmp_path: Path, how: str) -> None
             "from loadtest.options import BenchOptions as B; "
             "from loadtest.run import run_bench; sys.exit(run_bench(B.from_json(sys.argv[1])))"
         )
-        asked = options(url, tmp_path, duration_seconds=3600).to_json()
+        asked = options(url, tmp_path, scenario=scenario(duration=3600)).to_json()
         process = subprocess.Popen([sys.executable, "-c", code, asked])
         wait_for(lambda: server.begun, "the load")
         process.send_signal(signal.SIGKILL if how == "killed" else signal.SIGINT)
@@ -444,25 +316,26 @@ def test_a_bench_that_is_stopped_still_reports(tmp_path: Path, how: str) -> None
         time.sleep(0.5)
         assert len(server.begun) == begun, "the load went on"
     assert report["totals"]["requests"] == begun
+    errors = [r["error"] for r in report["requests"] if not r["warmup"]]
     if how == "one Ctrl-C":
         assert status == 0
-        assert report["totals"]["errors"] == 0
+        assert errors == [None] * begun
     else:
-        assert report["error_classes"] == {"abandoned": begun}
+        assert errors == ["abandoned"] * begun
 
 
-def test_a_server_that_is_not_there_is_a_clear_error(
+def test_what_cannot_be_used_is_a_clear_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_bench(options("http://127.0.0.1:9/v1", tmp_path / "r")) == 2
-    message = capfd.readouterr().err
-    assert "cannot reach 127.0.0.1:9" in message
-    assert "Traceback" not in message
+    nobody = "http://127.0.0.1:9/v1"
+    for changes, said in (
+        ({}, "cannot reach 127.0.0.1:9"),
+        ({"slo": ("fast",)}, "--slo 'fast' is not of the form"),
+        ({"baseline": tmp_path / "none.json"}, "none.json: No such file"),
+        ({"web": True, "scenario": scenario(load={"kind": "sweep"})}, "--web: users are steered"),
+    ):
+        assert run_bench(options(nobody, tmp_path / "r", **changes)) == 2
+        message = capfd.readouterr().err
+        assert said in message
+        assert "Traceback" not in message
     assert not (tmp_path / "r").exists()
-
-
-def test_options_that_make_no_sense_are_named(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_bench(options("http://127.0.0.1:9/v1", tmp_path, users=0)) == 2
-    assert "--users must be at least 1, not 0" in capfd.readouterr().err

@@ -1,9 +1,9 @@
 """An engine that computes nothing: it answers chats as fast as one core can write.
 
-    python -m loadtest.benchmarks.gateway.engine PORT [CORE]
+    python -m loadtest.benchmarks.gateway.engine PORT [CORE [TURN_SECONDS]]
 
-A stream has ``max_tokens`` chunks of text, each written by itself, in turns with the other streams; asked to
-``wait``, it stays open after the first. Uses nothing of serving's.
+A stream has ``max_tokens`` chunks of text, each written by itself, in turns with the other streams, as fast as
+can be or one turn each ``TURN_SECONDS``; asked to ``wait``, it stays open after the first. Uses nothing of serving's.
 """
 
 from __future__ import annotations
@@ -69,16 +69,19 @@ def _answer(tokens: int) -> bytes:
 
 
 class _Pump:
-    """Writes one chunk to each open stream in every turn of the event loop."""
+    """Writes one chunk to each open stream in every turn."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, turn_seconds: float) -> None:
         self._loop = loop
+        self._turn_seconds = turn_seconds
+        self._next_at = 0.0
         self._streams: set[_Connection] = set()
 
     def add(self, stream: _Connection) -> None:
         """Begin, or go on, with a stream."""
         if not self._streams:
-            self._loop.call_soon(self._turn)
+            self._next_at = self._loop.time() + self._turn_seconds
+            self._loop.call_at(self._next_at, self._turn)
         self._streams.add(stream)
 
     def remove(self, stream: _Connection) -> None:
@@ -88,7 +91,12 @@ class _Pump:
     def _turn(self) -> None:
         for stream in tuple(self._streams):
             stream.write_next()
-        if self._streams:
+        if not self._streams:
+            return
+        if self._turn_seconds:
+            self._next_at = max(self._next_at + self._turn_seconds, self._loop.time())
+            self._loop.call_at(self._next_at, self._turn)
+        else:
             self._loop.call_soon(self._turn)
 
 
@@ -149,9 +157,9 @@ class _Connection(asyncio.Protocol):
             self._transport.write(_end(self._tokens))
 
 
-async def _serve(port: int) -> None:
+async def _serve(port: int, turn_seconds: float) -> None:
     loop = asyncio.get_running_loop()
-    pump = _Pump(loop)
+    pump = _Pump(loop, turn_seconds)
     server = await loop.create_server(lambda: _Connection(pump), "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
@@ -160,4 +168,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         os.sched_setaffinity(0, {int(sys.argv[2])})
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(int(sys.argv[1])))
+        turn_seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+        runner.run(_serve(int(sys.argv[1]), turn_seconds))

@@ -45,9 +45,9 @@ def routes(gateway: Gateway, adapters: Adapters) -> APIRouter:
         return json_response(await adapters.add(asked), 201)
 
     # Names may hold slashes.
-    @router.delete("/{name:path}")
-    async def remove(name: str) -> Response:
+    @router.delete("/{adapter:path}")
+    async def remove(adapter: str) -> Response:
         """Take no more requests for an added adapter. With requests in flight it is `leaving`, and goes with the last."""
-        return json_response(await adapters.remove(name))
+        return json_response(await adapters.remove(adapter))
 
     return router

@@ -1,0 +1,117 @@
+"""``rigserve bench``: its arguments, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from loadtest.options import BenchOptions, Join, overridden
+from loadtest.run import run_bench, run_worker
+from loadtest.scenario import DEFAULT, ScenarioError, load_scenario, names, parse_duration
+from serving.config import load_config
+
+
+def add_bench_command(commands: Any, *, default_config: Path) -> None:
+    """Add it to the commands of a parser."""
+    command = commands.add_parser(
+        "bench",
+        help="load-test a server and price its tokens",
+        description=f"Load-test any OpenAI-compatible server. Scenarios: {', '.join(names())}.",
+    )
+    command.add_argument(
+        "scenario", metavar="SCENARIO", nargs="?", default=DEFAULT,
+        help=f"a name of the above, or the path to a YAML file (default: {DEFAULT})",
+    )  # fmt: skip
+    command.add_argument("--url", default="http://127.0.0.1:8000/v1", help="where the server is")
+    command.add_argument("--model", help="default: the first that the server lists")
+    command.add_argument("--api-key", help="default: $OPENAI_API_KEY")
+    command.add_argument("--out", type=Path, help="folder for the report (default: bench-TIME)")
+    command.add_argument("--seed", type=int, default=0, help="chooses the prompts (default: 0)")
+    instead = command.add_argument_group("instead of what the scenario says")
+    instead.add_argument("--users", type=_count, help="so many users that wait for their answers")
+    instead.add_argument("--rate", type=_rate, help="so many requests a second that do not wait")
+    instead.add_argument("--duration", type=_duration, help="of each stage, such as 30s, 2m, 1h")
+    instead.add_argument("--prompt-tokens", type=_count, help="length of all prompts")
+    instead.add_argument("--output-tokens", type=_count, help="length of all completions")
+    gate = command.add_argument_group("conditions; exit status 3 if one does not hold")
+    gate.add_argument(
+        "--slo", action="append", default=[], metavar="CONDITION",
+        help="such as 'ttft p95 < 500ms', 'tokens/s > 100', 'goodput >= 95%%', 'errors < 1%%'; again for more",
+    )  # fmt: skip
+    gate.add_argument(
+        "--baseline", type=Path, metavar="REPORT.JSON", help="surely no worse than that run"
+    )
+    many = command.add_argument_group("more than one process")
+    many.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes of this machine that send (default: this one)",
+    )
+    many.add_argument("--remote-workers", type=int, default=0, help="wait for so many --join")
+    many.add_argument("--bind", metavar="HOST:PORT", help="where they join (default: loopback)")
+    many.add_argument("--join", metavar="HOST:PORT", help="be a worker of the bench there")
+    command.add_argument("--web", action="store_true", help="steer the users from Locust's web UI")
+    command.add_argument(
+        "--config", type=Path, default=default_config, help="its cost section prices the tokens"
+    )
+    command.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.join is not None:
+        host, _, port = args.join.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ScenarioError(f"--join {args.join!r} is not of the form HOST:PORT")
+        return run_worker(Join(host, int(port), args.api_key))
+    name, scenario = load_scenario(args.scenario)
+    scenario = overridden(
+        scenario,
+        users=args.users,
+        requests_per_second=args.rate,
+        duration_seconds=args.duration,
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=args.output_tokens,
+    )
+    return run_bench(
+        BenchOptions(
+            url=args.url,
+            scenario_name=name,
+            scenario=scenario,
+            cost=load_config(args.config).cost,
+            model=args.model,
+            api_key=args.api_key,
+            out=args.out,
+            web=args.web,
+            seed=args.seed,
+            workers=args.workers,
+            remote_workers=args.remote_workers,
+            bind=args.bind,
+            slo=tuple(args.slo),
+            baseline=args.baseline,
+        )
+    )
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return rate

@@ -1,0 +1,185 @@
+"""Percentiles, and how far they can be trusted. All intervals are of 95 % confidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Interval = tuple[float | None, float | None]
+
+PERCENTILES = (50, 90, 95, 99)
+_Z = 1.959964
+# Student's t at 95 % for so many batches less one (W. Gosset; any table has it).
+BATCHES = 10
+_T_9 = 2.262157
+_EXACT_BELOW = 1000
+_BINS = 400
+_DRAWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Values in seconds, percentiles linear between neighbours.
+
+    ``intervals`` holds (low, high) for ``mean`` and each percentile; an end is None where so few values
+    say nothing about it.
+    """
+
+    count: int
+    mean: float
+    minimum: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    maximum: float
+    intervals: dict[str, Interval]
+
+
+def distribution(values: Iterable[float | None]) -> Distribution | None:
+    """Of the values that are not None; None if none are left.
+
+    The percentiles' intervals are order statistics: no shape is assumed (David and Nagaraja, Order
+    Statistics, 7.1); the mean's is the normal one.
+    """
+    known = np.sort(np.array([value for value in values if value is not None], dtype=float))
+    if not len(known):
+        return None
+    mean = float(known.mean())
+    intervals: dict[str, Interval] = {"mean": (None, None)}
+    if len(known) > 1:
+        margin = _Z * float(known.std(ddof=1)) / math.sqrt(len(known))
+        intervals["mean"] = (mean - margin, mean + margin)
+    for percent in PERCENTILES:
+        low, high = order_statistics(len(known), percent / 100)
+        intervals[f"p{percent}"] = (
+            None if low is None else float(known[low]),
+            None if high is None else float(known[high]),
+        )
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(known, PERCENTILES))
+    return Distribution(
+        len(known), mean, float(known[0]), p50, p90, p95, p99, float(known[-1]), intervals
+    )
+
+
+def order_statistics(count: int, quantile: float) -> tuple[int | None, int | None]:
+    """Positions in ``count`` sorted values between which the quantile lies; None: beyond the end."""
+    if count < _EXACT_BELOW:
+        below = _binomial_cdf(count, quantile)
+        # P(quantile < value[i]) = P(at most i values lie below it) = below[i]
+        low = int(np.searchsorted(below, 0.025, side="right")) - 1
+        high = int(np.searchsorted(below, 0.975, side="left"))
+        high += 0 if high < count and below[high] >= 0.975 else 1
+    else:
+        spread = _Z * math.sqrt(count * quantile * (1 - quantile))
+        low, high = math.floor(count * quantile - spread) - 1, math.ceil(count * quantile + spread)
+    return (low if low >= 0 else None), (high if high < count else None)
+
+
+def _binomial_cdf(count: int, probability: float) -> Array:
+    hits = np.arange(count + 1)
+    log_factorials = np.array([math.lgamma(n + 1) for n in range(count + 1)])
+    chosen = log_factorials[count] - log_factorials[hits] - log_factorials[count - hits]
+    logs = chosen + hits * math.log(probability) + (count - hits) * math.log1p(-probability)
+    result: Array = np.cumsum(np.exp(logs))
+    return result
+
+
+def weighted_distribution(groups: Sequence[tuple[Array, Array]]) -> Distribution | None:
+    """Of values with weights, in groups whose values belong together: (values, weights) each.
+
+    Equal weights give the plain percentiles. The intervals are a bootstrap over the groups (Efron and
+    Tibshirani, chapter 8), as values of one group are no independent witnesses.
+    """
+    groups = [group for group in groups if len(group[0])]
+    if not groups:
+        return None
+    values = np.concatenate([group[0] for group in groups])
+    weights = np.concatenate([group[1] for group in groups])
+    order = np.argsort(values)
+    ordered, ordered_weights = values[order], weights[order]
+    middles = np.cumsum(ordered_weights) - ordered_weights / 2
+    places = middles[0] + np.array(PERCENTILES) / 100 * (middles[-1] - middles[0])
+    p50, p90, p95, p99 = (float(value) for value in np.interp(places, middles, ordered))
+    return Distribution(
+        count=len(values),
+        mean=float(np.average(values, weights=weights)),
+        minimum=float(ordered[0]),
+        p50=p50,
+        p90=p90,
+        p95=p95,
+        p99=p99,
+        maximum=float(ordered[-1]),
+        intervals=_bootstrap(groups, ordered),
+    )
+
+
+def _bootstrap(groups: Sequence[tuple[Array, Array]], ordered: Array) -> dict[str, Interval]:
+    names = ["mean", *(f"p{percent}" for percent in PERCENTILES)]
+    if len(groups) < 2:
+        return dict.fromkeys(names, (None, None))
+    # Sums of a group's weights in narrow bins make a draw of groups one product of matrices.
+    edges = np.unique(np.quantile(ordered, np.linspace(0, 1, _BINS + 1)))
+    sums = np.array([np.bincount(np.searchsorted(edges, v), w, len(edges)) for v, w in groups])
+    rng = np.random.default_rng(0)
+    times = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=_DRAWS)
+    drawn = times @ sums
+    totals = drawn.sum(axis=1)
+    weighted = np.array([[float(v @ w), float(w.sum())] for v, w in groups])
+    means = times @ weighted
+    statistics: dict[str, Array] = {"mean": means[:, 0] / means[:, 1]}
+    shares = np.cumsum(drawn, axis=1) / totals[:, None]
+    for percent in PERCENTILES:
+        statistics[f"p{percent}"] = edges[np.argmax(shares >= percent / 100, axis=1)]
+    return {name: _middle_95(statistics[name]) for name in names}
+
+
+def _middle_95(drawn: Array) -> tuple[float, float]:
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def batch_interval(rates: Sequence[float]) -> Interval:
+    """Of a mean rate, from the rates of :data:`BATCHES` equal stretches of time, one after the other.
+
+    Batch means (Law and Kelton, Simulation Modeling and Analysis, 9.5.3): neighbours in time are alike,
+    stretches are much less so.
+    """
+    if len(rates) != BATCHES:
+        return None, None
+    mean = float(np.mean(rates))
+    margin = _T_9 * float(np.std(rates, ddof=1)) / math.sqrt(BATCHES)
+    return max(mean - margin, 0.0), mean + margin
+
+
+def compared(
+    before: Sequence[Any], now: Sequence[Any], statistic: Any, draws: int = 1000
+) -> tuple[float, float, float] | None:
+    """The ratio of a statistic now to before, and its 99 % interval; None where it cannot be told.
+
+    ``before`` and ``now`` are batches, each an array of values of one stretch of time; the interval is a
+    bootstrap over batches, so that what happens for a while does not count as many independent events.
+    """
+    if len(before) < 2 or len(now) < 2:
+        return None
+    rng = np.random.default_rng(0)
+
+    def drawn(batches: Sequence[Any]) -> Array:
+        picks = rng.integers(len(batches), size=(draws, len(batches)))
+        return np.array([statistic(np.concatenate([batches[i] for i in pick])) for pick in picks])
+
+    base = statistic(np.concatenate(before))
+    if not base:
+        return None
+    earlier = drawn(before)
+    if not np.all(earlier > 0):
+        return None
+    ratios = drawn(now) / earlier
+    low, high = np.percentile(ratios, (0.5, 99.5))
+    return float(statistic(np.concatenate(now)) / base), float(low), float(high)

@@ -1,0 +1,134 @@
+"""Models in Hugging Face's format: from a config's ``source:`` to a folder, and what its files say of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from serving.models.sources import ModelError
+
+CONFIG = "config.json"
+_HUB, _GGUF = "hf://", ".gguf"
+# Other frameworks' copies of the weights, and what only training needs.
+_NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pt", "*.pth", "original/*", "optimizer*"]
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
+# Layers whose cache is not a key and a value for each token and head.
+_OTHER_CACHES = ("kv_lora_rank", "layers_block_type", "mamba_d_state", "ssm_cfg")
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def is_gguf(source: str) -> bool:
+    """Whether a source names a GGUF file rather than a folder or a repository."""
+    return source.endswith(_GGUF)
+
+
+def resolve_folder(source: str) -> Path:
+    """The folder that ``source`` names, downloaded if need be; raises :class:`ModelError`.
+
+    ``hf://ORG/REPO`` is a repository on the Hugging Face Hub (``hf://ORG/REPO@REVISION`` pins it); anything else a path.
+    """
+    folder = _on_hub(source) if source.startswith(_HUB) else Path(source).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"there is no model folder {folder}")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder} has no {CONFIG}; name a folder or repository in Hugging Face's format (source)"
+        )
+    return folder
+
+
+def _on_hub(source: str) -> Path:
+    organisation, _, repository = source.removeprefix(_HUB).partition("/")
+    repository, _, revision = repository.partition("@")
+    if not organisation or not repository or "/" in repository:
+        raise ModelError(f"{source!r} is not of the form hf://ORG/REPO or hf://ORG/REPO@REVISION")
+    try:
+        return Path(
+            snapshot_download(
+                f"{organisation}/{repository}",
+                revision=revision or None,
+                ignore_patterns=_NOT_NEEDED,
+            )
+        )
+    except Exception as error:  # the Hub's HTTP library, and so its errors, differ between versions
+        raise ModelError(
+            f"{source}: cannot download it: {error}; connect to the network, or download it elsewhere and "
+            "give the folder as the source (a gated one needs 'hf auth login' or HF_TOKEN)"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a folder's files say of its model.
+
+    ``kv_bytes_per_token`` is for 16-bit keys and values; None where the model keeps something else.
+    """
+
+    model_type: str
+    template: str
+    weights_bytes: int
+    kv_bytes_per_token: int | None
+
+
+def describe(folder: Path) -> Description:
+    """Read a folder's small files; raises :class:`ModelError` for what cannot be read."""
+    config = _json(folder / CONFIG)
+    # Of models that see, the part that writes.
+    text = config.get("text_config")
+    shape = text if isinstance(text, dict) else config
+    return Description(
+        model_type=str(shape.get("model_type", "")),
+        template=_template(folder),
+        weights_bytes=next(
+            (
+                total
+                for pattern in _WEIGHTS
+                if (total := sum(file.stat().st_size for file in folder.glob(pattern)))
+            ),
+            0,
+        ),
+        kv_bytes_per_token=_kv_bytes(shape),
+    )
+
+
+def _kv_bytes(shape: Mapping[str, Any]) -> int | None:
+    kinds = shape.get("layer_types") or ()
+    if any(shape.get(name) for name in _OTHER_CACHES) or not _ATTENTION.issuperset(kinds):
+        return None
+    layers, heads, width = (
+        shape.get(name) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int)):
+        return None
+    kv_heads = shape.get("num_key_value_heads") or heads
+    head_width = shape.get("head_dim") or width // heads
+    return int(2 * layers * kv_heads * head_width * _DTYPE_BYTES["float16"])
+
+
+def _template(folder: Path) -> str:
+    """The chat template; empty if there is none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    template = _json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("tool_use") or named.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}; fetch the model again (source)") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} holds no object; fetch the model again (source)")
+    return values

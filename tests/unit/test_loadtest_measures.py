@@ -1,0 +1,387 @@
+"""What the load test measures, against hand-made records, NumPy and simulations."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtest.gate import (
+    GateError,
+    compare_runs,
+    judge,
+    load_baseline,
+    parse_objective,
+    wilson,
+)
+from loadtest.knee import KneeSearch
+from loadtest.measures import (
+    by_tenant,
+    inter_token,
+    keeps,
+    marked,
+    summarize,
+    tokens_over_time,
+)
+from loadtest.pricing import traffic_of
+from loadtest.records import RequestRecord, read_records, write_records
+from loadtest.scenario import Slo, Sweep
+from loadtest.stages import Stage
+from loadtest.statistics import (
+    batch_interval,
+    distribution,
+    order_statistics,
+    weighted_distribution,
+)
+from loadtest.watch import WatchSample, health
+from serving.config import CostConfig
+
+COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
+WINDOW = (0.0, 10.0)
+
+
+def record(**fields: Any) -> RequestRecord:
+    base: dict[str, Any] = {
+        "number": 0, "user": 0, "warmup": False, "started_at": 1.0, "sent_at": 1.0, "ended_at": 3.0,
+        "first_token_at": 1.5, "chunk_gaps_seconds": [0.5, 0.5, 0.25], "prompt_tokens": 10,
+        "cached_tokens": 2, "completion_tokens": 4, "finish_reason": "stop", "measured": True,
+    }  # fmt: skip
+    return RequestRecord(**(base | fields))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
+def test_percentiles_are_numpys(values: list[float]) -> None:
+    plain = distribution(values)
+    weighted = weighted_distribution([(np.array(values), np.ones(len(values)))])
+    for result in (plain, weighted):
+        assert result is not None
+        for percent, value in ((50, result.p50), (90, result.p90), (99, result.p99)):
+            assert value == pytest.approx(np.percentile(values, percent), abs=1e-6)
+        assert result.mean == pytest.approx(np.mean(values), abs=1e-6)
+        assert (result.minimum, result.maximum) == (min(values), max(values))
+
+
+@pytest.mark.parametrize(("count", "percent"), [(40, 50), (200, 90), (3000, 95)])
+def test_intervals_hold_the_truth_as_often_as_they_say(count: int, percent: int) -> None:
+    rng = np.random.default_rng(7)
+    truth = -np.log(1 - percent / 100)  # of the exponential distribution
+    low, high = order_statistics(count, percent / 100)
+    assert low is not None
+    assert high is not None
+    ordered = np.sort(rng.exponential(size=(2000, count)), axis=1)
+    held = np.mean((ordered[:, low] <= truth) & (truth <= ordered[:, high]))
+    assert 0.94 <= held <= 0.995
+
+
+def test_an_interval_that_few_values_leave_open_is_open() -> None:
+    assert order_statistics(20, 0.99)[1] is None
+    assert order_statistics(1, 0.5) == (None, None)
+    assert distribution([]) is None
+
+
+def test_values_of_one_request_are_no_independent_witnesses() -> None:
+    """With all variance between requests, 100 values of each are worth one."""
+    rng = np.random.default_rng(2)
+    groups = [(np.full(100, level), np.ones(100)) for level in rng.exponential(size=30)]
+    together = weighted_distribution(groups)
+    apart = distribution(np.concatenate([values for values, _ in groups]))
+    assert together is not None
+    assert apart is not None
+    width = np.diff(np.array(together.intervals["p50"], dtype=float))[0]
+    naive = np.diff(np.array(apart.intervals["p50"], dtype=float))[0]
+    assert width > 2 * naive
+
+
+def test_batch_means_hold_the_truth() -> None:
+    rng = random.Random(4)
+    held = 0
+    for _ in range(1000):
+        low, high = batch_interval([rng.gauss(5, 1) for _ in range(10)])
+        assert low is not None
+        assert high is not None
+        held += low <= 5 <= high
+    assert 920 <= held <= 980
+
+
+def test_latencies_by_hand() -> None:
+    one = record(started_at=0.75)
+    assert one.ttft_seconds == 0.75, "from when it was due, not from when it was sent"
+    assert one.end_to_end_seconds == 2.25
+    assert one.normalized_seconds == 2.25 / 4
+    assert one.queue_seconds == 0.25
+    assert record(timings={"queue_seconds": 0.5}).queue_seconds == 0.5
+    assert one.tpot_seconds == pytest.approx(1.25 / 3)
+    assert record(first_token_at=None).ttft_seconds is None
+    assert record(completion_tokens=1).tpot_seconds is None
+
+
+def test_a_chunk_of_several_tokens_weighs_as_many() -> None:
+    # A chunk of 1, after 0.3 s one of 3, after 0.1 s one of 1: four latencies, all of 0.1 s.
+    one = record(chunk_gaps_seconds=[0.3, 0.1], chunk_tokens=[1.0, 3.0, 1.0], completion_tokens=5)
+    values, weights = inter_token(one)
+    assert values == pytest.approx([0.1, 0.1])
+    assert list(weights) == [3.0, 1.0]
+    found = summarize([one], WINDOW, Slo()).itl_seconds
+    assert found is not None
+    assert found.mean == pytest.approx(0.1)
+    assert found.p50 == pytest.approx(0.1)
+    assert found.mean == pytest.approx(one.tpot_seconds)
+
+
+def test_the_window_decides_what_is_measured() -> None:
+    stages = [Stage(0, 0.0, 10.0, users=2), Stage(1, 10.0, 20.0, users=4)]
+    records = [
+        record(number=3, started_at=0.5, stage=0),  # warm-up
+        record(number=2, started_at=1.0, stage=0),
+        record(number=1, started_at=8.9, ended_at=15.0, stage=0),
+        record(number=0, started_at=9.0, stage=0),  # cool-down
+        record(number=4, started_at=11.0, stage=1),
+        record(number=-1, started_at=5.0, stage=0, warmup=True),
+    ]
+    result = marked(records, stages)
+    assert [one.number for one in result if one.measured] == [1, 2, 4]
+    assert all(one.measured for one in records), "what was given stays as it was"
+
+
+def test_a_summary_by_hand() -> None:
+    records = [
+        record(warmup=True, measured=False),
+        record(),
+        record(
+            user=1, started_at=2.0, sent_at=2.0, first_token_at=2.5, ended_at=11.0,
+            chunk_gaps_seconds=[1.0, 6.0, 1.0], completion_tokens=4, cached_tokens=3,
+        ),
+        record(measured=False, started_at=9.5, first_token_at=9.9, ended_at=10.5, chunk_gaps_seconds=[0.2]),
+        record(error="http_503", error_message="full", first_token_at=None, completion_tokens=None),
+    ]  # fmt: skip
+    records[3].completion_tokens = 2
+    summary = summarize(records, WINDOW, Slo(ttft_ms=600, end_to_end_ms=5000))
+    assert (summary.totals.requests, summary.totals.errors) == (3, 1)
+    # Four, three of four, one of two: as they arrived within the ten seconds, whoever they belong to.
+    assert summary.completion_tokens_per_second == pytest.approx(0.8)
+    assert summary.requests_per_second == pytest.approx(0.1)
+    assert summary.prompt_tokens_per_second == pytest.approx(3.0)
+    assert summary.cached_share == pytest.approx(5 / 20)
+    assert summary.completion_tokens_per_second_per_user == pytest.approx((4 / 2 + 4 / 9) / 2)
+    assert summary.error_classes == {"http_503": 1}
+    assert summary.first_error == "full"
+    assert summary.ttft_seconds is not None
+    assert summary.ttft_seconds.count == 2
+    assert summary.goodput is not None
+    assert summary.goodput.requests_per_second == pytest.approx(0.1)
+    assert summary.goodput.share == pytest.approx(1 / 3)
+    assert summarize(records, WINDOW, Slo()).goodput is None
+
+
+def test_what_keeps_an_slo() -> None:
+    assert keeps(record(), Slo(ttft_ms=500, tpot_ms=417, end_to_end_ms=2000))
+    for limits in (Slo(ttft_ms=499), Slo(tpot_ms=416), Slo(end_to_end_ms=1999)):
+        assert not keeps(record(), limits)
+    assert not keeps(record(error="http_500"), Slo())
+    assert keeps(record(completion_tokens=1), Slo(tpot_ms=1)), "one token has no second one"
+
+
+def test_tenants_are_measured_apart() -> None:
+    records = [record(tenant="a"), record(tenant="b", first_token_at=2.0)]
+    tenants = by_tenant(records, WINDOW, Slo())
+    assert tenants["a"].ttft_seconds is not None
+    assert tenants["a"].ttft_seconds.p50 == 0.5
+    assert tenants["b"].ttft_seconds is not None
+    assert tenants["b"].ttft_seconds.p50 == 1.0
+    assert by_tenant(records[:1], WINDOW, Slo()) == {}
+
+
+def test_unknown_tokens_are_not_invented() -> None:
+    summary = summarize(
+        [record(), record(completion_tokens=None, prompt_tokens=None)], WINDOW, Slo()
+    )
+    assert summary.totals.completion_tokens is None
+    assert summary.completion_tokens_per_second is None
+    assert traffic_of([record(completion_tokens=None)], None, None, COST) is None
+
+
+def test_throughput_over_time_keeps_every_token() -> None:
+    points = tokens_over_time([record(), record(first_token_at=4.0)], 0.0, 10.0, 8)
+    width = points[1][0] - points[0][0]
+    assert sum(rate * width for _, rate in points) == pytest.approx(8)
+
+
+def test_records_come_back_from_their_file(tmp_path: Path) -> None:
+    records = [record(chunk_tokens=[1.0, 2.0]), record(error="connection", first_token_at=None)]
+    write_records(records, tmp_path / "records.jsonl")
+    assert read_records(tmp_path / "records.jsonl") == records
+
+
+def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
+    timings = {"prefill_busy_seconds": 0.25, "decode_busy_seconds": 1.0}
+    measured = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 25.0}, COST)
+    assert measured is not None
+    assert (measured.prefill_busy_seconds, measured.decode_busy_seconds) == (0.25, 1.0)
+    assert (measured.energy_joules, measured.energy_source) == (20.0, "nvml")
+    assert not measured.estimated
+    stood_still = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 5.0}, COST)
+    assert stood_still is not None
+    assert stood_still.energy_source == "estimated"
+    assert stood_still.energy_joules == pytest.approx(1.25 * COST.power.load_watts)
+    # Without them: two requests that overlap keep the server busy for the time either is open.
+    foreign = traffic_of(
+        [record(), record(started_at=2.0, ended_at=4.0, first_token_at=2.5)], None, None, COST
+    )
+    assert foreign is not None
+    assert foreign.busy_seconds == pytest.approx(3.0)
+    assert foreign.energy_joules == pytest.approx(3.0 * COST.power.load_watts)
+    assert foreign.estimated
+
+
+@pytest.mark.parametrize("capacity", [3, 11, 40])
+def test_a_sweep_finds_the_knee_of_a_server_that_has_one(capacity: int) -> None:
+    """A server of so many places: throughput rises by the user, then not at all."""
+    rng = random.Random(capacity)
+    search = KneeSearch(Sweep(kind="sweep", most=256, max_stages=12))
+    tried = []
+    while (load := search.next_load()) is not None:
+        tried.append(load)
+        search.saw(load, 10 * min(load, capacity) * rng.uniform(0.99, 1.01), 0.0)
+    assert search.knee is not None
+    assert 0.85 * capacity <= search.knee <= 1.35 * capacity
+    assert len(tried) == len(set(tried)) <= 12
+
+
+def test_a_sweep_that_never_saturates_has_no_knee() -> None:
+    search = KneeSearch(Sweep(kind="sweep", most=8))
+    while (load := search.next_load()) is not None:
+        search.saw(load, load, 0.0)
+    assert search.knee is None
+
+
+def test_a_sweep_stops_at_failures() -> None:
+    search = KneeSearch(Sweep(kind="sweep", over="requests_per_second", start=0.5, most=64))
+    while (load := search.next_load()) is not None:
+        assert load <= 4
+        search.saw(load, load, 0.5 if load > 2 else 0.0)
+    assert search.knee is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("ttft p50 < 600ms", True), ("ttft p95 < 0.4s", False), ("tokens/s >= 0.4", True),
+        ("requests/s > 5", False), ("errors < 30%", False), ("errors <= 0.5", True), ("goodput >= 50%", True),
+        ("e2e mean<2s", False), ("queue p99 <= 0ms", True),
+    ],
+)  # fmt: skip
+def test_objectives_hold_or_do_not(text: str, passes: bool) -> None:
+    failed = record(error="http_503", first_token_at=None, started_at=4.0)
+    summary = summarize([record(), failed], WINDOW, Slo(ttft_ms=600))
+    verdict = judge(parse_objective(text), summary, "2 users")
+    assert verdict.passed is passes
+    assert "it is" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ttft < 3ms",
+        "ttft p95 < 3",
+        "tokens/s p95 > 3",
+        "tokens/s > 3ms",
+        "speed > 3",
+        "errors < 3ms",
+    ],
+)
+def test_objectives_that_make_no_sense_are_told(text: str) -> None:
+    with pytest.raises(GateError, match="--slo"):
+        parse_objective(text)
+
+
+def test_what_is_not_measured_keeps_no_objective() -> None:
+    verdict = judge(parse_objective("ttft p95 < 1s"), summarize([], WINDOW, Slo()), "2 users")
+    assert not verdict.passed
+
+
+def test_shares_have_wilsons_interval() -> None:
+    # Example of Newcombe (1998): 81 of 263.
+    low, high = wilson(81, 263)
+    assert low == pytest.approx(0.2553, abs=1e-4)
+    assert high == pytest.approx(0.3662, abs=1e-4)
+
+
+def run_of(seed: int, slower: float, errors: int = 0) -> dict[str, Any]:
+    """A report of 300 requests in ten seconds with noise of 20 %."""
+    rng = random.Random(seed)
+    requests = []
+    for number in range(300):
+        noise = rng.lognormvariate(0, 0.2) * slower
+        requests.append(
+            {
+                "stage": 0, "measured": True, "error": None, "started_at": number / 30,
+                "ttft_seconds": 0.1 * noise, "tpot_seconds": 0.02 * noise, "end_to_end_seconds": noise,
+                "completion_tokens": 50,
+            }
+        )  # fmt: skip
+    totals = {"requests": 300 + errors, "errors": errors}
+    stage = {"index": 0, "label": "8 users", "window": [0.0, 10.0], "summary": {"totals": totals}}
+    return {
+        "version": 2, "started": "2026-11-26T10:00", "model": "tiny", "stages": [stage], "requests": requests,
+        "scenario": {"traffic": [], "slo": {}},
+    }  # fmt: skip
+
+
+def test_noise_is_no_regression_and_a_regression_is_no_noise() -> None:
+    before = run_of(0, 1.0)
+    for seed in range(1, 11):
+        assert all(v.passed for v in compare_runs(run_of(seed, 1.0), before, "b").verdicts)
+        slower = compare_runs(run_of(seed, 1.25), before, "b")
+        failed = {verdict.subject for verdict in slower.verdicts if not verdict.passed}
+        assert "TTFT p50 (8 users)" in failed
+        faster = compare_runs(run_of(seed, 0.8), before, "b")
+        assert all(verdict.passed for verdict in faster.verdicts)
+        assert any(change.better for _, changes in faster.stages for change in changes)
+
+
+def test_more_failures_are_a_regression() -> None:
+    before = run_of(0, 1.0)
+    assert all(v.passed for v in compare_runs(run_of(1, 1.0, errors=1), before, "b").verdicts)
+    failed = [
+        v for v in compare_runs(run_of(1, 1.0, errors=20), before, "b").verdicts if not v.passed
+    ]
+    assert [verdict.subject for verdict in failed] == ["failed requests (8 users)"]
+
+
+def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
+    other = run_of(0, 1.0) | {"scenario": {"traffic": [{"tenant": "x"}], "slo": {}}}
+    with pytest.raises(GateError, match="'traffic' is another"):
+        compare_runs(run_of(0, 1.0), other, "b")
+    relabelled = run_of(0, 1.0)
+    relabelled["stages"][0]["label"] = "9 users"
+    with pytest.raises(GateError, match="none of these loads: 8 users"):
+        compare_runs(run_of(0, 1.0), relabelled, "b")
+    for text in ("{oops", "[]", json.dumps({"version": 1})):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(GateError, match="--baseline"):
+            load_baseline(tmp_path / "b.json", 2)
+
+
+def samples(cpu: float, lag: float) -> list[WatchSample]:
+    return [WatchSample(second + 1.0, 0, cpu, lag, 2 * lag) for second in range(10)]
+
+
+def test_a_client_that_held_up_says_so() -> None:
+    good = health(samples(0.5, 0.001), [record()], WINDOW, 0.03, due_times=True)
+    assert good.limits == ()
+    assert good.cpu_share == pytest.approx(0.5)
+    for bad, why in (
+        (health(samples(0.95, 0.001), [record()], WINDOW, 0.03, due_times=True), "more --workers"),
+        (health(samples(0.5, 0.02), [record()], WINDOW, 0.03, due_times=True), "event loop"),
+        (health(samples(0.5, 0.0), [record(sent_at=1.2)], WINDOW, 0.03, due_times=True), "after they were due"),
+        (health(samples(0.5, 0.0), [record(error="client_limit")], WINDOW, 0.03, due_times=True), "ulimit"),
+    ):  # fmt: skip
+        assert len(bad.limits) == 1
+        assert why in bad.limits[0]
