@@ -30,7 +30,8 @@ MODULES = {
 def write_safetensors(path: Path, tensors: Mapping[str, Matrix], dtype: str = "F32") -> None:
     """Write tensors as F32, F16 or BF16; other types are in the header only."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
+    data: list[bytes] = []
+    end = 0
     for name, tensor in tensors.items():
         if dtype == "F16":
             raw = tensor.astype("<f2").tobytes()
@@ -38,11 +39,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Matrix], dtype: str = "F
             raw = (tensor.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
         else:
             raw = tensor.astype("<f4").tobytes()
-        offsets = [len(data), len(data) + len(raw)]
+        offsets = [end, end := end + len(raw)]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        data += raw
+        data.append(raw)
     words = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(words)) + words + data)
+    path.write_bytes(b"".join([struct.pack("<Q", len(words)), words, *data]))
 
 
 def write_peft(

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def write_embedded(
     folder: Path, source: Path, changes: Mapping[str, Matrix] | None = None, dtype: str = "BF16"
 ) -> Path:
     """The model of a GGUF file of Llama's architecture as a Hugging Face folder; ``changes`` are added to modules."""
-    reader = gguf.GGUFReader(source)
+    reader = _read(source)
 
     def field(key: str) -> Any:
         return reader.fields[key].contents()
@@ -176,11 +177,22 @@ def write_embedded(
             weights = weights + changes[name]
         tensors[f"{name}.weight"] = weights
     write_safetensors(folder / "model.safetensors", tensors, dtype)
-    _write_embedded_tokenizer(folder, field)
+    write_embedded_tokenizer(folder, source)
     return folder
 
 
-def _write_embedded_tokenizer(folder: Path, field: Any) -> None:
+@cache
+def _read(path: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(path)  # takes seconds
+
+
+def write_embedded_tokenizer(folder: Path, source: Path) -> None:
+    """The tokenizer of a GGUF file that has the embedded model's."""
+    reader = _read(source)
+
+    def field(key: str) -> Any:
+        return reader.fields[key].contents()
+
     tokens: list[str] = field("tokenizer.ggml.tokens")
     kinds: list[int] = field("tokenizer.ggml.token_type")
     control = [index for index, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]

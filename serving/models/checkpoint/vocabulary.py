@@ -30,7 +30,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 # llama.cpp's names (src/llama-vocab.cpp) of what Hugging Face's tokenizers define.
-_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
+PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (_GPT2,): "gpt-2",
     (r"\p{N}", _GPT2): "smollm",
     (_CL100K,): "llama-bpe",
@@ -114,7 +114,7 @@ def _of_bytes(definition: Mapping[str, Any], count: int) -> Vocabulary:
     if normalizer is not None and normalizer["type"] != "NFC":
         raise UnfitCheckpoint(f"its {_JSON} has the normalizer {normalizer['type']}")
     expressions = tuple(_expressions(definition.get("pre_tokenizer") or {"type": None}))
-    name = _PRE_TOKENIZERS.get(expressions)
+    name = PRE_TOKENIZERS.get(expressions)
     if name is None:
         raise UnfitCheckpoint(f"its {_JSON} cuts words by {list(expressions)}, which is not known")
     if not definition["model"].get("ignore_merges"):
