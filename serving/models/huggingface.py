@@ -17,7 +17,7 @@ _HUB, _GGUF = "hf://", ".gguf"
 # Other frameworks' copies of the weights, and what only training needs.
 _NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pt", "*.pth", "original/*", "optimizer*"]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-_DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2}
+_FLOAT32 = "float32"
 # Layers whose cache is not a key and a value for each token and head.
 _OTHER_CACHES = ("kv_lora_rank", "layers_block_type", "mamba_d_state", "ssm_cfg")
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -67,13 +67,14 @@ def _on_hub(source: str) -> Path:
 class Description:
     """What a folder's files say of its model.
 
-    ``kv_bytes_per_token`` is for 16-bit keys and values; None where the model keeps something else.
+    ``kv_elements_per_token``: numbers of keys and values of a token, None where the model keeps something else.
     """
 
     model_type: str
     template: str
     weights_bytes: int
-    kv_bytes_per_token: int | None
+    kv_elements_per_token: int | None
+    is_float32: bool = False
 
 
 def describe(folder: Path) -> Description:
@@ -93,11 +94,13 @@ def describe(folder: Path) -> Description:
             ),
             0,
         ),
-        kv_bytes_per_token=_kv_bytes(shape),
+        kv_elements_per_token=_kv_elements(shape),
+        is_float32=_FLOAT32
+        in [part.get(key) for part in (config, shape) for key in ("dtype", "torch_dtype")],
     )
 
 
-def _kv_bytes(shape: Mapping[str, Any]) -> int | None:
+def _kv_elements(shape: Mapping[str, Any]) -> int | None:
     kinds = shape.get("layer_types") or ()
     if any(shape.get(name) for name in _OTHER_CACHES) or not _ATTENTION.issuperset(kinds):
         return None
@@ -108,7 +111,7 @@ def _kv_bytes(shape: Mapping[str, Any]) -> int | None:
         return None
     kv_heads = shape.get("num_key_value_heads") or heads
     head_width = shape.get("head_dim") or width // heads
-    return int(2 * layers * kv_heads * head_width * _DTYPE_BYTES["float16"])
+    return int(2 * layers * kv_heads * head_width)
 
 
 def _template(folder: Path) -> str:

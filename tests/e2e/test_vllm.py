@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 
@@ -107,14 +108,9 @@ def test_nobody_without_its_key_is_answered(own_rig: RigServer) -> None:
     """Also where vLLM itself would ask for none."""
     held = own_rig.get("/admin/models").json()["data"]
     assert held[0]["state"] == "ready"
-    ports = {
-        word
-        for line in subprocess.run(
-            ["ps", "-eo", "args"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        if str(own_rig.config["models"][0]["environment"]) in line and "--port" in line
-        for word in [line.split("--port ")[1].split()[0]]
-    }
+    family = psutil.Process(own_rig.process.pid).children(recursive=True)
+    lines = [child.cmdline() for child in family]
+    ports = {line[line.index("--port") + 1] for line in lines if "--port" in line}
     assert ports
     for port in ports:
         for path in ("/health", "/metrics", "/tokenizer_info", "/v1/models"):

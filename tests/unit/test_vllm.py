@@ -53,8 +53,8 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 3,
     "hidden_size": 576,
 }
-KV_BYTES = 23040
-DESCRIPTION = Description("llama", "", 1000, KV_BYTES)
+KV_ELEMENTS = 2 * 30 * 3 * 64
+DESCRIPTION = Description("llama", "", 1000, KV_ELEMENTS)
 
 
 def a_model(**options: Any) -> VllmModel:
@@ -154,7 +154,7 @@ class TestCommand:
     def test_there_is_a_kv_cache_for_all_that_may_run(self) -> None:
         tokens = 4 * (1024 + 128) + 128
         kv = self.value("--kv-cache-memory-bytes", context_length=1024, max_sequences=4)
-        assert int(kv) == tokens * KV_BYTES
+        assert int(kv) == tokens * KV_ELEMENTS * 2
         halved = self.value(
             "--kv-cache-memory-bytes",
             context_length=1024,
@@ -162,6 +162,10 @@ class TestCommand:
             kv_cache_dtype="fp8",
         )
         assert int(halved) == int(kv) // 2
+        wide = self.value(
+            "--kv-cache-memory-bytes", context_length=1024, max_sequences=4, dtype="float32"
+        )
+        assert int(wide) == 2 * int(kv)
         shared = self.value(
             "--kv-cache-memory-bytes",
             context_length=1024,
@@ -216,6 +220,19 @@ class TestCommand:
         ):
             assert expected in line
         assert words[-2:] == ["--swap-space", "2"]
+
+    def test_on_a_cpu_the_last_slot_stays_empty(self) -> None:
+        """What is in it vLLM would apply to requests without an adapter."""
+        loras = {name: Path(name) for name in ("a", "b", "c")}
+        for on_gpu, slots in ((False, "4"), (True, "2")):
+            words = arguments(
+                *(a_model(adapter_slots=2), Path("m"), DESCRIPTION, loras),
+                rank=16,
+                port=81,
+                host="127.0.0.1",
+                on_gpu=on_gpu,
+            )
+            assert words[words.index("--max-loras") + 1] == slots
 
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")
@@ -274,7 +291,7 @@ class TestModelFiles:
 
     def test_a_token_takes_a_key_and_a_value_in_each_layer(self, tmp_path: Path) -> None:
         told = describe(a_folder(tmp_path / "m"))
-        assert told.kv_bytes_per_token == 2 * 30 * 3 * 64 * 2
+        assert told.kv_elements_per_token == KV_ELEMENTS
         assert told.weights_bytes == 1000
         assert told.model_type == "llama"
 
@@ -283,7 +300,7 @@ class TestModelFiles:
         [{"kv_lora_rank": 512}, {"layer_types": ["linear_attention", "full_attention"]}],
     )
     def test_other_caches_are_not_guessed(self, tmp_path: Path, config: Any) -> None:
-        assert describe(a_folder(tmp_path / "m", **config)).kv_bytes_per_token is None
+        assert describe(a_folder(tmp_path / "m", **config)).kv_elements_per_token is None
 
     def test_a_template_may_be_in_the_tokenizers_file(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")

@@ -26,14 +26,19 @@ _AUTO = "auto"
 
 def kv_cache_bytes(model: VllmModel, description: Description) -> int | None:
     """KV cache for all that may run at a time; None where it is as large as a share of the memory leaves it."""
-    per_token = description.kv_bytes_per_token
-    if model.memory_fraction is not None or model.context_length == _AUTO or per_token is None:
+    elements = description.kv_elements_per_token
+    if model.memory_fraction is not None or model.context_length == _AUTO or elements is None:
         return None
-    if model.kv_cache_dtype in _ONE_BYTE:
-        per_token //= 2
     # One block is set aside, and each sequence fills its last one only in part.
     tokens = model.max_sequences * (int(model.context_length) + _BLOCK_TOKENS) + _BLOCK_TOKENS
-    return tokens * per_token
+    return tokens * elements * _kv_element_bytes(model, description)
+
+
+def _kv_element_bytes(model: VllmModel, description: Description) -> int:
+    if model.kv_cache_dtype in _ONE_BYTE:
+        return 1
+    is_wide = model.dtype == "float32" or (model.dtype == _AUTO and description.is_float32)
+    return 4 if is_wide and model.kv_cache_dtype == _AUTO else 2
 
 
 def fraction_of(model: VllmModel, *, on_gpu: bool) -> float:
@@ -94,7 +99,7 @@ def arguments(
             "--enable-chunked-prefill" if model.chunked_prefill else "--no-enable-chunked-prefill"
         )
     words += _parsers(model, description)
-    words += _adapters(model, adapters, rank)
+    words += _adapters(model, adapters, rank, on_gpu=on_gpu)
     return [*words, *model.extra_args]
 
 
@@ -142,12 +147,18 @@ def _parsers(model: VllmModel, description: Description) -> list[str]:
     return words if reasoning is None else [*words, "--reasoning-parser", reasoning]
 
 
-def _adapters(model: VllmModel, adapters: Mapping[str, Path], rank: int) -> Sequence[str]:
+def _adapters(
+    model: VllmModel, adapters: Mapping[str, Path], rank: int, *, on_gpu: bool
+) -> Sequence[str]:
     slots = model.adapter_slots
     if slots is None:
         slots = min(len(adapters), _MOST_SLOTS)
     if not slots:
         return ()
+    if not on_gpu:
+        # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
+        # some that have one. So all have a slot at all times, and the last one stays empty.
+        slots = max(slots, len(adapters)) + 1
     modules = [
         json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
         for name, path in adapters.items()
