@@ -188,7 +188,10 @@ class _Shown:
         self._is_terminal = console.is_terminal
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or not total_bytes,
         )
         self._task = self._bar.add_task("", total=total_bytes or None)
 
