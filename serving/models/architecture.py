@@ -163,7 +163,9 @@ class Architecture:
             default=1,
         )
         return sum(
-            weight.elements if weight.of_experts == 1 else weight.elements * active // weight.of_experts
+            weight.elements
+            if weight.of_experts == 1
+            else weight.elements * active // weight.of_experts
             for weight in self.weights()
         )
 

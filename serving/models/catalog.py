@@ -1,7 +1,7 @@
 """Popular open-weight models: what their makers publish of them, and the architecture that follows from it.
 
-The data are in ``catalog.yaml``: each model's ``config.json`` is cut down to what decides its shape, and
-read by the reader of local folders (:mod:`serving.models.hf_config`).
+The data are in ``catalog.yaml``. Each model's ``config.json`` is there, cut down to what decides its shape,
+and is read as one of a local folder is (:mod:`serving.models.hf_config`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Use = Literal["chat", "code", "embedding"]
 class CatalogModel:
     """A published model.
 
-    ``parameters_published`` and ``active_parameters_published`` are its maker's words (of the text part);
-    exact counts are the architecture's. ``released`` is a month, such as ``2025-04``. ``sources`` are
-    addresses. ``base`` names another entry whose architecture it has.
+    ``parameters_published`` and ``active_parameters_published`` are its maker's words, given at ``source``;
+    with ``counts_vision`` they count an image encoder that ``architecture`` does not have. ``released`` is a
+    month, such as ``2025-04``.
     """
 
     name: str
@@ -36,27 +36,34 @@ class CatalogModel:
     released: str
     parameters_published: float
     active_parameters_published: float | None
-    sources: tuple[str, ...]
+    counts_vision: bool
+    source: str
+
+    @property
+    def config_source(self) -> str:
+        """Where the figures of its architecture are published."""
+        return f"https://huggingface.co/{self.repo}/blob/main/config.json"
 
 
 @cache
 def catalog_models() -> tuple[CatalogModel, ...]:
     """All models of the catalog."""
     text = files("serving.models").joinpath("catalog.yaml").read_text(encoding="utf-8")
-    document: dict[str, Any] = yaml.load(text, Loader=yaml.CSafeLoader)
+    entries: dict[str, dict[str, Any]] = yaml.load(text, Loader=yaml.CSafeLoader)
     return tuple(
         CatalogModel(
             name=name,
             repo=entry["repo"],
-            architecture=architecture_of(document["configs"][entry["config"]]),
+            architecture=architecture_of(entry["config"]),
             license=entry["license"],
             good_for=tuple(entry["good_for"]),
             released=entry["released"],
             parameters_published=entry["parameters"],
             active_parameters_published=entry.get("active_parameters"),
-            sources=tuple(entry["sources"]),
+            counts_vision=entry.get("counts_vision", False),
+            source=entry["source"],
         )
-        for name, entry in document["models"].items()
+        for name, entry in entries.items()
     )
 
 
@@ -64,10 +71,5 @@ def find_model(name: str) -> CatalogModel | None:
     """The model of a name or a repository, whatever the case; None if the catalog does not have it."""
     wanted = name.casefold()
     return next(
-        (
-            model
-            for model in catalog_models()
-            if wanted in (model.name.casefold(), model.repo.casefold())
-        ),
-        None,
+        (each for each in catalog_models() if wanted in (each.name, each.repo.casefold())), None
     )
