@@ -20,9 +20,11 @@ from serving.models.architecture import (
     Layer,
     Recurrent,
 )
-from serving.planner.quantization import types_of, weight_bytes
+from serving.planner.quantization import stored_weights, types_of, weight_bytes
 
 _ALIGNMENT_BYTES = 32
+# What llama.cpp calls a tensor in one family only.
+_OTHER_NAMES = {("lfm2", "output_norm.weight"): "token_embd_norm.weight"}
 _Value = int | float | bool | list[int] | list[bool]
 
 
@@ -34,10 +36,10 @@ def write_skeleton(path: Path, architecture: Architecture, mixture: str) -> Path
     writer.add_tokenizer_model("no_vocab")
     types = types_of(architecture, mixture)
     data_bytes = 0
-    for weight in architecture.weights():
+    for weight in stored_weights(architecture):
         size_bytes = weight_bytes(weight, types[weight.name])
         writer.add_tensor_info(
-            weight.name,
+            _OTHER_NAMES.get((architecture.family, weight.name), weight.name),
             weight.shape[::-1],
             np.dtype(np.float32),  # the next argument counts
             size_bytes,
@@ -66,6 +68,10 @@ def _metadata(architecture: Architecture) -> Iterator[tuple[str, _Value]]:
     yield "block_count", len(layers)
     yield "attention.layer_norm_rms_epsilon", 1e-6
     yield "attention.layer_norm_epsilon", 1e-6
+    # Asked for in some families; they change no size.
+    yield "logit_scale", 1.0
+    yield "rope.dimension_sections", [8, 12, 12, 0]
+    yield "expert_gating_func", 2
     yield from _of_attention(layers)
     yield from _of_feed_forward(layers)
     yield from _of_recurrence(layers, architecture.width)

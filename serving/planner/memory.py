@@ -113,7 +113,7 @@ def memory_of(
     extras: Extras = Extras(),
 ) -> Memory:
     """What an engine takes with a model, its settings, and a split of the model over devices."""
-    places = _places(len(architecture.layers), offload)
+    where = places(len(architecture.layers), offload)
     host = Parts(
         weights=weights.embedding_bytes,
         # What the scores of a step's last rows are copied to.
@@ -122,7 +122,7 @@ def memory_of(
     )
     cards = [Parts() for _ in offload.shares]
     for index, (layer, sizes) in enumerate(zip(architecture.layers, weights.layers, strict=True)):
-        place = places[index]
+        place = where[index]
         cache = Parts(cache=cache_bytes(layer, architecture, settings))
         if place is None:
             host += cache + Parts(weights=sizes.total_bytes)
@@ -130,14 +130,14 @@ def memory_of(
         on_cpu = sizes.expert_bytes if index < offload.experts_on_cpu else 0
         cards[place] += cache + Parts(weights=sizes.total_bytes - on_cpu)
         host += Parts(weights=on_cpu)
-    output = places[-1]
+    output = where[-1]
     if output is None:
         own_output = weights.output_bytes - (weights.embedding_bytes if weights.is_tied else 0)
         host += Parts(weights=own_output)
     else:
         cards[output] += Parts(weights=weights.output_bytes)
-    host, cards = _with_results(architecture, settings, offload, places, host, cards)
-    first = output if output is not None else next((at for at in places if at is not None), None)
+    host, cards = _with_results(architecture, settings, offload, where, host, cards)
+    first = output if output is not None else next((at for at in where if at is not None), None)
     if first is None:
         host += Parts(extras=extras.total_bytes)
     else:
@@ -149,25 +149,25 @@ def _with_results(
     architecture: Architecture,
     settings: Settings,
     offload: Offload,
-    places: Sequence[int | None],
+    where: Sequence[int | None],
     host: Parts,
     cards: list[Parts],
 ) -> tuple[Parts, list[Parts]]:
     """Adds what intermediate results take, and what a card costs to use at all."""
-    used = {place for place in places if place is not None}
+    used = {place for place in where if place is not None}
     if not used:
         return host + Parts(compute=compute_bytes(architecture, settings)), cards
-    is_split = None in places or offload.experts_on_cpu > 0
+    is_split = None in where or offload.experts_on_cpu > 0
     copies = _PIPELINE_COPIES if len(used) > 1 and not is_split else 1
     inputs = input_bytes(architecture, settings)
     for card in used:
-        results = compute_bytes(architecture, settings, has_output=card == places[-1])
+        results = compute_bytes(architecture, settings, has_output=card == where[-1])
         cards[card] += Parts(
             compute=results + (copies - 1) * inputs, overhead=_CUDA_CONTEXT_BYTES
         )
     of_host = inputs
     if is_split:
-        of_host = compute_bytes(architecture, settings, has_output=places[-1] is None)
+        of_host = compute_bytes(architecture, settings, has_output=where[-1] is None)
     return host + Parts(compute=copies * of_host, overhead=_CUDA_CONTEXT_BYTES), cards
 
 
@@ -188,7 +188,7 @@ def cache_bytes(layer: Layer, architecture: Architecture, settings: Settings) ->
     return 0
 
 
-def _places(layers: int, offload: Offload) -> list[int | None]:
+def places(layers: int, offload: Offload) -> list[int | None]:
     """The card of each layer, and of the output at the end; None is main memory. As llama.cpp shares them out."""
     on_cards = offload.on_cards(layers)
     first = layers + 1 - on_cards

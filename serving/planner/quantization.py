@@ -7,7 +7,7 @@ A mixture such as ``Q4_K_M`` is not one type. Which tensor has which follows the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -71,6 +71,10 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+# Families whose files have gate and up in one tensor; queries, keys and values in one.
+_FUSED_FEED_FORWARD = ("phi3", "glm4")
+_FUSED_ATTENTION = ("phi3",)
+_QUERIES_KEYS = re.compile(r"\.attn_[qk]\.weight$")
 _UNQUANTIZED = ("F32", "F16", "BF16")
 _MANY_EXPERTS_ATTENTION = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
 
@@ -86,12 +90,30 @@ def weight_bytes(weight: Weight, kind: str) -> int:
     return row_bytes(kind, weight.shape[0]) * (weight.elements // weight.shape[0])
 
 
+def stored_weights(architecture: Architecture) -> Iterator[Weight]:
+    """The weights as they stand in a GGUF file, where some families have several in one tensor."""
+    rows: dict[int, int] = {}
+    for weight in architecture.weights():
+        if architecture.family in _FUSED_FEED_FORWARD and ".ffn_gate.weight" in weight.name:
+            continue
+        if architecture.family in _FUSED_FEED_FORWARD and ".ffn_up.weight" in weight.name:
+            yield Weight(weight.name, (weight.shape[0], 2 * weight.shape[1]))
+        elif architecture.family in _FUSED_ATTENTION and _QUERIES_KEYS.search(weight.name):
+            rows[_layer_of(weight.name)] = rows.get(_layer_of(weight.name), 0) + weight.shape[1]
+        elif architecture.family in _FUSED_ATTENTION and ".attn_v.weight" in weight.name:
+            layer = _layer_of(weight.name)
+            fused = rows[layer] + weight.shape[1]
+            yield Weight(f"blk.{layer}.attn_qkv.weight", (weight.shape[0], fused))
+        else:
+            yield weight
+
+
 def types_of(architecture: Architecture, mixture: str) -> dict[str, str]:
     """The type of every weight, by its name, in a model that is quantized to ``mixture``.
 
     Raises KeyError for a mixture that is not among :data:`MIXTURES`.
     """
-    weights = sorted(architecture.weights(), key=lambda weight: _layer_of(weight.name))
+    weights = sorted(stored_weights(architecture), key=lambda weight: _layer_of(weight.name))
     rules = _Rules.of(architecture, mixture, weights)
     return {weight.name: rules.choose(weight) for weight in weights}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from serving.models.architecture import Architecture
 from serving.models.gguf import Header
-from serving.planner.quantization import types_of, weight_bytes
+from serving.planner.quantization import stored_weights, types_of, weight_bytes
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -45,7 +45,7 @@ def predicted(architecture: Architecture, mixture: str) -> ModelWeights:
     types = types_of(architecture, mixture)
     return _sorted_out(
         len(architecture.layers),
-        ((each.name, weight_bytes(each, types[each.name])) for each in architecture.weights()),
+        ((each.name, weight_bytes(each, types[each.name])) for each in stored_weights(architecture)),
     )
 
 
@@ -80,7 +80,7 @@ def _sorted_out(layers: int, sizes: Iterable[tuple[str, int]]) -> ModelWeights:
             in_layers[layer] += size_bytes
             if "_exps." in name:
                 in_experts[layer] += size_bytes
-        elif name.startswith("output"):
+        elif name.startswith("output") or name == "token_embd_norm.weight":
             output_bytes += size_bytes
             has_output = has_output or name == "output.weight"
         else:
