@@ -29,6 +29,7 @@ from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_convert_action
 from serving.models.sources import ModelError
+from serving.planner.commands import PlanError, add_plan_command
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
 from serving.serve import ServeError, ledger_path, log_folder, serve
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LedgerError,
         LogError,
         ModelError,
+        PlanError,
         ServeError,
         UnknownModel,
     ) as error:
@@ -96,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, default=_DEFAULT_CONFIG, help="its cost section prices the tokens"
     )
     command.set_defaults(run=_bench)
+
+    add_plan_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("cost", help="what the metered tokens cost here and elsewhere")
     _add_config(command)

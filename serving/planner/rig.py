@@ -39,6 +39,11 @@ class Rig:
     is_assumed: bool = False
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether its processors have one memory between them."""
+        return any(card.card is not None and card.card.has_unified_memory for card in self.cards)
+
+    @property
     def name(self) -> str:
         """What to call it."""
         if not self.cards:
