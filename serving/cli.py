@@ -24,6 +24,7 @@ from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
+from serving.doctor.commands import add_doctor_command
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
@@ -123,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     actions = add_models_command(commands)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
+
+    add_doctor_command(commands, default_config=_DEFAULT_CONFIG)
 
     command = commands.add_parser("config", help="check a config, or describe its format")
     actions = command.add_subparsers(metavar="ACTION", required=True)

@@ -29,12 +29,13 @@ def gpus() -> list[Gpu]:
     """All NVIDIA cards, with what is free on them now; none without a driver."""
     try:
         pynvml.nvmlInit()
-        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [gpu_of(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
 
 
-def _gpu(index: int) -> Gpu:
+def gpu_of(index: int) -> Gpu:
+    """One card, by NVML's index; raises ``pynvml.NVMLError``."""
     card = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(card)
     return Gpu(
@@ -74,6 +75,19 @@ def host_total_mib(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
     except OSError:
         limit = "max"
     return min(total_mib, int(limit) // MIB) if limit.isdecimal() else total_mib
+
+
+def host_available_mib(cgroup: Path = _CGROUP_LIMIT.parent, proc: Path = _PROC) -> int:
+    """Main memory that processes here may still take, before others are pushed out."""
+    available_mib = _field((proc / "meminfo").read_text(), "MemAvailable:") // 1024
+    limit_mib = host_total_mib(cgroup / "memory.max")
+    try:
+        used_mib = int((cgroup / "memory.current").read_text()) // MIB
+        # Files that were read count as used, but make way.
+        used_mib -= _field((cgroup / "memory.stat").read_text(), "inactive_file") // MIB
+    except (OSError, ValueError):
+        return available_mib
+    return max(0, min(available_mib, limit_mib - used_mib))
 
 
 def resident_mib(pids: Iterable[int], proc: Path = _PROC) -> int:

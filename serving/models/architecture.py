@@ -111,11 +111,15 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block. Either part may be missing, as in models that have them in blocks of their own."""
+    """One block. Either part may be missing, as in models that have them in blocks of their own.
+
+    ``stored_weights`` are all of its weights where a file tells them; else they follow from its parts.
+    """
 
     mixer: Mixer | None
     feed_forward: FeedForward | Experts | None
     norms: tuple[Weight, ...] = ()
+    stored_weights: tuple[Weight, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,9 @@ class Architecture:
 
 
 def _layer_weights(layer: Layer, width: int) -> Iterable[Weight]:
+    if layer.stored_weights:
+        yield from layer.stored_weights
+        return
     yield from layer.norms
     match layer.mixer:
         case Attention() as attention:

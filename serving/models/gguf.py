@@ -1,4 +1,7 @@
-"""Reads a GGUF file's header: what it says of itself and its tensors, and whether it was cut short."""
+"""Reads a GGUF file's header: what it says of itself and its tensors, and whether it was cut short.
+
+The beginning of a file will do, as of one that is still elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
+# Longer arrays are tables of the vocabulary; shorter ones may tell a figure for each layer.
+_MOST_ITEMS_KEPT = 2048
 
 # ``enum gguf_type`` of gguf.h, as codes of the struct module; the file is little-endian.
 _SCALARS = {
@@ -24,12 +29,20 @@ class GgufError(Exception):
     """A file is no whole GGUF file; the message says what is wrong with it."""
 
 
+class HeaderCut(Exception):
+    """The header does not end within what was given of the file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
-    """An entry of the metadata. ``kind`` is of ``enum gguf_type``; ``data`` None stands for an array."""
+    """An entry of the metadata. ``kind`` is of ``enum gguf_type``; ``data`` None stands for an array.
+
+    ``items`` are those of a short array of numbers.
+    """
 
     kind: int
     data: int | float | str | None
+    items: tuple[int | float, ...] = ()
 
     @property
     def is_float32(self) -> bool:
@@ -64,6 +77,14 @@ class Header:
         value = self.values.get(key)
         return value.data if value is not None and isinstance(value.data, int) else None
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """An integer of the metadata or a short array of them; empty if it is not there."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        items = value.items if value.data is None else (value.data,)
+        return tuple(item for item in items if isinstance(item, int))
+
     @property
     def file_type(self) -> int | None:
         """``general.file_type``, of ``enum llama_ftype``."""
@@ -73,20 +94,33 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a file that reaches to its last tensor; raises :class:`GgufError` and OSError."""
     with path.open("rb") as file:
-        magic = file.read(len(_MAGIC))
-        if not magic:
-            raise GgufError("it is empty")
-        if magic != _MAGIC:
-            raise GgufError(f"it is not a GGUF file (it begins with {magic!r})")
+        _check_magic(file.read(len(_MAGIC)))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header()
+            return _Reader(data, len(data)).header()
+
+
+def parse_header(beginning: bytes, size_bytes: int) -> Header:
+    """The header of a file of ``size_bytes``, from its beginning.
+
+    Raises :class:`GgufError` as :func:`read_header`, and :class:`HeaderCut` if it needs more of the file.
+    """
+    _check_magic(beginning[: len(_MAGIC)])
+    return _Reader(beginning, size_bytes).header()
+
+
+def _check_magic(magic: bytes) -> None:
+    if not magic:
+        raise GgufError("it is empty")
+    if magic != _MAGIC:
+        raise GgufError(f"it is not a GGUF file (it begins with {magic!r})")
 
 
 class _Reader:
     """Walks the header once, front to back."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap | bytes, size_bytes: int) -> None:
         self._data = data
+        self._size_bytes = size_bytes
         self._position = len(_MAGIC)
 
     def header(self) -> Header:
@@ -97,7 +131,7 @@ class _Reader:
         values: dict[str, Value] = {}
         for _ in range(entries):
             key, kind = self._string(), self._integer("I")
-            values[key] = Value(kind, self._value(kind))
+            values[key] = self._array() if kind == _ARRAY else Value(kind, self._value(kind))
         tensors: dict[str, Tensor] = {}
         for _ in range(tensor_count):
             name, dimensions = self._string(), self._integer("I")
@@ -113,28 +147,34 @@ class _Reader:
             self._skip(max(tensor.offset_bytes for tensor in tensors.values()) + 1)
         return header
 
-    def _value(self, kind: int) -> int | float | str | None:
+    def _value(self, kind: int) -> int | float | str:
         if kind in _SCALARS:
             return self._scalar(_SCALARS[kind])
         if kind == _STRING:
             return self._string()
-        if kind != _ARRAY:
-            raise GgufError(f"its header is damaged (value of type {kind})")
-        item_kind, count = self._integer("I"), self._integer("Q")
-        if item_kind in _SCALARS:
-            self._skip(struct.calcsize(_SCALARS[item_kind]) * count)
-        elif item_kind == _STRING:
+        raise GgufError(f"its header is damaged (value of type {kind})")
+
+    def _array(self) -> Value:
+        kind, count = self._integer("I"), self._integer("Q")
+        items: tuple[int | float, ...] = ()
+        if kind in _SCALARS:
+            code = f"<{count}{_SCALARS[kind]}" if count <= _MOST_ITEMS_KEPT else None
+            start = self._position
+            self._skip(struct.calcsize(_SCALARS[kind]) * count)
+            if code is not None:
+                items = struct.unpack(code, self._read(start))
+        elif kind == _STRING:
             for _ in range(count):
                 self._skip(self._integer("Q"))
         else:
-            raise GgufError(f"its header is damaged (array of type {item_kind})")
-        return None
+            raise GgufError(f"its header is damaged (array of type {kind})")
+        return Value(_ARRAY, None, items)
 
     def _string(self) -> str:
         length = self._integer("Q")
         start = self._position
         self._skip(length)
-        return self._data[start : self._position].decode("utf-8", errors="replace")
+        return self._read(start).decode("utf-8", errors="replace")
 
     def _integer(self, code: str) -> int:
         return int(self._scalar(code))
@@ -142,10 +182,16 @@ class _Reader:
     def _scalar(self, code: str) -> int | float:
         start = self._position
         self._skip(struct.calcsize(code))
-        value: int | float = struct.unpack_from(f"<{code}", self._data, start)[0]
+        value: int | float = struct.unpack(f"<{code}", self._read(start))[0]
         return value
+
+    def _read(self, start: int) -> bytes:
+        """What was skipped since ``start``."""
+        if self._position > len(self._data):
+            raise HeaderCut
+        return self._data[start : self._position]
 
     def _skip(self, size_bytes: int) -> None:
         self._position += size_bytes
-        if self._position > len(self._data):
-            raise GgufError(f"it ends early, after {len(self._data)} bytes; fetch it again")
+        if self._position > self._size_bytes:
+            raise GgufError(f"it ends early, after {self._size_bytes} bytes; fetch it again")

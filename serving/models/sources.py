@@ -6,21 +6,13 @@ import importlib.util
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from serving.models.gguf import GgufError, read_header
+from serving.models.hub import HubSource, ModelError, hub_errors
 
-_PACKAGE, _HUB = "package://", "hf://"
+__all__ = ["ModelError", "local_path", "resolve"]
 
-
-class ModelError(Exception):
-    """A model cannot be had or prepared; the message says why, and what to do."""
+_PACKAGE = "package://"
 
 
 def resolve(source: str) -> Path:
@@ -29,12 +21,12 @@ def resolve(source: str) -> Path:
     ``package://PACKAGE/FILE`` is a file inside an installed Python package, ``hf://ORG/REPO/FILE`` one on
     the Hugging Face Hub (``hf://ORG/REPO@REVISION/FILE`` pins it); anything else is a path.
     """
-    if source.startswith(_PACKAGE):
-        path = _in_package(source)
-    elif source.startswith(_HUB):
+    if HubSource.is_one(source):
         path = _on_hub(source)
     else:
-        path = _on_disk(source)
+        path = local_path(source)
+        if not path.is_file():
+            raise ModelError(f"there is no model file {path}")
     try:
         read_header(path)
     except (GgufError, OSError) as error:
@@ -43,12 +35,15 @@ def resolve(source: str) -> Path:
     return path
 
 
-def _on_disk(source: str) -> Path:
+def local_path(source: str) -> Path:
+    """The file or folder that a path names, or ``package://``; raises :class:`ModelError` unless it is there."""
+    if source.startswith(_PACKAGE):
+        return _in_package(source)
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:  # ~somebody who is not here
         raise ModelError(f"{source}: there is no such home folder; write the path out") from error
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f"there is no model file {path}")
     return path
 
@@ -76,33 +71,9 @@ def _in_package(source: str) -> Path:
 
 
 def _on_hub(source: str) -> Path:
-    organisation, _, rest = source.removeprefix(_HUB).partition("/")
-    repository, _, name = rest.partition("/")
-    repository, _, revision = repository.partition("@")
-    if not (organisation and repository and name):
+    hub = HubSource.parse(source)
+    if hub.file is None:
         raise ModelError(f"{source!r} is not of the form hf://ORG/REPO/FILE.gguf")
-    repo_id = f"{organisation}/{repository}"
-    try:
+    with hub_errors(source):
         # Resumes what an earlier, broken-off download left, and shows a progress bar.
-        return Path(hf_hub_download(repo_id, name, revision=revision or None))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{source}: the repository is gated; accept its terms on its page, "
-            "then run 'hf auth login' or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{source}: {repo_id} has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{source}: there is no repository {repo_id}, or it is private "
-            "(then run 'hf auth login' or set HF_TOKEN)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{source}: the file is not in the local cache and the Hub cannot be reached; "
-            "connect to the network, or download the file elsewhere and give its path as the source"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ModelError(f"{source}: {repo_id} holds no file {name}") from error
-    except Exception as error:  # the Hub's HTTP library, and so its errors, differ between versions
-        raise ModelError(f"{source}: cannot download it: {error}") from error
+        return Path(hf_hub_download(hub.repo_id, hub.file, revision=hub.revision))
