@@ -100,10 +100,13 @@ def _of_attention(layers: tuple[Layer, ...]) -> Iterator[tuple[str, _Value]]:
     yield "attention.key_length", first.key_width
     yield "attention.value_length", first.value_width
     yield "attention.head_count", first.heads
-    yield (
-        "attention.head_count_kv",
-        [mixer.kv_heads if isinstance(mixer, Attention) else 0 for mixer in mixers],
-    )
+    if any(isinstance(mixer, Recurrent) and mixer.kind == "gated_delta_net" for mixer in mixers):
+        yield "attention.head_count_kv", first.kv_heads
+    else:
+        yield (
+            "attention.head_count_kv",
+            [mixer.kv_heads if isinstance(mixer, Attention) else 0 for mixer in mixers],
+        )
     windows = [each for each in attentions if each.window_tokens is not None]
     if windows:
         yield "attention.sliding_window", windows[0].window_tokens or 0
@@ -142,9 +145,7 @@ def _step(parts: list[FeedForward | Experts | None]) -> int:
 
 
 def _of_recurrence(layers: tuple[Layer, ...], width: int) -> Iterator[tuple[str, _Value]]:
-    recurrent = next(
-        (layer.mixer for layer in layers if isinstance(layer.mixer, Recurrent)), None
-    )
+    recurrent = next((layer.mixer for layer in layers if isinstance(layer.mixer, Recurrent)), None)
     if recurrent is None:
         return
     shapes = {weight.name: weight.shape for weight in recurrent.weights}

@@ -5,28 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from serving.config import CostConfig, load_config
-from serving.hardware.catalog import UnknownCard, find_card
-from serving.hardware.memory import gpus, host_total_mib
+from serving.config import MemoryConfig, load_config
 from serving.models.catalog import catalog_models, find_model
-from serving.models.sources import ModelError
+from serving.models.description import describe
 from serving.planner.options import Wishes, plan
 from serving.planner.render import render, to_json
-from serving.planner.rig import MIB, Device, Rig, device_of
-from serving.planner.subject import Subject, of_catalog
+from serving.planner.rig import Rig, RigError, assumed_rig, this_rig
+from serving.planner.subject import Subject, of_catalog, of_description
 
 # Of what is read by a program, not folded to 80 columns.
 _PAGE_WIDTH = 140
-_GPU_RESERVE_MIB, _HOST_RESERVE_MIB = 512, 2048
-# Main memory of a rig that is only thought of: two channels of DDR5, and what reads of it reach.
-_ASSUMED_MEMORY_GIB, _ASSUMED_BANDWIDTH_BYTES = 32, 60e9
-# A desktop's eight cores with AVX2, at what they do of INT8 and FP32.
-_ASSUMED_INT8, _ASSUMED_FP16 = 4e12, 1e12
 
 
 class PlanError(Exception):
@@ -63,15 +57,15 @@ def add_plan_command(commands: Any, *, default_config: Path) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    cost = load_config(args.config).cost
+    config = load_config(args.config)
     wishes = Wishes(
         context_tokens=_positive("--context", args.context),
         users=_positive("--users", args.users),
         first_token_seconds=args.slo.get("ttft"),
         token_seconds=args.slo.get("tpot"),
     )
-    rig = _rig(args.gpu, args.ram, cost)
-    found = plan(_subject(args.model), rig, wishes, cost)
+    rig = _rig(args.gpu, args.ram, config.memory)
+    found = plan(_subject(args.model), rig, wishes, config.cost)
     if args.json:
         print(json.dumps(to_json(found), indent=2))
     else:
@@ -83,49 +77,27 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _subject(name: str) -> Subject:
     model = find_model(name)
-    if model is None:
-        raise PlanError(f"{name}: not in the catalog")
-    return of_catalog(model)
-
-
-def _rig(names: Sequence[str], ram_gib: float | None, cost: CostConfig) -> Rig:
-    if names:
-        try:
-            cards = tuple(device_of(find_card(name), reserve_mib=_GPU_RESERVE_MIB) for name in names)
-        except UnknownCard as error:
-            raise PlanError(f"--gpu: {error}") from error
-        return Rig(_assumed_host(ram_gib, cards), cards, is_assumed=True)
-    memory_bytes = (host_total_mib() - _HOST_RESERVE_MIB) * MIB
-    host = Device(
-        "this machine's processor",
-        "cpu",
-        memory_bytes,
-        _ASSUMED_BANDWIDTH_BYTES,
-        _ASSUMED_INT8,
-        _ASSUMED_FP16,
+    if model is not None:
+        return of_catalog(model)
+    if "/" in name or name.endswith(".gguf"):
+        return of_description(describe(name))
+    near = get_close_matches(name.casefold(), [each.name for each in catalog_models()], 3, 0.4)
+    hint = f"; near it: {', '.join(near)}" if near else ""
+    raise PlanError(
+        f"{name} is no model of the catalog{hint}. Of others give the 'source': a path, "
+        "hf://ORG/REPO/FILE.gguf, hf://ORG/REPO, package://PACKAGE/FILE.gguf"
     )
-    there = []
-    for gpu in gpus():
-        card = find_card(gpu.name, gpu.total_mib)
-        there.append(device_of(card, reserve_mib=_GPU_RESERVE_MIB, free_mib=gpu.free_mib))
-    return Rig(host, tuple(there))
 
 
-def _assumed_host(ram_gib: float | None, cards: Sequence[Device]) -> Device:
-    if any(card.card and card.card.has_unified_memory for card in cards):
-        card = cards[0].card
-        assert card is not None
-        memory_mib = card.memory_mib
-    else:
-        memory_mib = int((ram_gib or _ASSUMED_MEMORY_GIB) * 1024)
-    return Device(
-        "a desktop processor",
-        "cpu",
-        (memory_mib - _HOST_RESERVE_MIB) * MIB,
-        _ASSUMED_BANDWIDTH_BYTES,
-        _ASSUMED_INT8,
-        _ASSUMED_FP16,
-    )
+def _rig(names: Sequence[str], ram_gib: float | None, memory: MemoryConfig) -> Rig:
+    reserves = {"reserve_mib": memory.reserve_mib, "gpu_reserve_mib": memory.gpu_reserve_mib}
+    try:
+        if not names:
+            return this_rig(**reserves)
+        ram_mib = None if ram_gib is None else int(1024 * ram_gib)
+        return assumed_rig(names, ram_mib, **reserves)
+    except RigError as error:
+        raise PlanError(f"--gpu: {error}" if names else str(error)) from error
 
 
 def _positive(name: str, number: int | None) -> int | None:

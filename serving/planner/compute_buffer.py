@@ -19,6 +19,17 @@ from serving.planner.settings import Settings
 
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2  # F16 with flash attention, else a float
+# What lies beside the scores, by family: numbers of the model's width, others, and whether masks do. Where the
+# allocator has holes of the right size it is less.
+_BESIDE_SCORES = {
+    "phi3": (4, 0, True),
+    "llama4": (4, 0, True),
+    "glm4moe": (3, 0, True),
+    "nemotron_h_moe": (4, 0, False),
+    "deepseek2": (2, 16384, False),
+    "qwen3next": (2, 16384, False),
+}
+_BESIDE_OTHERS = (2, 0, False)
 # What the allocator loses between blocks of unlike sizes.
 _FRAGMENTATION = 1.05
 
@@ -29,9 +40,13 @@ def compute_bytes(
     """The bytes of a step's intermediate results on a device that has all layers, or some without the output."""
     tokens = settings.step_tokens
     stages = [_layer_floats(layer, architecture.width, settings) for layer in architecture.layers]
-    floats = max(stages, default=0.0) + _mask_floats(architecture, settings)
+    masks = _mask_floats(architecture, settings)
+    floats = max(stages, default=0.0) + masks
     if has_output and not architecture.is_encoder:
-        floats = max(floats, architecture.vocabulary + 2 * architecture.width)
+        widths, others, has_masks = _BESIDE_SCORES.get(architecture.family, _BESIDE_OTHERS)
+        scoring = architecture.vocabulary + widths * architecture.width + others
+        fits_no_hole = has_masks and masks < 2 * architecture.width
+        floats = max(floats, scoring + (masks if fits_no_hole else 0.0))
     return int(_FRAGMENTATION * _FLOAT_BYTES * floats * tokens)
 
 
@@ -54,7 +69,7 @@ def _mixer_floats(layer: Layer, width: int, settings: Settings) -> float:
             gate = queries if attention.has_output_gate else 0
             floats = 3 * width + 2 * queries + keys + 2 * gate
             if not settings.has_flash_attention:
-                cells = settings.cells_of(attention.window_tokens) 
+                cells = settings.cells_of(attention.window_tokens)
                 floats += width + attention.heads * cells
             return floats
         case LatentAttention() as attention:
@@ -62,10 +77,16 @@ def _mixer_floats(layer: Layer, width: int, settings: Settings) -> float:
             plain = attention.heads * (attention.nope_width + attention.rope_width)
             floats = 3 * width + 2 * absorbed + 2 * plain
             if not settings.has_flash_attention:
-                floats += attention.heads * settings.cells_of(None)
+                cells = settings.cells
+                floats += attention.heads * cells
+                # The latent vectors of all cells, turned over, in F16.
+                copied = cells * settings.streams * attention.kv_rank
+                floats += copied * _MASK_BYTES / _FLOAT_BYTES / settings.step_tokens
             return floats
-        case Recurrent():
-            return 0.0
+        case Recurrent() as recurrent:
+            widest = max(each.shape[1] for each in recurrent.weights if len(each.shape) > 1)
+            states = recurrent.state_elements + recurrent.convolution_elements
+            return 3 * width + 3 * widest + 2 * states * settings.slots / settings.step_tokens
     return 0.0
 
 

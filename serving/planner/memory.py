@@ -19,7 +19,7 @@ from serving.models.architecture import (
 from serving.planner.compute_buffer import compute_bytes, input_bytes
 from serving.planner.quantization import row_bytes
 from serving.planner.settings import Settings
-from serving.planner.weights import LayerWeights, ModelWeights
+from serving.planner.weights import ModelWeights
 
 MIB = 2**20
 
@@ -88,8 +88,14 @@ class Extras:
     @property
     def total_bytes(self) -> int:
         """What they take, images at work counted in."""
-        projector = 0 if self.projector_bytes is None else self.projector_bytes + _PROJECTOR_WORK_BYTES
+        projector = (
+            0 if self.projector_bytes is None else self.projector_bytes + _PROJECTOR_WORK_BYTES
+        )
         return self.adapters_bytes + projector + self.draft.total
+
+
+NO_EXTRAS = Extras()
+IN_MAIN_MEMORY = Offload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +115,8 @@ def memory_of(
     architecture: Architecture,
     weights: ModelWeights,
     settings: Settings,
-    offload: Offload = Offload(),
-    extras: Extras = Extras(),
+    offload: Offload = IN_MAIN_MEMORY,
+    extras: Extras = NO_EXTRAS,
 ) -> Memory:
     """What an engine takes with a model, its settings, and a split of the model over devices."""
     where = places(len(architecture.layers), offload)
@@ -162,9 +168,7 @@ def _with_results(
     inputs = input_bytes(architecture, settings)
     for card in used:
         results = compute_bytes(architecture, settings, has_output=card == where[-1])
-        cards[card] += Parts(
-            compute=results + (copies - 1) * inputs, overhead=_CUDA_CONTEXT_BYTES
-        )
+        cards[card] += Parts(compute=results + (copies - 1) * inputs, overhead=_CUDA_CONTEXT_BYTES)
     of_host = inputs
     if is_split:
         of_host = compute_bytes(architecture, settings, has_output=where[-1] is None)
@@ -202,5 +206,7 @@ def places(layers: int, offload: Offload) -> list[int | None]:
             places.append(None)
         else:
             at = (layer - first) / on_cards
-            places.append(next(card for card, end in enumerate(ends) if at < end or card == len(ends) - 1))
+            places.append(
+                next(card for card, end in enumerate(ends) if at < end or card == len(ends) - 1)
+            )
     return places

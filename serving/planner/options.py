@@ -9,7 +9,7 @@ from typing import Literal
 from serving.config import CostConfig
 from serving.cost.model import CostModel
 from serving.models.architecture import Attention, Experts
-from serving.planner.memory import Extras, Memory, Offload, memory_of
+from serving.planner.memory import Memory, Offload, memory_of
 from serving.planner.quality import grade_of
 from serving.planner.rig import Device, Rig
 from serving.planner.settings import Settings
@@ -59,7 +59,11 @@ class Option:
     @property
     def is_all_on_cards(self) -> bool:
         """Whether nothing of the model is computed beside the cards."""
-        return bool(self.offload.shares) and self.offload.layers is None and not self.offload.experts_on_cpu
+        return (
+            bool(self.offload.shares)
+            and self.offload.layers is None
+            and not self.offload.experts_on_cpu
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +263,11 @@ class _Maker:
 
     def _usd_per_million(self, speed: Speed, watts: float) -> float:
         price = _price_usd(self._rig)
-        cost = self._cost if price is None else self._cost.model_copy(update={"hardware_price_usd": price})
+        cost = (
+            self._cost
+            if price is None
+            else self._cost.model_copy(update={"hardware_price_usd": price})
+        )
         seconds = 1e6 / speed.all_users
         return CostModel(cost).parts(seconds, seconds * watts).total_usd
 
@@ -305,9 +313,14 @@ def headroom_bytes(memory: Memory, rig: Rig) -> int:
     """What stays free where it is tightest; negative if it does not fit."""
     if rig.shares_memory:
         return rig.host.memory_bytes - memory.total.total
-    rooms = [rig.host.memory_bytes - memory.host.total] if memory.host.total > rig.host.memory_bytes else []
+    rooms = (
+        [rig.host.memory_bytes - memory.host.total]
+        if memory.host.total > rig.host.memory_bytes
+        else []
+    )
     rooms += [
-        card.memory_bytes - parts.total for card, parts in zip(rig.cards, memory.cards, strict=False)
+        card.memory_bytes - parts.total
+        for card, parts in zip(rig.cards, memory.cards, strict=False)
     ]
     return min(rooms, default=rig.host.memory_bytes - memory.host.total)
 

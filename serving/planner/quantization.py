@@ -71,10 +71,12 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-# Families whose files have gate and up in one tensor; queries, keys and values in one.
-_FUSED_FEED_FORWARD = ("phi3", "glm4")
-_FUSED_ATTENTION = ("phi3",)
-_QUERIES_KEYS = re.compile(r"\.attn_[qk]\.weight$")
+# By family: weights that its files have in one tensor, in the order in which they come, and its name.
+_STORED_TOGETHER: Mapping[str, Mapping[tuple[str, ...], str]] = {
+    "phi3": {("attn_q", "attn_k", "attn_v"): "attn_qkv", ("ffn_gate", "ffn_up"): "ffn_up"},
+    "glm4": {("ffn_gate", "ffn_up"): "ffn_up"},
+    "qwen3next": {("ssm_beta", "ssm_alpha"): "ssm_ba"},
+}
 _UNQUANTIZED = ("F32", "F16", "BF16")
 _MANY_EXPERTS_ATTENTION = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
 
@@ -92,20 +94,18 @@ def weight_bytes(weight: Weight, kind: str) -> int:
 
 def stored_weights(architecture: Architecture) -> Iterator[Weight]:
     """The weights as they stand in a GGUF file, where some families have several in one tensor."""
-    rows: dict[int, int] = {}
+    groups = _STORED_TOGETHER.get(architecture.family, {})
+    rows: dict[str, int] = {}
     for weight in architecture.weights():
-        if architecture.family in _FUSED_FEED_FORWARD and ".ffn_gate.weight" in weight.name:
-            continue
-        if architecture.family in _FUSED_FEED_FORWARD and ".ffn_up.weight" in weight.name:
-            yield Weight(weight.name, (weight.shape[0], 2 * weight.shape[1]))
-        elif architecture.family in _FUSED_ATTENTION and _QUERIES_KEYS.search(weight.name):
-            rows[_layer_of(weight.name)] = rows.get(_layer_of(weight.name), 0) + weight.shape[1]
-        elif architecture.family in _FUSED_ATTENTION and ".attn_v.weight" in weight.name:
-            layer = _layer_of(weight.name)
-            fused = rows[layer] + weight.shape[1]
-            yield Weight(f"blk.{layer}.attn_qkv.weight", (weight.shape[0], fused))
-        else:
+        layer, _, part = weight.name.removesuffix(".weight").rpartition(".")
+        group = next((group for group in groups if part in group), None)
+        if group is None:
             yield weight
+            continue
+        name = f"{layer}.{groups[group]}.weight"
+        rows[name] = rows.get(name, 0) + weight.shape[1]
+        if part == group[-1]:
+            yield Weight(name, (weight.shape[0], rows[name]))
 
 
 def types_of(architecture: Architecture, mixture: str) -> dict[str, str]:
@@ -134,9 +134,7 @@ class _Rules:
     downs_seen: int = 0
 
     @classmethod
-    def of(
-        cls, architecture: Architecture, mixture: str, weights: Iterable[Weight]
-    ) -> _Rules:
+    def of(cls, architecture: Architecture, mixture: str, weights: Iterable[Weight]) -> _Rules:
         experts = next(
             (
                 layer.feed_forward.count

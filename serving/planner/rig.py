@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from serving.hardware.catalog import Card
+from serving.hardware.bandwidth import read_gb_per_second
+from serving.hardware.catalog import Card, UnknownCard, find_card
+from serving.hardware.cpu import cpu
+from serving.hardware.memory import gpus, host_total_mib
 
 MIB = 2**20
 Kind = Literal["nvidia", "amd", "intel", "apple", "amd_unified", "cpu"]
@@ -52,6 +56,88 @@ class Rig:
         if len(set(names)) == 1 and len(names) > 1:
             return f"{len(names)} x {names[0]}"
         return " + ".join(names)
+
+
+# What a core does of INT8 and of FP32 a clock, by the best instruction set it has, a multiply-add as two: of one
+# 512-bit unit (Intel's optimization manual), of two of 256 or 128 bits. The clock is a common one under load.
+_OPERATIONS_PER_CLOCK = (
+    ("AMX-INT8", 2048, 64),
+    ("AVX512-VNNI", 256, 64),
+    ("AVX-VNNI", 128, 32),
+    ("AVX2", 64, 32),
+    ("I8MM", 128, 16),
+    ("DOTPROD", 64, 16),
+)
+_OTHER_OPERATIONS_PER_CLOCK = (16, 8)
+_CLOCK_HZ = 2.6e9
+# A rig that is only thought of has a desktop around its cards: two channels of DDR5, eight cores with AVX2.
+_ASSUMED_MEMORY_MIB, _ASSUMED_BANDWIDTH_BYTES = 32 * 1024, 60e9
+_ASSUMED_CORES = 8
+
+
+class RigError(Exception):
+    """A rig cannot be told; the message says which card, and what to do."""
+
+
+def this_rig(*, reserve_mib: int, gpu_reserve_mib: int) -> Rig:
+    """This machine: its memory's speed is measured, which takes half a second. Raises :class:`RigError`."""
+    host = _host(
+        cpu().name,
+        (host_total_mib() - reserve_mib) * MIB,
+        1e9 * read_gb_per_second(),
+        cpu().cores,
+        cpu().instruction_sets,
+    )
+    return Rig(host, tuple(_there(gpu_reserve_mib)))
+
+
+def _there(reserve_mib: int) -> Iterator[Device]:
+    for gpu in gpus():
+        try:
+            card = find_card(gpu.name, gpu.total_mib)
+        except UnknownCard as error:
+            raise RigError(f"{error}; name a card like it with --gpu") from error
+        yield device_of(card, reserve_mib=reserve_mib, free_mib=gpu.free_mib)
+
+
+def assumed_rig(
+    names: Sequence[str], memory_mib: int | None, *, reserve_mib: int, gpu_reserve_mib: int
+) -> Rig:
+    """A rig with such cards, or machines of one memory, in a common desktop. Raises :class:`RigError`."""
+    try:
+        cards = tuple(device_of(find_card(name), reserve_mib=gpu_reserve_mib) for name in names)
+    except UnknownCard as error:
+        raise RigError(str(error)) from error
+    unified = next(
+        (each.card for each in cards if each.card and each.card.has_unified_memory), None
+    )
+    if unified is not None:
+        memory_mib = unified.memory_mib
+    host = _host(
+        "a desktop's processor",
+        ((memory_mib or _ASSUMED_MEMORY_MIB) - reserve_mib) * MIB,
+        _ASSUMED_BANDWIDTH_BYTES,
+        _ASSUMED_CORES,
+        ("AVX2",),
+    )
+    return Rig(host, cards, is_assumed=True)
+
+
+def _host(
+    name: str, memory_bytes: int, bandwidth_bytes: float, cores: int, sets: Sequence[str]
+) -> Device:
+    int8, fp32 = next(
+        ((int8, fp32) for name, int8, fp32 in _OPERATIONS_PER_CLOCK if name in sets),
+        _OTHER_OPERATIONS_PER_CLOCK,
+    )
+    return Device(
+        name,
+        "cpu",
+        memory_bytes,
+        bandwidth_bytes,
+        int8_operations=cores * int8 * _CLOCK_HZ,
+        fp16_operations=cores * fp32 * _CLOCK_HZ,
+    )
 
 
 def device_of(card: Card, *, reserve_mib: int, free_mib: int | None = None) -> Device:

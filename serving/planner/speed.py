@@ -141,7 +141,9 @@ class _Part:
     # Of attention, for each row and each token that it looks at.
     cache_operations: float = 0.0
 
-    def seconds(self, rows: int, cached_tokens: int, share_of_experts: float, *, is_quantized: bool) -> float:
+    def seconds(
+        self, rows: int, cached_tokens: int, share_of_experts: float, *, is_quantized: bool
+    ) -> float:
         """Of a step with so many rows, which look at so many cached tokens between them."""
         device, factors = self.device, _EFFICIENCIES[self.device.kind]
         read_bytes = (

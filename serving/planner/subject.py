@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from serving.models.architecture import Architecture
 from serving.models.catalog import CatalogModel
-from serving.planner.memory import Extras
-from serving.planner.weights import ModelWeights, predicted
+from serving.models.description import ModelDescription
+from serving.models.requantize import type_name
+from serving.planner.memory import NO_EXTRAS, Extras
+from serving.planner.weights import ModelWeights, of_files, predicted
 
 # Those to try: of those close in size the better ones.
 _MIXTURES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
@@ -26,7 +28,7 @@ class Subject:
     architecture: Architecture
     mixtures: tuple[str, ...]
     source: str | None = None
-    extras: Extras = Extras()
+    extras: Extras = NO_EXTRAS
     known_weights: ModelWeights | None = None
     _predicted: dict[str, ModelWeights] = field(default_factory=dict)
 
@@ -46,3 +48,19 @@ def of_catalog(model: CatalogModel) -> Subject:
     if architecture.is_encoder:
         mixtures = ("F16", "Q8_0")
     return Subject(model.name, architecture, mixtures)
+
+
+def of_description(description: ModelDescription) -> Subject:
+    """A model as its files have it: GGUF files as they are, others in all quantizations that can be made of them."""
+    architecture = description.architecture
+    if not description.gguf:
+        return Subject(description.source, architecture, _MIXTURES)
+    return Subject(
+        description.source,
+        architecture,
+        (type_name(description.gguf[0].header.file_type) or "as in the file",),
+        source=description.source,
+        known_weights=of_files(
+            ((part.header, part.size_bytes) for part in description.gguf), len(architecture.layers)
+        ),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from serving.models.architecture import Architecture
@@ -45,23 +45,29 @@ def predicted(architecture: Architecture, mixture: str) -> ModelWeights:
     types = types_of(architecture, mixture)
     return _sorted_out(
         len(architecture.layers),
-        ((each.name, weight_bytes(each, types[each.name])) for each in stored_weights(architecture)),
+        (
+            (each.name, weight_bytes(each, types[each.name]))
+            for each in stored_weights(architecture)
+        ),
     )
 
 
-def of_file(header: Header, file_bytes: int) -> ModelWeights:
-    """Those of a GGUF file: each tensor reaches to the next, whatever its type."""
+def of_files(parts: Iterable[tuple[Header, int]], layers: int) -> ModelWeights:
+    """Those of a model's GGUF files, each with its size in bytes: a tensor reaches to the next, whatever its type.
+
+    Layers beyond ``layers`` only draft tokens; llama.cpp leaves them in the file.
+    """
+    return _sorted_out(
+        layers, (size for header, bytes_ in parts for size in _sizes(header, bytes_))
+    )
+
+
+def _sizes(header: Header, file_bytes: int) -> Iterator[tuple[str, int]]:
     by_place = sorted(header.tensors.items(), key=lambda each: each[1].offset_bytes)
     ends = [tensor.offset_bytes for _, tensor in by_place[1:]]
     ends.append(file_bytes - header.data_offset_bytes)
-    layers = 1 + max((layer_of(name) for name in header.tensors), default=-1)
-    return _sorted_out(
-        layers,
-        (
-            (name, end_bytes - tensor.offset_bytes)
-            for (name, tensor), end_bytes in zip(by_place, ends, strict=True)
-        ),
-    )
+    for (name, tensor), end_bytes in zip(by_place, ends, strict=True):
+        yield name, end_bytes - tensor.offset_bytes
 
 
 def layer_of(name: str) -> int:
@@ -76,6 +82,8 @@ def _sorted_out(layers: int, sizes: Iterable[tuple[str, int]]) -> ModelWeights:
     has_output = False
     for name, size_bytes in sizes:
         layer = layer_of(name)
+        if layer >= layers:
+            continue
         if layer >= 0:
             in_layers[layer] += size_bytes
             if "_exps." in name:
