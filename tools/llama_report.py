@@ -1,7 +1,8 @@
-"""``python -m tools.llama_report FILE < SETTINGS``: what memory llama.cpp itself says that a model takes.
+"""What llama.cpp itself says of a model: the memory it takes (``memory``), and the types it quantizes to (``types``).
 
-Its own "no_alloc" mode works out what it would allocate, without doing so: files may be larger than the memory.
-A process of its own, since llama.cpp ends it when it does not like a file.
+``python -m tools.llama_report memory FILE < SETTINGS`` and ``... types FILE MIXTURE`` print JSON. llama.cpp works out
+what it would allocate and quantize, without doing so: files may be larger than the memory. A process of its own,
+since llama.cpp ends it when it does not like a file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ _MIB = 2**20
 _CACHE = re.compile(r"llama_(?:kv_cache|memory_recurrent): size = +([\d.]+) MiB")
 _COMPUTE = re.compile(r"compute buffer size = +([\d.]+) MiB")
 _OUTPUT = re.compile(r"output buffer size = +([\d.]+) MiB")
-_TYPES = {"F16": 1, "Q8_0": 8, "Q4_0": 2}  # of ``enum ggml_type``
+_QUANTIZED = re.compile(
+    r"\] +(\S+) +- \[.*?\], type = +(\S+), size = .*? MiB(?: -> .*? MiB \((\S+)\))?"
+)
+_KV_TYPES = {"F16": 1, "Q8_0": 8, "Q4_0": 2}  # of ``enum ggml_type``
+_FILE_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
+}  # fmt: skip
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -28,10 +36,14 @@ def _on_log(_level: int, text: bytes, _data: Any) -> None:
     _LINES.append(text.decode("utf-8", errors="replace"))
 
 
-def report(path: Path, settings: dict[str, Any]) -> dict[str, float]:
+def memory(path: Path, settings: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights, cache, intermediate results and scores, as llama.cpp logs them."""
-    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
-    model = _load(path)
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        sys.exit("".join(_LINES[-5:]))
     _LINES.clear()
     context = llama_cpp.llama_init_from_model(model, _context_params(settings))
     if not context:
@@ -47,16 +59,6 @@ def report(path: Path, settings: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _load(path: Path) -> Any:
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        sys.exit("".join(_LINES[-5:]))
-    return model
-
-
 def _context_params(settings: dict[str, Any]) -> Any:
     """As rigserve's engine sets them (``serving/llamacpp/runtime/context.py``)."""
     params = llama_cpp.llama_context_default_params()
@@ -66,8 +68,8 @@ def _context_params(settings: dict[str, Any]) -> Any:
     params.n_batch = params.n_ubatch = max(settings["batch_tokens"], slots)
     params.kv_unified = settings["pool_tokens"] is not None
     params.swa_full = settings["has_full_windows"]
-    params.type_k = _TYPES[settings["key_type"]]
-    params.type_v = _TYPES[settings["value_type"]]
+    params.type_k = _KV_TYPES[settings["key_type"]]
+    params.type_v = _KV_TYPES[settings["value_type"]]
     if not settings["has_flash_attention"]:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return params
@@ -77,5 +79,25 @@ def _found(pattern: re.Pattern[str]) -> float:
     return _MIB * sum(float(size) for size in pattern.findall("".join(_LINES)))
 
 
+def types(path: Path, mixture: str) -> dict[str, str]:
+    """The type that each tensor would have after quantizing to a mixture."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = _FILE_TYPES[mixture]
+    params.dry_run = True
+    if llama_cpp.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params)):
+        sys.exit("".join(_LINES[-5:]))
+    found = _QUANTIZED.findall("".join(_LINES))
+    return {name: (new or old).upper() for name, old, new in found}
+
+
+def main(what: str, path: str, *rest: str) -> None:
+    """Print what was asked for."""
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    if what == "memory":
+        print(json.dumps(memory(Path(path), json.load(sys.stdin))))
+    else:
+        print(json.dumps(types(Path(path), rest[0])))
+
+
 if __name__ == "__main__":
-    print(json.dumps(report(Path(sys.argv[1]), json.load(sys.stdin))))
+    main(*sys.argv[1:])

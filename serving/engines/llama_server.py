@@ -116,8 +116,8 @@ class LlamaServerLauncher:
         """From the headers of its files; raises :class:`ModelError`."""
         try:
             return of_gguf(model, files, on_gpu=on_gpu)
-        except (GgufError, OSError) as error:
-            raise ModelError(f"cannot read {files.model}: {error}") from error
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
 
     def launch(
         self,

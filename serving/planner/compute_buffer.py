@@ -19,17 +19,17 @@ from serving.planner.settings import Settings
 
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2  # F16 with flash attention, else a float
-# What lies beside the scores, by family: numbers of the model's width, others, and whether masks do. Where the
-# allocator has holes of the right size it is less.
+# What some families leave beside the scores, where the allocator finds no hole for it: widths of the model, and others.
 _BESIDE_SCORES = {
-    "phi3": (4, 0, True),
-    "llama4": (4, 0, True),
-    "glm4moe": (3, 0, True),
-    "nemotron_h_moe": (4, 0, False),
-    "deepseek2": (2, 16384, False),
-    "qwen3next": (2, 16384, False),
+    "phi3": (2, 0),
+    "llama4": (2, 0),
+    "glm4moe": (1, 0),
+    "nemotron_h_moe": (2, 0),
+    "deepseek2": (0, 16384),
+    "qwen3next": (0, 16384),
 }
-_BESIDE_OTHERS = (2, 0, False)
+# Of the states of all slots, while a recurrent layer works.
+_STATE_COPIES = {"gated_delta_net": 2, "mamba2": 1, "short_convolution": 1}
 # What the allocator loses between blocks of unlike sizes.
 _FRAGMENTATION = 1.05
 
@@ -39,15 +39,22 @@ def compute_bytes(
 ) -> int:
     """The bytes of a step's intermediate results on a device that has all layers, or some without the output."""
     tokens = settings.step_tokens
-    stages = [_layer_floats(layer, architecture.width, settings) for layer in architecture.layers]
     masks = _mask_floats(architecture, settings)
+    stages = [_layer_floats(layer, architecture.width, settings) for layer in architecture.layers]
     floats = max(stages, default=0.0) + masks
-    if has_output and not architecture.is_encoder:
-        widths, others, has_masks = _BESIDE_SCORES.get(architecture.family, _BESIDE_OTHERS)
-        scoring = architecture.vocabulary + widths * architecture.width + others
-        fits_no_hole = has_masks and masks < 2 * architecture.width
-        floats = max(floats, scoring + (masks if fits_no_hole else 0.0))
+    if has_output and not settings.is_pooled:
+        floats = max(floats, _scoring_floats(architecture, masks, floats))
     return int(_FRAGMENTATION * _FLOAT_BYTES * floats * tokens)
+
+
+def _scoring_floats(architecture: Architecture, masks: float, before: float) -> float:
+    """Numbers for each token while all tokens are scored, where the layers have taken ``before`` of them."""
+    width = architecture.width
+    floats = architecture.vocabulary + 2.0 * width
+    if floats > before and architecture.family in _BESIDE_SCORES:
+        widths, others = _BESIDE_SCORES[architecture.family]
+        floats += widths * width + others + (masks if masks <= width else 0.0)
+    return floats
 
 
 def input_bytes(architecture: Architecture, settings: Settings) -> int:
@@ -75,7 +82,7 @@ def _mixer_floats(layer: Layer, width: int, settings: Settings) -> float:
         case LatentAttention() as attention:
             absorbed = attention.heads * attention.cache_elements
             plain = attention.heads * (attention.nope_width + attention.rope_width)
-            floats = 3 * width + 2 * absorbed + 2 * plain
+            floats = 3.0 * width + 2 * absorbed + 2 * plain
             if not settings.has_flash_attention:
                 cells = settings.cells
                 floats += attention.heads * cells
@@ -86,7 +93,14 @@ def _mixer_floats(layer: Layer, width: int, settings: Settings) -> float:
         case Recurrent() as recurrent:
             widest = max(each.shape[1] for each in recurrent.weights if len(each.shape) > 1)
             states = recurrent.state_elements + recurrent.convolution_elements
-            return 3 * width + 3 * widest + 2 * states * settings.slots / settings.step_tokens
+            return (
+                3 * width
+                + 3 * widest
+                + _STATE_COPIES.get(recurrent.kind, 2)
+                * states
+                * settings.slots
+                / settings.step_tokens
+            )
     return 0.0
 
 
@@ -103,8 +117,6 @@ def _feed_forward_floats(layer: Layer, width: int) -> float:
 
 def _mask_floats(architecture: Architecture, settings: Settings) -> float:
     """Who sees whom: one mask for each reach of attention that the model has."""
-    if architecture.is_encoder:
-        return 0.0
     reaches = {
         layer.mixer.window_tokens if isinstance(layer.mixer, Attention) else None
         for layer in architecture.layers

@@ -123,7 +123,9 @@ def memory_of(
     host = Parts(
         weights=weights.embedding_bytes,
         # What the scores of a step's last rows are copied to.
-        compute=architecture.vocabulary * _FLOAT_BYTES * settings.slots,
+        compute=0
+        if settings.is_pooled
+        else architecture.vocabulary * _FLOAT_BYTES * settings.slots,
         overhead=_PROCESS_BYTES,
     )
     cards = [Parts() for _ in offload.shares]

@@ -16,6 +16,7 @@ from serving.models.architecture import (
     Attention,
     Experts,
     LatentAttention,
+    Recurrent,
     Weight,
 )
 
@@ -257,10 +258,14 @@ def _fitting(kind: str, row: int) -> str:
 
 
 def _queries_per_key(architecture: Architecture) -> int:
+    """As llama.cpp reads it of the first layer; its files of gated delta nets state it of all layers."""
     for layer in architecture.layers:
         match layer.mixer:
-            case Attention(heads=heads, kv_heads=kv_heads) if kv_heads:
+            case Attention(heads=heads, kv_heads=kv_heads):
                 return heads // kv_heads
             case LatentAttention(heads=heads):
-                return heads  # llama.cpp counts one head of keys
+                return heads  # it counts one head of keys
+            case Recurrent(kind="gated_delta_net"):
+                continue
+        return 0
     return 0

@@ -25,6 +25,8 @@ class Settings:
     value_type: str = "F16"
     has_flash_attention: bool = True
     has_full_windows: bool = True
+    # Embeddings: a text is read once, in one step, and no tokens are scored.
+    is_pooled: bool = False
 
     @property
     def step_tokens(self) -> int:

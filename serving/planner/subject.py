@@ -44,7 +44,7 @@ class Subject:
 def of_catalog(model: CatalogModel) -> Subject:
     """A model of the catalog."""
     architecture = model.architecture
-    mixtures = _AS_TRAINED.get(architecture.family, _MIXTURES)
+    mixtures: tuple[str, ...] = _AS_TRAINED.get(architecture.family, _MIXTURES)
     if architecture.is_encoder:
         mixtures = ("F16", "Q8_0")
     return Subject(model.name, architecture, mixtures)
