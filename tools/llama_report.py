@@ -1,8 +1,8 @@
 """What llama.cpp itself says of a model: the memory it takes (``memory``), and the types it quantizes to (``types``).
 
-``python -m tools.llama_report memory FILE < SETTINGS`` and ``... types FILE MIXTURE`` print JSON. llama.cpp works out
-what it would allocate and quantize, without doing so: files may be larger than the memory. A process of its own,
-since llama.cpp ends it when it does not like a file.
+``python -m tools.llama_report memory FILE`` and ``... types FILE`` read a JSON list, of settings or of mixtures, and
+print one of answers. llama.cpp works out what it would allocate and quantize, without doing so: files may be larger
+than the memory. A process of its own, since llama.cpp ends it when it does not like a file.
 """
 
 from __future__ import annotations
@@ -36,26 +36,31 @@ def _on_log(_level: int, text: bytes, _data: Any) -> None:
     _LINES.append(text.decode("utf-8", errors="replace"))
 
 
-def memory(path: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Bytes of weights, cache, intermediate results and scores, as llama.cpp logs them."""
+def memory(path: Path, several: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Bytes of weights, cache, intermediate results and scores, as llama.cpp logs them, with each of several settings."""
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         sys.exit("".join(_LINES[-5:]))
+    weights = float(llama_cpp.llama_model_size(model))
+    found = [{"weights": weights} | _of_context(model, settings) for settings in several]
+    llama_cpp.llama_model_free(model)
+    return found
+
+
+def _of_context(model: Any, settings: dict[str, Any]) -> dict[str, float]:
     _LINES.clear()
     context = llama_cpp.llama_init_from_model(model, _context_params(settings))
     if not context:
         sys.exit("".join(_LINES[-5:]))
     found = {
-        "weights": float(llama_cpp.llama_model_size(model)),
         "cache": _found(_CACHE),
         "compute": _found(_COMPUTE),
         "output": _found(_OUTPUT),
     }
     llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
     return found
 
 
@@ -79,24 +84,27 @@ def _found(pattern: re.Pattern[str]) -> float:
     return _MIB * sum(float(size) for size in pattern.findall("".join(_LINES)))
 
 
-def types(path: Path, mixture: str) -> dict[str, str]:
-    """The type that each tensor would have after quantizing to a mixture."""
+def types(path: Path, mixtures: list[str]) -> list[dict[str, str]]:
+    """The type that each tensor would have after quantizing to each of some mixtures."""
+    return [_types(path, mixture) for mixture in mixtures]
+
+
+def _types(path: Path, mixture: str) -> dict[str, str]:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _FILE_TYPES[mixture]
     params.dry_run = True
+    _LINES.clear()
     if llama_cpp.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params)):
         sys.exit("".join(_LINES[-5:]))
     found = _QUANTIZED.findall("".join(_LINES))
     return {name: (new or old).upper() for name, old, new in found}
 
 
-def main(what: str, path: str, *rest: str) -> None:
+def main(what: str, path: str) -> None:
     """Print what was asked for."""
     llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
-    if what == "memory":
-        print(json.dumps(memory(Path(path), json.load(sys.stdin))))
-    else:
-        print(json.dumps(types(Path(path), rest[0])))
+    answer = (memory if what == "memory" else types)(Path(path), json.load(sys.stdin))
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

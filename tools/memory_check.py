@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,25 +83,33 @@ class Case:
         )
 
 
-def check(name: str, folder: Path) -> Iterator[Case]:
-    """All settings of one model."""
+def check(name: str, folder: Path, labels: Sequence[str] = tuple(SETTINGS)) -> list[Case]:
+    """One model with some of the settings."""
     architecture = _architecture(name)
     mixture = "MXFP4_MOE" if architecture.family == "gpt-oss" else "Q4_K_M"
     path = write_skeleton(folder / "model.gguf", architecture, mixture)
     weights = predicted(architecture, mixture)
-    for label, settings in SETTINGS.items():
-        said = llama_cpp_says("memory", path, settings=settings)
-        yield Case(name, label, said, memory_of(architecture, weights, settings).host)
+    said = llama_cpp_says("memory", path, [asdict(SETTINGS[label]) for label in labels])
+    return [
+        Case(name, label, each, memory_of(architecture, weights, SETTINGS[label]).host)
+        for label, each in zip(labels, said, strict=True)
+    ]
 
 
-def wrong_types(name: str, mixture: str, folder: Path) -> tuple[int, int]:
-    """How many tensors llama.cpp would give another type than predicted, and how many there are."""
+def wrong_types(
+    name: str, folder: Path, mixtures: Sequence[str] = MIXTURES
+) -> list[tuple[int, int]]:
+    """For each mixture: how many tensors llama.cpp would give another type than predicted, and how many there are."""
     architecture = _architecture(name)
     path = write_skeleton(folder / "model.gguf", architecture, "BF16")
-    chosen = llama_cpp_says("types", path, mixture)
-    ours = types_of(architecture, mixture)
-    wrong = [tensor for tensor, kind in chosen.items() if ours.get(_ours(tensor)) != kind]
-    return len(wrong), len(chosen)
+    counts = []
+    for mixture, chosen in zip(
+        mixtures, llama_cpp_says("types", path, list(mixtures)), strict=True
+    ):
+        ours = types_of(architecture, mixture)
+        wrong = [tensor for tensor, kind in chosen.items() if ours.get(_ours(tensor)) != kind]
+        counts.append((len(wrong), len(chosen)))
+    return counts
 
 
 def _ours(tensor: str) -> str:
@@ -114,11 +122,11 @@ def _architecture(name: str) -> Architecture:
     return model.architecture
 
 
-def llama_cpp_says(what: str, path: Path, *rest: str, settings: Settings | None = None) -> Any:
-    """The answer of ``tools.llama_report``; raises RuntimeError with its last words."""
+def llama_cpp_says(what: str, path: Path, questions: Sequence[Any]) -> list[Any]:
+    """The answers of ``tools.llama_report``; raises RuntimeError with its last words."""
     ran = subprocess.run(
-        [sys.executable, "-m", "tools.llama_report", what, path, *rest],
-        input=json.dumps(asdict(settings)) if settings else "",
+        [sys.executable, "-m", "tools.llama_report", what, path],
+        input=json.dumps(questions),
         capture_output=True,
         text=True,
         timeout=120,
@@ -126,7 +134,8 @@ def llama_cpp_says(what: str, path: Path, *rest: str, settings: Settings | None 
     )
     if ran.returncode:
         raise RuntimeError(f"{path}: {ran.stdout[-300:]}{ran.stderr[-300:]}")
-    return json.loads(ran.stdout)
+    answers: list[Any] = json.loads(ran.stdout)
+    return answers
 
 
 def main(models: Sequence[str]) -> int:
@@ -134,10 +143,7 @@ def main(models: Sequence[str]) -> int:
     names = models or MODELS
     with tempfile.TemporaryDirectory() as folder:
         cases = [case for name in names for case in check(name, Path(folder))]
-        counts = {
-            name: [wrong_types(name, mixture, Path(folder)) for mixture in MIXTURES]
-            for name in names
-        }
+        counts = {name: wrong_types(name, Path(folder)) for name in names}
     _print_summary(cases, counts)
     print("\n| model | settings | weights MiB | | cache MiB | | compute MiB | | sum MiB | |")
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")

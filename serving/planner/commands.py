@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from serving.config import MemoryConfig, load_config
 from serving.models.catalog import catalog_models, find_model
 from serving.models.description import describe
+from serving.planner.config_file import NoSource, config_text
 from serving.planner.options import Wishes, plan
 from serving.planner.render import render, to_json
 from serving.planner.rig import Rig, RigError, assumed_rig, this_rig
@@ -50,6 +52,13 @@ def add_plan_command(commands: Any, *, default_config: Path) -> None:
     command.add_argument(
         "--slo", metavar="ttft=1s,tpot=50ms", type=_slo, default={}, help="latencies to keep"
     )
+    command.add_argument(
+        "--write", metavar="FILE", type=Path, help="write the recommended option as a config"
+    )
+    command.add_argument(
+        "--source",
+        help="the GGUF file to write into it, where none is known: hf://ORG/REPO/FILE.gguf",
+    )
     command.add_argument("--all", action="store_true", help="show all options that fit")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--config", type=Path, default=default_config, help="its cost section")
@@ -72,7 +81,24 @@ def _plan(args: argparse.Namespace) -> int:
         console = Console()
         console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
         console.print(render(found, show_all=args.all))
+    if args.write is not None and found.options:
+        try:
+            text = config_text(found, found.options[0], source=args.source)
+        except NoSource as error:
+            raise PlanError(str(error)) from error
+        _write(args.write, text)
+        print(f"wrote {args.write}; serve it with: rigserve serve {args.write}", file=sys.stderr)
     return 0 if found.options else 1
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        with file.open("x", encoding="utf-8") as written:
+            written.write(text)
+    except FileExistsError as error:
+        raise PlanError(f"--write: {file} is there already; name another, or remove it") from error
+    except OSError as error:
+        raise PlanError(f"--write: cannot write {file}: {error.strerror}") from error
 
 
 def _subject(name: str) -> Subject:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from serving.config import CostConfig
+from serving.config import CostConfig, LlamaCppModel
 from serving.cost.model import CostModel
 from serving.models.architecture import Attention, Experts
-from serving.planner.memory import Memory, Offload, memory_of
+from serving.planner.memory import MIB, Memory, Offload, Parts, memory_of
 from serving.planner.quality import grade_of
 from serving.planner.rig import Device, Rig
 from serving.planner.settings import Settings
@@ -23,8 +23,12 @@ _LEAST_CONTEXT = 4096
 # When only some of a model is on cards: as much as a chat needs, for context is dear then.
 _SPLIT_CONTEXT = 8192
 _USERS_TO_SHOW = (1, 4, 16)
+# So much worse in quality may an option be that keeps all on the cards, rather than one that does not.
+_GRADES_OF_A_SPLIT = 2
 # Slower than this is slower than people read.
 COMFORTABLE_TOKENS_PER_SECOND = 8.0
+# What a config has main memory set aside for, if it does not say.
+_PREFIX_CACHE_BYTES = MIB * LlamaCppModel.model_fields["prefix_cache_mib"].default
 # What a card draws on average while it decodes, of its limit; and the machine around it, in watts and USD.
 _SHARE_OF_LIMIT = 0.8
 _HOST_WATTS, _HOST_USD = 70.0, 600.0
@@ -65,6 +69,11 @@ class Option:
             and not self.offload.experts_on_cpu
         )
 
+    @property
+    def is_split(self) -> bool:
+        """Whether cards have some of it, and the processor the rest."""
+        return bool(self.offload.shares) and not self.is_all_on_cards
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -103,7 +112,7 @@ def _rank(option: Option) -> tuple[object, ...]:
         not option.meets_wishes,
         option.speed.users,
         not is_comfortable,
-        grade_of(option.mixture),
+        grade_of(option.mixture) + (_GRADES_OF_A_SPLIT if option.is_split else 0),
         option.settings.context_length < _SPLIT_CONTEXT,
         -option.speed.all_users,
         option.engine,
@@ -227,6 +236,7 @@ class _Maker:
         settings = Settings(context, users, has_full_windows=engine == "llama_cpp")
         weights = self._subject.weights(mixture)
         memory = memory_of(self._architecture, weights, settings, offload, self._subject.extras)
+        memory = replace(memory, host=memory.host + Parts(extras=_PREFIX_CACHE_BYTES))
         headroom = headroom_bytes(memory, self._rig)
         if headroom < 0:
             return None
@@ -279,13 +289,16 @@ class _Maker:
             self._subject.mixtures, key=lambda each: self._subject.weights(each).total_bytes
         )
         settings = Settings(least, users)
-        need = memory_of(
-            self._architecture,
-            self._subject.weights(smallest),
-            settings,
-            Offload(self._shares),
-            self._subject.extras,
-        ).total.total
+        need = (
+            _PREFIX_CACHE_BYTES
+            + memory_of(
+                self._architecture,
+                self._subject.weights(smallest),
+                settings,
+                Offload(self._shares),
+                self._subject.extras,
+            ).total.total
+        )
         there = sum(card.memory_bytes for card in self._rig.cards) + self._rig.host.memory_bytes
         yield (
             f"{smallest}, the smallest quantization, with {users} x {least:,} tokens needs "

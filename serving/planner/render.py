@@ -108,7 +108,8 @@ def where(option: Option) -> str:
     if not offload.shares:
         return "processor"
     if offload.experts_on_cpu:
-        return f"{offload.experts_on_cpu} layers' experts in RAM"
+        count = offload.experts_on_cpu
+        return f"experts of {count} layer{'s' * (count > 1)} in RAM"
     if offload.layers is not None:
         return f"{offload.layers} layers on card"
     return "card" if len(offload.shares) == 1 else f"{len(offload.shares)} cards"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from serving.hardware.bandwidth import read_gb_per_second
@@ -59,7 +60,7 @@ class Rig:
 
 
 # What a core does of INT8 and of FP32 a clock, by the best instruction set it has, a multiply-add as two: of one
-# 512-bit unit (Intel's optimization manual), of two of 256 or 128 bits. The clock is a common one under load.
+# 512-bit unit (Intel's optimization manual), of two of 256 or 128 bits. Servers' clocks are lower than desktops'.
 _OPERATIONS_PER_CLOCK = (
     ("AMX-INT8", 2048, 64),
     ("AVX512-VNNI", 256, 64),
@@ -69,7 +70,8 @@ _OPERATIONS_PER_CLOCK = (
     ("DOTPROD", 64, 16),
 )
 _OTHER_OPERATIONS_PER_CLOCK = (16, 8)
-_CLOCK_HZ = 2.6e9
+_CLOCK_HZ, _DESKTOP_CLOCK_HZ = 2.6e9, 4.5e9
+_HIGHEST_CLOCK = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
 # A rig that is only thought of has a desktop around its cards: two channels of DDR5, eight cores with AVX2.
 _ASSUMED_MEMORY_MIB, _ASSUMED_BANDWIDTH_BYTES = 32 * 1024, 60e9
 _ASSUMED_CORES = 8
@@ -85,10 +87,17 @@ def this_rig(*, reserve_mib: int, gpu_reserve_mib: int) -> Rig:
         cpu().name,
         (host_total_mib() - reserve_mib) * MIB,
         1e9 * read_gb_per_second(),
-        cpu().cores,
+        cpu().cores * _clock_hz(),
         cpu().instruction_sets,
     )
     return Rig(host, tuple(_there(gpu_reserve_mib)))
+
+
+def _clock_hz() -> float:
+    try:
+        return 1e3 * int(_HIGHEST_CLOCK.read_text())
+    except (OSError, ValueError):
+        return _CLOCK_HZ
 
 
 def _there(reserve_mib: int) -> Iterator[Device]:
@@ -117,14 +126,14 @@ def assumed_rig(
         "a desktop's processor",
         ((memory_mib or _ASSUMED_MEMORY_MIB) - reserve_mib) * MIB,
         _ASSUMED_BANDWIDTH_BYTES,
-        _ASSUMED_CORES,
+        _ASSUMED_CORES * _DESKTOP_CLOCK_HZ,
         ("AVX2",),
     )
     return Rig(host, cards, is_assumed=True)
 
 
 def _host(
-    name: str, memory_bytes: int, bandwidth_bytes: float, cores: int, sets: Sequence[str]
+    name: str, memory_bytes: int, bandwidth_bytes: float, clocks: float, sets: Sequence[str]
 ) -> Device:
     int8, fp32 = next(
         ((int8, fp32) for name, int8, fp32 in _OPERATIONS_PER_CLOCK if name in sets),
@@ -135,8 +144,8 @@ def _host(
         "cpu",
         memory_bytes,
         bandwidth_bytes,
-        int8_operations=cores * int8 * _CLOCK_HZ,
-        fp16_operations=cores * fp32 * _CLOCK_HZ,
+        int8_operations=clocks * int8,
+        fp16_operations=clocks * fp32,
     )
 
 

@@ -50,6 +50,8 @@ _EFFICIENCIES: Mapping[Kind, _Efficiency] = MappingProxyType(
 )
 # What a layer of latent attention costs beyond others', and what is known of its speed.
 _LATENT_LAYER_SECONDS, _LATENT_UNCERTAINTY = 80e-6, 0.40
+# Weights on their way to a card, over 16 lanes of PCIe 4.0 or 8 of 5.0, from memory that is not pinned.
+_PCIE_BYTES_PER_SECOND = 12e9
 # Layers, or experts, that some device beside the cards computes.
 _UNCERTAINTY_OF_SPLITS = 0.40
 # Experts have few rows each, and leave units idle.
@@ -110,8 +112,11 @@ def speed_of(
     rows = settings.step_tokens
     # On average a prompt's token looks at half of what there is in the end.
     pairs = rows * context_tokens / 2
-    prefill_seconds = seconds(rows, context_tokens) + sum(
-        part.attention_seconds(pairs) for part in parts
+    prefill_seconds = sum(
+        part.prefill_seconds(
+            rows, context_tokens, pairs, has_cards=bool(offload.shares), is_quantized=is_quantized
+        )
+        for part in parts
     )
     uncertainties = [_EFFICIENCIES[part.device.kind].uncertainty for part in parts]
     if any(part.latent_layers for part in parts):
@@ -161,10 +166,20 @@ class _Part:
             seconds += (rows - 1 + lost) * self.operations / rate
         return seconds
 
-    def attention_seconds(self, pairs: float) -> float:
-        """Of a prefill in which so many pairs of tokens look at each other."""
+    def prefill_seconds(
+        self, rows: int, cached_tokens: int, pairs: float, *, has_cards: bool, is_quantized: bool
+    ) -> float:
+        """Of so many rows of prompts, in which so many pairs of tokens look at each other.
+
+        What the processor has is sent to a card for that, if there is one and it is faster so.
+        """
         rate = _EFFICIENCIES[self.device.kind].fp16 * self.device.fp16_operations
-        return pairs * self.cache_operations / rate if rate else 0.0
+        seconds = self.seconds(rows, cached_tokens, 1.0, is_quantized=is_quantized)
+        seconds += pairs * self.cache_operations / rate if rate else 0.0
+        if self.device.kind == "cpu" and has_cards:
+            sent_bytes = self.always_bytes + self.expert_bytes
+            seconds = min(seconds, sent_bytes / _PCIE_BYTES_PER_SECOND)
+        return seconds
 
 
 def _parts(
