@@ -74,7 +74,7 @@ def _mixer_floats(layer: Layer, width: int, settings: Settings) -> float:
             queries = attention.heads * max(attention.key_width, attention.value_width)
             keys = attention.kv_heads * (attention.key_width + attention.value_width)
             gate = queries if attention.has_output_gate else 0
-            floats = 3 * width + 2 * queries + keys + 2 * gate
+            floats = 3.0 * width + 2 * queries + keys + 2 * gate
             if not settings.has_flash_attention:
                 cells = settings.cells_of(attention.window_tokens)
                 floats += width + attention.heads * cells
