@@ -29,6 +29,7 @@ from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_convert_action
+from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
 from serving.planner.commands import PlanError, add_plan_command
 from serving.protocol.errors import ApiError
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
     actions = add_models_command(commands)
+    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=_fit_warning)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
 
@@ -136,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_schema)
     add_config_actions(actions)
     return parser
+
+
+def _fit_warning(_source: str) -> str | None:
+    """Nobody can tell yet whether a model fits this machine before it is here."""
+    return None
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

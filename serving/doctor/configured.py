@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
-from serving.config import Config, LlamaServerModel, ModelConfig
+from serving.config import Config, ModelConfig
 from serving.doctor.finding import Finding, ok, problem, unchecked, warning
 from serving.hardware.energy import ESTIMATED, open_meter
 from serving.models.hub import HubSource
@@ -133,11 +133,9 @@ def check_energy(config: Config) -> Finding:
 
 
 def check_models(config: Config) -> Iterator[Finding]:
-    """Whether the models' files and engines are there."""
+    """Whether the models' files are there; that those named by a path are, the config's own check has seen."""
     for model in config.local_models:
         yield _model(model)
-        if isinstance(model, LlamaServerModel):
-            yield _binary(model)
     for remote in config.remote_models:
         yield unchecked(
             f"Model {remote.name}", f"{remote.base_url} was not asked: calls there may cost money"
@@ -163,15 +161,3 @@ def _model(model: ModelConfig) -> Finding:
         f"{source} is not downloaded yet: it will be at the first start",
         f"rigserve models pull {source}",
     )
-
-
-def _binary(model: LlamaServerModel) -> Finding:
-    check = f"Model {model.name}"
-    found = model.binary or shutil.which("llama-server")
-    if found is None or not os.access(found, os.X_OK):
-        return problem(
-            check,
-            f"there is no program {model.binary or 'llama-server on PATH'}",
-            "install llama.cpp, or name its llama-server as 'binary'",
-        )
-    return ok(check, found)

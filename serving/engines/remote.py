@@ -89,19 +89,21 @@ class Remote:
 
 async def watch(remotes: Callable[[], Iterable[Remote]], session: aiohttp.ClientSession) -> None:
     """Probe what has failed when its time has come, and all now and then, until cancelled."""
-    while True:
-        now = time.monotonic()
-        due = [
-            remote
-            for remote in remotes()
-            if remote.breaker.seconds_until_probe == 0
-            or (
-                remote.breaker.state is BreakerState.CLOSED
-                and now - remote.probed_at > _PROBE_INTERVAL_SECONDS
-            )
-        ]
-        await asyncio.gather(*(remote.probe(session) for remote in due))
-        await asyncio.sleep(_LOOK_SECONDS)
+    probes: dict[str, asyncio.Task[None]] = {}
+    async with asyncio.TaskGroup() as group:
+        while True:
+            # One that takes its time keeps none of the others waiting.
+            probes = {id: probe for id, probe in probes.items() if not probe.done()}
+            for remote in remotes():
+                if remote.id not in probes and _is_due(remote):
+                    probes[remote.id] = group.create_task(remote.probe(session))
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _is_due(remote: Remote) -> bool:
+    if remote.breaker.state is BreakerState.CLOSED:
+        return time.monotonic() - remote.probed_at > _PROBE_INTERVAL_SECONDS
+    return remote.breaker.seconds_until_probe == 0
 
 
 def _key_of(model: RemoteModel) -> str:

@@ -276,8 +276,8 @@ class _RequestHeaders:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *added]
                 if ignored := state.get("ignored"):
-                    told = (IGNORED_HEADER.encode(), ignored_header(ignored).encode())
-                    message["headers"].append(told)
+                    names = ignored_header(map(state.get("own_name", str), ignored))
+                    message["headers"].append((IGNORED_HEADER.encode(), names.encode()))
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -216,11 +216,10 @@ class BatchRunner:
     ) -> tuple[int, Any, dict[str, str]]:
         """The status, the body, and rigserve's own headers of a line's answer."""
         fields: dict[str, Any] = orjson.loads(line.body)
-        ignored: list[str] = []
         try:
             identity = self._identity_of(job.owner)
             caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up)
-            answer = await self._asked(caller, fields, ignored)
+            answer, ignored = await self._asked(caller, fields)
         except ApiError as error:
             return error.status, error.body, {}
         headers = {
@@ -230,21 +229,21 @@ class BatchRunner:
             headers[IGNORED_HEADER] = ignored_header(ignored)
         return answer.status_code, orjson.loads(answer.body), headers
 
-    async def _asked(self, caller: Caller, fields: dict[str, Any], ignored: list[str]) -> Response:
-        """A line's answer; what of the line does not count is added to ``ignored``."""
+    async def _asked(self, caller: Caller, fields: dict[str, Any]) -> tuple[Response, list[str]]:
+        """A line's answer, and what of the line does not count."""
         kind = ENDPOINTS[caller.endpoint]
+        ignored: list[str] = []
 
         def admit(read: Callable[[dict[str, Any]], Asked]) -> tuple[Destination, Asked]:
-            destination, asked, told = self._gateway.admit(
+            nonlocal ignored
+            destination, asked, ignored = self._gateway.admit(
                 caller.endpoint, caller.identity, fields, read
             )
-            ignored.extend(told)
             return destination, asked
 
         if kind is not ResponseRequest:
-            return await self._gateway.dispatcher.forward(caller, *admit(kind.of))
+            return await self._gateway.dispatcher.forward(caller, *admit(kind.of)), ignored
         exchange = await begin(self._gateway.responses.store, caller.identity.tenant, fields, admit)
-        ignored[:] = map(own_name, ignored)
         if exchange.request.background:
             raise ApiError(
                 400,
@@ -257,7 +256,7 @@ class BatchRunner:
         )
         if answer.status_code == 200:
             await exchange.keep()
-        return answer
+        return answer, list(map(own_name, ignored))
 
     async def _keep(self, job: _Job, line: Line, result: dict[str, Any], *, failed: bool) -> None:
         while True:

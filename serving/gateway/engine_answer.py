@@ -15,11 +15,23 @@ from serving.protocol.errors import ApiError
 from serving.protocol.responses import Timings, Usage
 
 _RETRY_AFTER_SECONDS = 2
+_LARGEST_BYTES = 64 * 2**20
 
 NOTHING_USED = {
     "usage": Usage(0, 0, 0).to_json(),
     "timings": Timings(0.0, 0.0, 0.0, 0.0, 0.0).to_json(),
 }
+
+
+async def body_of(answer: aiohttp.ClientResponse) -> bytes:
+    """A server's whole answer; raises :class:`aiohttp.ClientPayloadError` if it is too large to be one."""
+    body = bytearray()
+    async for data in answer.content.iter_any():
+        body += data
+        if len(body) > _LARGEST_BYTES:
+            answer.close()
+            raise aiohttp.ClientPayloadError(f"it answers more than {_LARGEST_BYTES} bytes")
+    return bytes(body)
 
 
 def final_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -128,7 +128,7 @@ class Gateway:
         *,
         may_spill: bool = False,
     ) -> tuple[Destination, Asked, list[str]]:
-        """As :meth:`take`, for a body that is there already; also gives what of it does not count.
+        """As :meth:`take`, for a body that is there already; also gives what of it does not count, once it is answered.
 
         ``may_spill``: it may go to a model that costs money, if the route that it asks for has one.
         """
@@ -139,10 +139,11 @@ class Gateway:
             model = label_of(found)
             destination: Destination
             if isinstance(found, Route):
-                destination, asked, overruled = self._plan(found, identity, asked, may_spill)
+                destination, asked, ignored = self._plan(found, identity, asked, dropped, may_spill)
             else:
                 destination = found
                 asked, overruled = self._filters[model].apply(asked)
+                ignored = [*dropped, *overruled]
             if self.draining:
                 raise ApiError(
                     503, "The server is shutting down.", code="draining", retry_after_seconds=5
@@ -150,12 +151,20 @@ class Gateway:
         except ApiError as error:
             self.meter.unmetered(model, path, error.status)
             raise
-        return destination, asked, [*dropped, *overruled]
+        return destination, asked, ignored
 
     def _plan(
-        self, route: Route, identity: Identity, asked: Asked, may_spill: bool
+        self,
+        route: Route,
+        identity: Identity,
+        asked: Asked,
+        dropped: Sequence[str],
+        may_spill: bool,
     ) -> tuple[Plan, Asked, list[str]]:
-        """Whom to ask for a route's request, the request as the first of them gets it, and what does not count."""
+        """Whom to ask for a route's request, the request as the first of them gets it, and what does not count.
+
+        That list changes when another of them is asked.
+        """
         marks = marks_of(route.name, asked)
         is_batch = identity.priority == "batch" or (
             isinstance(asked, ChatCompletionRequest) and asked.priority == "batch"
@@ -178,15 +187,21 @@ class Gateway:
 
         while True:
             try:
-                first, ignored = prepare(candidates[0])
+                first, overruled = prepare(candidates[0])
                 break
             except ApiError as error:
                 # Others may know the field.
                 if error.code != UNSUPPORTED_PARAMETER or len(candidates) == 1:
                     raise
                 del candidates[0]
-        plan = Plan(route, candidates, marks, lambda candidate: prepare(candidate)[0])
-        return plan, first, ignored
+        ignored = [*dropped, *overruled]
+
+        def prepare_another(candidate: Candidate) -> Asked:
+            another, overruled = prepare(candidate)
+            ignored[:] = [*dropped, *overruled]
+            return another
+
+        return Plan(route, candidates, marks, prepare_another), first, ignored
 
     def find(self, identity: Identity, name: str) -> Backend | Route:
         """What serves a model's name; raises :class:`ApiError`: 403 if it is not for who asks, 404 if there is none."""

@@ -22,6 +22,7 @@ from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
 from serving.gateway.engine_answer import (
     NOTHING_USED,
     bad_answer,
+    body_of,
     engine_gone,
     final_of,
     object_of,
@@ -87,6 +88,7 @@ class Relay:
         self._idle = asyncio.Event()
         self._idle.set()
         self.open_requests = 0
+        self._holds = 0
         # Of each request at an engine, by its identity.
         self._tickets: dict[int, Ticket] = {}
 
@@ -199,12 +201,13 @@ class Relay:
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """While this lasts, :meth:`settled` waits."""
-        self.open_requests += 1
+        self._holds += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._close()
+            self._holds -= 1
+            self._rest()
 
     async def settled(self) -> None:
         """Wait until every request, also those whose clients have left, is metered."""
@@ -363,7 +366,7 @@ class Relay:
             raise self._failed(request, refusal, attempt) from error
         chunks = self._chunks(call, request, upstream, tap)
         return EventStream(
-            translated(chunks, translation) if translation else chunks,
+            translated(chunks, translation, tap.fail) if translation else chunks,
             on_close=lambda: self._settle(self._settle_stream(call, request, upstream, tap)),
         )
 
@@ -389,7 +392,7 @@ class Relay:
         except aiohttp.ClientError as error:
             _log.warning("%s: the engine broke off a stream: %s", call.engine.model.name, error)
         if not tap.finished and not tap.failed:
-            tap.failed = True
+            tap.fail()
             yield event(engine_gone(call.engine).body)
 
     async def _settle_opening(
@@ -478,14 +481,17 @@ class Relay:
 
     def _close(self) -> None:
         self.open_requests -= 1
-        if not self.open_requests:
+        self._rest()
+
+    def _rest(self) -> None:
+        if not self.open_requests and not self._holds:
             self._idle.set()
 
 
 async def _opened(call: EngineCall | RemoteCall) -> tuple[aiohttp.ClientResponse, bytes]:
     """A stream that is open, with nothing of it; of what is an error instead, all."""
     upstream = await call.open()
-    return upstream, b"" if upstream.status == 200 else await upstream.read()
+    return upstream, b"" if upstream.status == 200 else await body_of(upstream)
 
 
 async def _finished(task: asyncio.Task[Any]) -> None:

@@ -12,7 +12,7 @@ import aiohttp
 
 from serving.engines.breaker import Passage
 from serving.engines.remote import Remote
-from serving.gateway.engine_answer import engine_gone
+from serving.gateway.engine_answer import body_of, engine_gone
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.gateway.spending import Purchase, Spending
 from serving.gateway.token_bound import token_bounds
@@ -28,6 +28,8 @@ _RETRY_AFTER_SECONDS = 2
 # The server does not take our key, or has no such model: that is for the operator to mend, not for clients.
 _REFUSALS = frozenset((301, 302, 303, 307, 308, 401, 402, 403, 404, 405))
 _READ_BYTES = 4096
+# How long a stream that has said its last word may take to end; then its connection is of no more use.
+_END_SECONDS = 0.5
 _SHOWN_CHARACTERS = 300
 
 
@@ -113,7 +115,7 @@ class RemoteCall:
 
         async def work() -> tuple[aiohttp.ClientResponse, bytes]:
             response = await self._open()
-            return response, await response.read()
+            return response, await body_of(response)
 
         return await self._in_time(work())
 
@@ -121,10 +123,11 @@ class RemoteCall:
         """The events of a stream that was opened; raises :class:`aiohttp.ClientError` if it is cut off."""
         events, data = CanonicalEvents(), self._first
         try:
-            while data:
+            while data and not events.finished:
                 yield events.feed(data)
-                async with asyncio.timeout(self.engine.model.idle_timeout_seconds):
-                    data = await upstream.content.readany()
+                if not events.finished:
+                    async with asyncio.timeout(self.engine.model.idle_timeout_seconds):
+                        data = await upstream.content.readany()
         except (TimeoutError, ValueError) as error:
             upstream.close()
             self._passage.failed()
@@ -132,7 +135,9 @@ class RemoteCall:
         except aiohttp.ClientError:
             self._passage.failed()
             raise
-        if not events.finished:
+        if events.finished:
+            await _end(upstream)
+        else:
             self._passage.failed()
 
     async def cancel(self) -> None:
@@ -237,3 +242,13 @@ class RemoteCall:
             if not self._first:
                 raise aiohttp.ClientPayloadError("the stream is empty")
         return response
+
+
+async def _end(upstream: aiohttp.ClientResponse) -> None:
+    """Read what is left of a stream that has said its last word, so that its connection can be used again."""
+    try:
+        async with asyncio.timeout(_END_SECONDS):
+            async for _ in upstream.content.iter_any():
+                pass
+    except (TimeoutError, aiohttp.ClientError):
+        upstream.close()

@@ -32,6 +32,10 @@ class StreamTap:
         self.failed = False
         self.final: dict[str, Any] | None = None
 
+    def fail(self) -> None:
+        """Its engine has failed over the stream."""
+        self.failed = True
+
     def feed(self, data: bytes) -> bytes:
         """The complete events among what has arrived so far."""
         data = self._rest + data

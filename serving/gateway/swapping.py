@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,15 @@ Room = Callable[[str, Callable[[str], bool]], Collection[str] | None]
 class Standing:
     """A model as the policy sees it. Moments are of one clock, ``math.inf`` where there is none.
 
-    ``is_loaded`` holds from when its load has begun until it is told to go. ``owes`` holds while some
+    ``is_loaded`` holds from when its load has begun until it is told to go, ``is_claiming`` while its load
+    knows what it needs and has not been given a place yet. ``owes`` holds while some
     wait who did so when it became ready: then it has had no full turn yet. ``due_at`` is when the patience
     of one of those who wait for it ends; ``busy`` are its requests in flight.
     """
 
     id: str
     is_loaded: bool = False
+    is_claiming: bool = False
     is_ready: bool = False
     busy: int = 0
     waiting: int = 0
@@ -85,7 +87,9 @@ class Policy:
         )
         self._forget(by_id, wanted)
         load: list[str] = []
-        for model in wanted:
+        # What one that claims its place will take is not to be seen yet; it tells within milliseconds.
+        is_settled = not any(each.is_claiming for each in standings)
+        for model in wanted if is_settled else ():
             leave = room(model.id, lambda other: self.may_leave(by_id[other]))
             if leave is not None:
                 load.append(model.id)
@@ -112,9 +116,10 @@ class Policy:
         is_wanted = model.waiting and model.id not in self._leaving
         return model.is_ready and not model.pinned and not model.busy and not is_wanted
 
-    def _forget(self, by_id: dict[str, Standing], wanted: Iterable[Standing]) -> None:
-        """Once its model is being loaded, or nobody wants it any more, none need leave."""
-        if self._head not in {model.id for model in wanted}:
+    def _forget(self, by_id: dict[str, Standing], wanted: Collection[Standing]) -> None:
+        """Once its model has its place, or nobody wants it any more, none need leave."""
+        head = by_id.get(self._head or "")
+        if head is None or not (head.is_claiming or head in wanted):
             self._head, self._leaving = None, frozenset()
         self._leaving = frozenset(
             each for each in self._leaving if each in by_id and by_id[each].is_loaded
@@ -224,10 +229,16 @@ class Swapper:
         demand = admission.demand(engine, self._max_wait_seconds())
         ready_at = self._ready_at.get(engine.id, -math.inf)
         is_ready = engine.state is EngineState.READY and engine.id not in self._tasks
-        is_loading = engine.state is EngineState.PREPARING or engine.is_loaded
+        is_preparing = engine.state is EngineState.PREPARING
         return Standing(
             id=engine.id,
-            is_loaded=is_loading or engine.id in self._tasks or engine.state is EngineState.STOPPED,
+            is_loaded=is_preparing
+            or engine.is_loaded
+            or engine.id in self._tasks
+            or engine.state is EngineState.STOPPED,
+            is_claiming=(is_preparing or engine.id in self._tasks)
+            and engine.footprint is not None
+            and not engine.shares_mib,
             is_ready=is_ready or engine.state is EngineState.BACKOFF,
             busy=admission.in_flight(engine),
             waiting=demand.waiting,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 import orjson
@@ -41,15 +41,19 @@ class Translation(Protocol):
 
 
 async def translated(
-    chunks: AsyncGenerator[bytes, None], translation: Translation
+    chunks: AsyncGenerator[bytes, None], translation: Translation, on_nonsense: Callable[[], None]
 ) -> AsyncGenerator[bytes, None]:
-    """A stream of whole events of a chat completion in the words of another API."""
+    """A stream of whole events of a chat completion in the words of another API.
+
+    Where it makes no sense it ends with an error, after ``on_nonsense``.
+    """
     try:
         async for data in chunks:
             try:
                 told = b"".join(_told(event, translation) for event in data.split(_END) if event)
             except (AttributeError, LookupError, TypeError, ValueError):
                 _log.exception("an engine's stream makes no sense")
+                on_nonsense()
                 yield translation.failure(_NO_SENSE.body)
                 return
             if told:

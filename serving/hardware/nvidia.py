@@ -60,7 +60,7 @@ class NoNvidiaDriver(Exception):
 
     def __init__(self, error: pynvml.NVMLError) -> None:
         super().__init__(str(error))
-        code = error.value
+        code: int = getattr(error, "value", pynvml.NVML_ERROR_UNKNOWN)
         self.is_missing = code == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
         self.needs_reboot = code == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
         self.is_forbidden = code == pynvml.NVML_ERROR_NO_PERMISSION

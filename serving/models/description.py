@@ -6,7 +6,6 @@ Of what is elsewhere only the headers are fetched. Nothing is loaded.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ from serving.models.hub import HubSource, hub_errors
 from serving.models.remote import RemoteError, RemoteFile, read_remote_header
 from serving.models.safetensors import SafetensorsError, StoredTensor, read_safetensors
 from serving.models.sources import ModelError, local_path
+from serving.models.split import split_names
 
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _CONFIG = "config.json"
 _WEB = ("https://", "http://")
 
@@ -56,28 +55,17 @@ def describe(source: str) -> ModelDescription:
     """
     try:
         if source.startswith(_WEB):
-            return _of_parts(source, [_remote_part(RemoteFile(url)) for url in _split(source)])
+            return _of_parts(source, [_remote_part(RemoteFile(url)) for url in split_names(source)])
         if HubSource.is_one(source):
             return _on_hub(source, HubSource.parse(source))
         path = local_path(source)
         if path.is_dir():
             return _in_folder(source, path)
-        return _of_parts(source, [_local_part(Path(name)) for name in _split(str(path))])
+        return _of_parts(source, [_local_part(Path(name)) for name in split_names(str(path))])
     except (GgufError, SafetensorsError, RemoteError, UnreadArchitecture) as error:
         raise ModelError(f"{source}: {error}") from error
     except OSError as error:
         raise ModelError(f"{source}: {error.strerror or error}") from error
-
-
-def _split(name: str) -> list[str]:
-    """The names of all parts of a split file, from the name of one; else just its own."""
-    found = _SPLIT.search(name)
-    if found is None:
-        return [name]
-    return [
-        f"{name[: found.start()]}-{part:05}-of-{found[2]}.gguf"
-        for part in range(1, int(found[2]) + 1)
-    ]
 
 
 def _local_part(path: Path) -> GgufPart:
@@ -115,7 +103,7 @@ def _of_config(source: str, config: Path, tensors: Mapping[str, StoredTensor]) -
 
 def _on_hub(source: str, hub: HubSource) -> ModelDescription:
     if hub.file is not None:
-        return _of_parts(source, [_hub_part(hub, name) for name in _split(hub.file)])
+        return _of_parts(source, [_hub_part(hub, name) for name in split_names(hub.file)])
     with hub_errors(str(replace(hub, file=_CONFIG))):
         config = Path(hf_hub_download(hub.repo_id, _CONFIG, revision=hub.revision))
     with hub_errors(source):

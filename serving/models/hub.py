@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -15,6 +19,11 @@ from huggingface_hub.errors import (
 )
 
 _HUB = "hf://"
+_CONNECT_SECONDS = 5
+_OUT_OF_REACH = (
+    *("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError"),
+    *("OfflineModeIsEnabled", "ConnectionError"),
+)
 
 
 class ModelError(Exception):
@@ -50,6 +59,24 @@ class HubSource:
         return f"{_HUB}{self.repo_id}{revision}{file}"
 
 
+def check_reachable(source: str) -> None:
+    """Raises :class:`ModelError` at once where nobody answers at the Hub's address.
+
+    Its library would try a search for half a minute.
+    """
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies().get(address.scheme):
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ModelError(
+            f"{source}: the Hub cannot be reached at {constants.ENDPOINT} "
+            f"({error.strerror or error}); connect to the network"
+        ) from error
+
+
 @contextmanager
 def hub_errors(source: str) -> Iterator[None]:
     """Turns all that the Hub's library raises into :class:`ModelError`."""
@@ -78,5 +105,10 @@ def hub_errors(source: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         hub = HubSource.parse(source)
         raise ModelError(f"{source}: {hub.repo_id} holds no file {hub.file}") from error
-    except Exception as error:  # its HTTP library, and so its errors, differ between versions
+    except Exception as error:
+        # Its HTTP library, and so its errors, differ between versions.
+        if type(error).__name__ in _OUT_OF_REACH:
+            raise ModelError(
+                f"{source}: the Hub cannot be reached ({error}); connect to the network"
+            ) from error
         raise ModelError(f"{source}: cannot download it: {error}") from error

@@ -9,6 +9,9 @@ import pytest
 from tests.contract.environments import run_node, run_python
 from tests.processes import RigServer
 
+# Each client's script calls a tool, among all else.
+pytestmark = pytest.mark.needs("tools")
+
 PLACES = ("Oslo", "Lima")
 WIDTH = 384
 # The two clients ask the same, greedily.

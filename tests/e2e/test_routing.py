@@ -67,7 +67,10 @@ def near_config(folder: Path, cache_dir: Path, far_url: str, api: CommercialApi)
             "dialect": "rigserve",
         },
         {"name": "nowhere", "engine": "remote", "base_url": nowhere},
+        {"name": "gone", "engine": "remote", "base_url": nowhere, "dialect": "rigserve"},
+        {"name": "lax", "engine": "remote", "base_url": nowhere, "lenient": True},
         {"name": "paid", **paid, "first_byte_timeout_seconds": 1.0},
+        {"name": "lax-paid", **paid, "lenient": True},
         {"name": "poor", **paid, "budget_usd": 0.0007, "budget_period": "day"},
     ]
     config["routes"] = [
@@ -79,6 +82,8 @@ def near_config(folder: Path, cache_dir: Path, far_url: str, api: CommercialApi)
         {"name": "careful", "targets": [{"model": "away"}], "fallback": ["home"]},
         {"name": "chain", "targets": [{"model": "nowhere"}], "fallback": ["paid", "home"]},
         {"name": "spill", "targets": [{"model": "nowhere"}], "spill_over": ["paid"]},
+        {"name": "loses", "targets": [{"model": "gone"}], "fallback": ["lax-paid"]},
+        {"name": "gains", "targets": [{"model": "lax"}], "fallback": ["home"]},
         {"name": "thrifty", "targets": [{"model": "nowhere"}], "spill_over": ["poor"]},
         {
             "name": "hasty",
@@ -228,6 +233,15 @@ def test_fields_that_an_api_does_not_know_are_refused_or_served_by_who_does(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_k")
     answer = ask(near, "chain", top_k=5)
     assert (answer.status_code, answer.headers["x-rigserve-model"]) == (200, "home")
+
+
+def test_what_does_not_count_is_told_of_who_answers(near: RigServer) -> None:
+    answer = ask(near, "loses", top_k=5)
+    assert (answer.status_code, answer.headers["x-rigserve-model"]) == (200, "lax-paid")
+    assert answer.headers["x-rigserve-ignored"] == "top_k"
+    answer = ask(near, "gains", top_k=5)
+    assert (answer.status_code, answer.headers["x-rigserve-model"]) == (200, "home")
+    assert "x-rigserve-ignored" not in answer.headers
 
 
 def test_spill_over_is_marked_and_can_be_declined(near: RigServer) -> None:

@@ -56,6 +56,7 @@ GARBAGE: dict[str, tuple[int, str, str]] = {
     "odd usage": (200, "application/json", '{"choices": [], "usage": {"prompt_tokens": "many"}}'),
     "odd timings": (200, "application/json", '{"usage": {}, "timings": {"predicted_ms": 1}}'),
     "odd stream": (200, "text/event-stream", f'data: {{"usage":{{oops\n\n{_DONE}'),
+    "odd beginning": (200, "text/event-stream", 'data: {"usage":{oops\n\n'),
     "fine": (200, "application/json", _FINE),
     "failure": (500, "application/json", _FAILURE),
 }

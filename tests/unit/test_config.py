@@ -160,6 +160,7 @@ def test_model_paths_are_relative_to_the_config(tmp_path: Path) -> None:
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
     more = "projector: m.gguf, draft_model: small.gguf, speculation: draft_model"
     config = load(tmp_path, f"models: [{{name: m, source: m.gguf, {more}}}]\n")
-    model = config.local_models[0]
+    [model] = config.local_models
+    assert isinstance(model, LlamaCppModel)
     assert model.source == model.projector == str(tmp_path / "m.gguf")
     assert model.draft_model == str(tmp_path / "small.gguf")

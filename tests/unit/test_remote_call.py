@@ -121,6 +121,47 @@ def test_who_hangs_up_before_the_first_byte_says_nothing_against_the_server(stre
     asyncio.run(main())
 
 
+def test_a_stream_is_over_when_it_says_so_although_its_connection_stays_open() -> None:
+    has_left = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        try:
+            await asyncio.Event().wait()
+        finally:
+            has_left.set()
+        return response
+
+    async def main() -> None:
+        async with line_to(handler, idle_timeout_seconds=60.0) as line, asyncio.timeout(5):
+            call = line.call(streamed=True)
+            told = [data async for data in call.chunks(await call.open())]
+            assert b"".join(told).endswith(b"data: [DONE]\n\n")
+            await has_left.wait()
+            assert not any(line.remote.breaker._outcomes)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_without_end_is_broken_off(status: int) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status)
+        await response.prepare(request)
+        while True:
+            await response.write(bytes(2**20))
+
+    async def main() -> None:
+        async with line_to(handler) as line, asyncio.timeout(30):
+            with pytest.raises(ApiError) as refused:
+                await line.call(streamed=False).answer()
+            assert (refused.value.status, refused.value.code) == (503, "remote_broke_off")
+
+    asyncio.run(main())
+
+
 def test_a_stream_without_anything_in_it_has_not_begun() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})

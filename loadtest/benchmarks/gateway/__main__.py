@@ -52,6 +52,8 @@ _CLIENT_BOUND = 0.8
 _SOAK_SAMPLES = 12
 
 _CHUNKS, _ANSWERS = f"chunks/s, {_CLIENTS} clients", f"whole answers/s, {_CLIENTS} clients"
+# At one client, so many requests follow each other before it is another server's turn.
+_TURN_REQUESTS = 20
 _TTFT_P50, _TTFT_P99 = "added TTFT p50 (ms), 1 client", "added TTFT p99 (ms), 1 client"
 _RESIDENT, _IDLE = "memory after the rounds (MB)", f"memory with {_IDLE_STREAMS} idle streams (MB)"
 _WANTED = {
@@ -137,15 +139,19 @@ async def _crowd(
 
 
 async def _added_ttft(servers: Sequence[Server], requests: int) -> dict[str, dict[str, float]]:
-    """Percentiles of each server's TTFT, less the same of the engine's own; servers ask in turns."""
+    """Percentiles of each server's TTFT, less the same of the engine's own.
+
+    Servers take turns, in each of which one client asks some times in a row.
+    """
     print(f"  TTFT: {requests} requests of each", file=sys.stderr, flush=True)
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     clients = {server.name: await Client.connect(server.target) for server in servers}
-    for _ in range(requests):
+    for _ in range(requests // _TURN_REQUESTS):
         for server in random.sample(servers, len(servers)):
             request = server.target.chat(max_tokens=_SHORT_TOKENS, stream=True)
-            seconds = await clients[server.name].ttft_seconds(request)
-            found[server.name].append(seconds * _MS)
+            for _ in range(_TURN_REQUESTS):
+                seconds = await clients[server.name].ttft_seconds(request)
+                found[server.name].append(seconds * _MS)
     for client in clients.values():
         client.close()
     own = found[DIRECT]

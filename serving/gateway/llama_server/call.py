@@ -74,7 +74,7 @@ class LlamaServerCall(EngineCall):
         try:
             return response, orjson.dumps(whole(self._model, self._asked, body))
         except (AttributeError, LookupError, TypeError) as error:
-            raise bad_answer(self.engine) from error
+            raise bad_answer(self.engine.model.name) from error
 
     async def chunks(self, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The events of a stream that was opened; raises :class:`aiohttp.ClientError` if it is cut off."""
@@ -122,7 +122,7 @@ class LlamaServerCall(EngineCall):
         _, payload = await super().answer()
         text = object_of(self.engine, payload).get("prompt")
         if not isinstance(text, str):
-            raise bad_answer(self.engine)
+            raise bad_answer(self.engine.model.name)
         self._url, self._body = url, orjson.dumps(to_tokenize(asked, text))
 
     def _refusal(self, response: aiohttp.ClientResponse, payload: bytes) -> Exception:

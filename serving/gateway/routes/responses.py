@@ -42,7 +42,7 @@ def routes(gateway: Gateway) -> APIRouter:
             fields,
             lambda read: gateway.take_fields(http, fields, read),
         )
-        http.state.ignored = list(map(own_name, http.state.ignored))
+        http.state.own_name = own_name
         asked = (Caller.of(http), exchange.destination, exchange.chat, exchange.translation)
         if exchange.request.background:
             await exchange.keep()
