@@ -171,16 +171,24 @@ class _Maker:
 
     def _of(self, mixture: str, users: int) -> Iterator[Option]:
         on_cards = Offload(self._shares)
-        found = False
-        engines: tuple[Engine, ...] = ("llama_cpp", "llama_server")
-        for engine in engines[: 2 if self._has_windows else 1]:
-            option = self._longest(mixture, engine, on_cards, users, self._contexts)
-            if option is not None:
-                found = True
-                yield option
-        if found or not self._rig.cards:
+        ours = self._longest(mixture, "llama_cpp", on_cards, users, self._contexts)
+        if ours is not None:
+            yield ours
+        # It cuts windows, so that more context fits.
+        theirs = (
+            self._longest(mixture, "llama_server", on_cards, users, self._contexts)
+            if self._has_windows
+            else None
+        )
+        if theirs is not None and (
+            ours is None or theirs.settings.context_length > ours.settings.context_length
+        ):
+            yield theirs
+        if ours or theirs or not self._rig.cards:
             return
-        short = tuple(each for each in self._contexts if each <= _SPLIT_CONTEXT) or self._contexts
+        short = (
+            tuple(each for each in self._contexts if each <= _SPLIT_CONTEXT)[:1] or self._contexts
+        )
         if self._has_experts:
             layers = len(self._architecture.layers)
             option = self._least(

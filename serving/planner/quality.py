@@ -43,3 +43,13 @@ def note_of(mixture: str) -> str:
     if mixture == "MXFP4_MOE":
         return "as trained"
     return f"{_GRADES[grade_of(mixture)][1]} (+{loss:.1%})" if loss else "as published"
+
+
+def loss_text(mixture: str) -> str:
+    """The same in a word."""
+    loss = loss_of(mixture)
+    if loss is None:
+        return ""
+    if mixture == "MXFP4_MOE":
+        return "as trained"
+    return f"+{loss:.1%}" if loss else ""

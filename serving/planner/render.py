@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from serving.planner.memory import Parts
 from serving.planner.options import Option, Plan
-from serving.planner.quality import note_of
+from serving.planner.quality import loss_text, note_of
 from serving.planner.rig import Rig
 
-_BAR_CELLS = 22
+_BAR_CELLS = 16
 # The parts of memory, in the order of Parts, with their colours.
 _COLOURS = {
     "weights": "blue",
@@ -69,14 +69,17 @@ def _rig_memory(rig: Rig) -> str:
 
 
 def _table(plan: Plan, options: tuple[Option, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column("type,\nquality", no_wrap=True)
-    table.add_column("users x\ncontext", justify="right", no_wrap=True)
-    table.add_column("engine,\nwhere", no_wrap=True)
-    table.add_column("memory, GiB", no_wrap=True)
-    for heading in ("free\nGiB", "tok/s\none", "tok/s\nall", "TTFT\ns", "watts", "$/M\ntokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_lines=False)
+    for heading, justify in (
+        ("", "left"),
+        ("type, loss\nwhere", "left"),
+        ("users x\ncontext", "right"),
+        ("memory\nGiB taken, free", "left"),
+        ("one user\ntok/s, TTFT", "right"),
+        ("all\ntok/s", "right"),
+        ("$/M tok\nwatts", "right"),
+    ):
+        table.add_column(heading, justify=cast(JustifyMethod, justify), no_wrap=True)
     for number, option in enumerate(options):
         table.add_row(*_cells(plan, option), style="" if option.meets_wishes else "dim")
         if number == 0:
@@ -87,18 +90,19 @@ def _table(plan: Plan, options: tuple[Option, ...]) -> Table:
 def _cells(plan: Plan, option: Option) -> list[RenderableType]:
     speed = option.speed
     first = speed.first_token_seconds(plan.wishes.prompt_tokens)
+    engine = "" if option.engine == "llama_cpp" else f"\n{option.engine}"
     return [
         Text("*" if option is plan.options[0] else "", style="bold green"),
-        Text.assemble((option.mixture, "bold"), "\n", (note_of(option.mixture), "dim")),
+        Text.assemble(
+            (option.mixture, "bold"),
+            f" {loss_text(option.mixture)}",
+            (f"\n{where(option)}{engine}", "dim"),
+        ),
         f"{speed.users} x\n{option.settings.context_length:,}",
-        Text.assemble(option.engine, "\n", (where(option), "dim")),
         _memory_bar(plan.rig, option),
-        f"{option.headroom_bytes / _GIB:.1f}",
-        _figure(speed.one_user),
+        f"{_figure(speed.one_user)}\n{first:.2g} s",
         _figure(speed.all_users),
-        f"{first:.2g}",
-        f"{option.watts:.0f}",
-        f"{option.usd_per_million:.2f}",
+        f"{option.usd_per_million:.2f}\n{option.watts:.0f}",
     ]
 
 
@@ -109,7 +113,7 @@ def where(option: Option) -> str:
         return "processor"
     if offload.experts_on_cpu:
         count = offload.experts_on_cpu
-        return f"experts of {count} layer{'s' * (count > 1)} in RAM"
+        return f"experts of {count} in RAM"
     if offload.layers is not None:
         return f"{offload.layers} layers on card"
     return "card" if len(offload.shares) == 1 else f"{len(offload.shares)} cards"
@@ -120,27 +124,27 @@ def _figure(number: float) -> str:
 
 
 def _memory_bar(rig: Rig, option: Option) -> Text:
-    """A line for each kind of device: its parts of the memory that there is, and how much in all."""
+    """For each kind of device a bar of what there is, and under it what is taken and what stays free."""
     memory = option.memory
     if rig.shares_memory or not option.offload.shares:
         return _bar(memory.total, rig.host.memory_bytes)
     cards = sum(memory.cards, Parts())
     lines = _bar(cards, sum(card.memory_bytes for card in rig.cards))
-    if not option.is_all_on_cards:
+    if option.is_split:
         lines = Text.assemble(lines, "\n", _bar(memory.host, rig.host.memory_bytes), " RAM")
     return lines
 
 
 def _bar(parts: Parts, available_bytes: int) -> Text:
-    bar, filled = Text(), 0.0
-    used_cells = 0
+    bar, filled, used_cells = Text(), 0.0, 0
     for name, colour in _COLOURS.items():
         filled += getattr(parts, name) / max(available_bytes, 1) * _BAR_CELLS
         cells = min(round(filled), _BAR_CELLS) - used_cells
         bar.append("█" * cells, style=colour)
         used_cells += cells
     bar.append("░" * (_BAR_CELLS - used_cells), style="dim")
-    bar.append(f" {parts.total / _GIB:.1f}")
+    free_bytes = available_bytes - parts.total
+    bar.append(f"\n{parts.total / _GIB:.1f}, {free_bytes / _GIB:.1f}")
     return bar
 
 
@@ -158,7 +162,7 @@ def _notes(plan: Plan) -> str:
     prompt = plan.wishes.prompt_tokens
     return (
         f"All of this is estimated: memory is an upper bound, speeds are +/- {uncertain} (docs/planning.md). "
-        f"TTFT: of a prompt of {prompt:,} tokens, alone. Quality: perplexity of Llama 3 8B above that of its 16 bits. "
+        f"TTFT: of a prompt of {prompt:,} tokens, alone. Loss: how much higher the perplexity of Llama 3 8B is than in 16 bits. "
         "$: generated tokens, all users at work, hardware and energy as in the config's cost section"
         + (", cards at their launch prices." if plan.rig.cards else ".")
     )
