@@ -25,6 +25,7 @@ from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
 from serving.doctor.commands import add_doctor_command
+from serving.engines.fitting import Fitting
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
@@ -34,7 +35,7 @@ from serving.models.sources import ModelError
 from serving.planner.commands import PlanError, add_plan_command
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
-from serving.serve import ServeError, ledger_path, log_folder, serve
+from serving.serve import ServeError, launchers_of, ledger_path, log_folder, serve
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -216,8 +217,12 @@ def _config_check(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     with located(args.config):
         filters_of(config.models, lenient=config.server.lenient)
+        fitting = Fitting(config, launchers_of(config))
+        lines = (*fitting.check(), *fitting.fill(fetch=False).lines)
     names = ", ".join(model.name for model in config.models)
     print(f"{args.config}: ok; serves {names} on {config.server.host}:{config.server.port}")
+    for line in lines:
+        print(line)
     return 0
 
 

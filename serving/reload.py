@@ -35,6 +35,7 @@ from serving.gateway.fleet import Traffic
 from serving.gateway.intake import Gateway
 from serving.gateway.routing import Router
 from serving.gateway.spending import prices_of
+from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +175,13 @@ class Reloader:
                 changes = await self._apply()
                 ok, message = True, f"changed {changes}"
                 _log.info("reloaded %s: %s", self._file, message)
-            except (ConfigError, EngineStartError, ReloadError, UnknownModel) as error:
+            except (
+                ConfigError,
+                EngineStartError,
+                ModelError,
+                ReloadError,
+                UnknownModel,
+            ) as error:
                 ok, message = False, str(error)
                 _log.error("%s was not reloaded, nothing has changed: %s", self._file, message)
             except Exception as error:
@@ -199,6 +206,7 @@ class Reloader:
 
     async def _apply(self) -> Changes:
         new = await asyncio.to_thread(load_config, self._file)
+        new = await asyncio.to_thread(self._supervisor.filled, new)
         prices = PriceBook(new.cost.compare_to)
         api_prices = prices_of(new.remote_models)
         supervisor = self._supervisor

@@ -2,34 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
 
 from serving.config import GgufModel, LlamaCppModel
 from serving.engines.launch import Files, Footprint
 from serving.models.description import ModelDescription, describe
+from serving.models.hub import HubSource
+from serving.models.requantize import type_name
+from serving.models.sources import ModelError, local_path
 from serving.planner.memory import Extras, Offload, Parts, memory_of
 from serving.planner.settings import Settings
-from serving.planner.weights import ModelWeights, of_files
+from serving.planner.weights import ModelWeights, of_files, predicted
 
 MIB = 2**20
 # What a draft model is given to work on at once.
 _DRAFT_BATCH_TOKENS = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an engine's files hold, as far as memory depends on it."""
+
+    model: ModelDescription
+    weights: ModelWeights
+    projector_bytes: int | None = None
+    draft: ModelDescription | None = None
+
+
 def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     """An upper estimate for a model that ``files`` hold; ``memory_mib`` of the config overrules it.
 
-    Reads the files' headers; raises ``ModelError``.
+    Reads the files' headers; raises ``ModelError``, and OSError for an adapter that is not there.
     """
+    return footprint_of(model, contents_of(files), on_gpu=on_gpu)
+
+
+def contents_of(files: Files) -> Contents:
+    """What is in files that have been prepared; raises ``ModelError``."""
     described = describe(str(files.model))
-    memory = memory_of(
-        described.architecture,
+    return Contents(
+        described,
         _weights(described),
-        settings_of(model, described),
+        None if files.projector is None else files.projector.stat().st_size,
+        None if files.draft_model is None else describe(str(files.draft_model)),
+    )
+
+
+def contents_here(model: GgufModel) -> Contents | None:
+    """What its files will hold once they are prepared; None if one of them is still to be downloaded.
+
+    Raises ``ModelError``.
+    """
+    paths = [_here(source) for source in (model.source, model.projector)]
+    draft = _here(model.draft_model) if isinstance(model, LlamaCppModel) else None
+    if paths[0] is None or (model.projector and paths[1] is None):
+        return None
+    if isinstance(model, LlamaCppModel) and model.draft_model and draft is None:
+        return None
+    contents = contents_of(Files(paths[0], paths[1], draft))
+    file_type = type_name(contents.model.gguf[0].header.file_type)
+    if model.quantization in (None, file_type):
+        return contents
+    weights = predicted(contents.model.architecture, model.quantization)
+    return replace(contents, weights=weights)
+
+
+def footprint_of(model: GgufModel, contents: Contents, *, on_gpu: bool) -> Footprint:
+    """An upper estimate for a model's settings; raises OSError for an adapter that is not there."""
+    memory = memory_of(
+        contents.model.architecture,
+        contents.weights,
+        _settings(model, contents.model),
         # One share: how it is split over several cards is for placement to say.
         Offload((1.0,) if on_gpu else (), None if model.gpu_layers < 0 else model.gpu_layers),
-        _extras(model, files),
+        Extras(
+            adapters_bytes=sum(Path(adapter.path).stat().st_size for adapter in model.adapters),
+            projector_bytes=contents.projector_bytes,
+            draft=_draft(contents.draft, model.context_length) if contents.draft else Parts(),
+        ),
     )
     gpu_bytes = sum(parts.total for parts in memory.cards)
     # Buffers are taken when they are first filled.
@@ -43,8 +96,20 @@ def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     return replace(found, host_mib=model.memory_mib, source="configured")
 
 
-def settings_of(model: GgufModel, described: ModelDescription) -> Settings:
-    """What a config's model asks its engine to hold."""
+def _here(source: str | None) -> Path | None:
+    """The file that a source names, if it is on this machine."""
+    if source is None:
+        return None
+    if not HubSource.is_one(source):
+        return local_path(source)
+    hub = HubSource.parse(source)
+    if hub.file is None:
+        raise ModelError(f"{source} names no file; name one: {source}/FILE.gguf")
+    cached = try_to_load_from_cache(hub.repo_id, hub.file, revision=hub.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _settings(model: GgufModel, described: ModelDescription) -> Settings:
     is_ours = isinstance(model, LlamaCppModel)
     if is_ours and _is_pooled(described):
         # Texts are read whole, one or several at a time.
@@ -59,22 +124,15 @@ def settings_of(model: GgufModel, described: ModelDescription) -> Settings:
     )
 
 
-def _extras(model: GgufModel, files: Files) -> Extras:
-    return Extras(
-        adapters_bytes=sum(Path(adapter.path).stat().st_size for adapter in model.adapters),
-        projector_bytes=None if files.projector is None else files.projector.stat().st_size,
-        draft=_draft(files.draft_model, model.context_length) if files.draft_model else Parts(),
-    )
-
-
-def _draft(path: Path, context_length: int) -> Parts:
-    described = describe(str(path))
+def _draft(described: ModelDescription, context_length: int) -> Parts:
     settings = Settings(context_length, batch_tokens=_DRAFT_BATCH_TOKENS)
     host = memory_of(described.architecture, _weights(described), settings).host
     return replace(host, overhead=0)  # it is in the same process
 
 
 def _weights(described: ModelDescription) -> ModelWeights:
+    if not described.gguf:
+        raise ModelError(f"{described.source} is not a GGUF file")
     parts = ((part.header, part.size_bytes) for part in described.gguf)
     return of_files(parts, len(described.architecture.layers))
 
