@@ -25,6 +25,7 @@ _WORD = re.compile(r"\d+-core|(?:rtx|gtx|rx)(?=\d)|[a-z]+\d*|\d+")
 _SAID_OF_ALL = {"nvidia", "geforce", "amd", "radeon", "intel", "gpu", "graphics", "r", "tm"}
 _MEMORY_TOLERANCE = 0.1
 _MOST_LISTED = 8
+_APPLES_SMALL_MIB = 36 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,19 @@ class Card:
     has_unified_memory: bool = False
     # GeForce cards take twice as long for FP16 and FP8 products that are summed up in FP32, as PyTorch and vLLM do.
     has_half_rate_fp32_sums: bool = False
+
+    @property
+    def gpu_memory_mib(self) -> int:
+        """What of the memory the GPU may take by itself: macOS keeps a third back, of more than 36 GiB a quarter.
+
+        So llama.cpp prints it (``recommendedMaxWorkingSetSize``): 10.7 of 16 GiB
+        (https://github.com/abetlen/llama-cpp-python/issues/687), 48 of 64 GiB
+        (https://github.com/ggml-org/llama.cpp/issues/1870). ``sysctl iogpu.wired_limit_mb`` raises it.
+        """
+        if self.architecture.vendor != "apple":
+            return self.memory_mib
+        is_large = self.memory_mib > _APPLES_SMALL_MIB
+        return self.memory_mib * 3 // 4 if is_large else self.memory_mib * 2 // 3
 
     def tera_per_second(self, precision: Precision) -> float | None:
         """Peak rate, in 10**12 operations a second; None if it has none in that precision, or nobody publishes it."""

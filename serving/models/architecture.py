@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 
+class UnreadArchitecture(Exception):
+    """An architecture cannot be told from what is there; the message says what is missing or unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A tensor of a model; ``of_experts`` says how many experts share it out (1: it is used for every token)."""

@@ -13,11 +13,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from serving.models.architecture import Architecture
+from serving.models.architecture import Architecture, UnreadArchitecture
 from serving.models.gguf import GgufError, Header, read_header
 from serving.models.gguf_architecture import architecture_of_header
 from serving.models.hf_config import architecture_of
-from serving.models.hf_keys import UnreadArchitecture
 from serving.models.hub import HubSource, hub_errors
 from serving.models.remote import RemoteError, RemoteFile, read_remote_header
 from serving.models.safetensors import SafetensorsError, StoredTensor, read_safetensors

@@ -13,7 +13,14 @@ from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from serving.config import load_config
@@ -158,10 +165,10 @@ def _pull(args: argparse.Namespace) -> int:
         )
         if warning is not None and not args.yes and not _is_agreed("Download it all the same?"):
             return 1
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    disable_progress_bars()
     try:
-        files = fetch_files(fetch)
+        with _Shown(fetch.missing_bytes) as shown:
+            files = fetch_files(fetch, shown.here)
     except KeyboardInterrupt:
         print("interrupted; what has come is kept, and taken up by the next pull", file=sys.stderr)
         return _INTERRUPTED
@@ -169,6 +176,35 @@ def _pull(args: argparse.Namespace) -> int:
         if file.name.endswith((".gguf", ".safetensors")):
             print(file.path)
     return 0
+
+
+class _Shown:
+    """Progress of a download: a bar on a terminal, elsewhere a line for each tenth."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total_bytes, self._tenths = total_bytes, 0
+        console = Console(stderr=True)
+        self._is_terminal = console.is_terminal
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=total_bytes or None)
+
+    def __enter__(self) -> _Shown:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def here(self, size_bytes: int) -> None:
+        """So much has come."""
+        self._bar.update(self._task, completed=size_bytes)
+        tenths = 10 * size_bytes // self._total_bytes if self._total_bytes else 0
+        if tenths > self._tenths and not self._is_terminal:
+            self._tenths = tenths
+            print(f"{10 * tenths} %", file=sys.stderr, flush=True)
 
 
 def _list(args: argparse.Namespace) -> int:

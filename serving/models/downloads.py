@@ -9,7 +9,9 @@ import glob
 import hashlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ _LEFT_OUT = ("original/*", "onnx/*", "openvino/*", "metal/*")
 _KEPT_FREE_BYTES = 2**30
 _BLOCK_BYTES = 2**22
 _PARALLEL = 8
+_WATCH_SECONDS = 0.2
 _SHA1_LENGTH, _SHA256_LENGTH = 40, 64
 _HEX = re.compile(r"[0-9a-f]+")
 
@@ -167,17 +170,22 @@ def check_disk(fetch: Fetch, free_bytes: int | None = None) -> None:
 
 def _begun_bytes(hub: HubSource) -> int:
     """What downloads that broke off have left: they are taken up again."""
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub.repo_id.replace('/', '--')}" / "blobs"
-    return sum(file.stat().st_blocks * 512 for file in folder.glob("*.incomplete"))
+    return sum(file.stat().st_blocks * 512 for file in _blobs(hub).glob("*.incomplete"))
 
 
-def fetch_files(fetch: Fetch) -> list[CachedFile]:
+def _blobs(hub: HubSource) -> Path:
+    folder = f"models--{hub.repo_id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / folder / "blobs"
+
+
+def fetch_files(fetch: Fetch, on_bytes: Callable[[int], None] | None = None) -> list[CachedFile]:
     """Download what is missing, several files at once, and check all of it; raises :class:`ModelError`.
 
-    What an earlier try has left is taken up. Files whose checksums are wrong are removed.
+    What an earlier try has left is taken up. Files whose checksums are wrong are removed. ``on_bytes`` is
+    told now and then, by another thread, how many of the missing bytes are here.
     """
     names = [glob.escape(file.name) for file in fetch.files]
-    with hub_errors(str(fetch.hub)):
+    with hub_errors(str(fetch.hub)), _watched(fetch, on_bytes or (lambda _bytes: None)):
         folder = Path(
             snapshot_download(
                 fetch.hub.repo_id,
@@ -195,6 +203,34 @@ def fetch_files(fetch: Fetch) -> list[CachedFile]:
                 f"{file.source}: it was damaged on its way, and is removed; pull it again"
             )
     return files
+
+
+@contextmanager
+def _watched(fetch: Fetch, on_bytes: Callable[[int], None]) -> Iterator[None]:
+    """Tells how far a download is, by what lies on the disk: the library's own bars are made for notebooks."""
+    blobs = _blobs(fetch.hub)
+    there_before = {file for file in blobs.glob("*") if file.suffix != ".incomplete"}
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_WATCH_SECONDS):
+            on_bytes(sum(_size(file) for file in set(blobs.glob("*")) - there_before))
+
+    watcher = threading.Thread(target=watch, name="download", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+    on_bytes(fetch.missing_bytes)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # it has got its final name meanwhile
+        return 0
 
 
 def _cached(repo_id: str, folder: Path, path: Path) -> CachedFile:

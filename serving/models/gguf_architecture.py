@@ -17,10 +17,10 @@ from serving.models.architecture import (
     Layer,
     Mixer,
     Recurrent,
+    UnreadArchitecture,
     Weight,
 )
 from serving.models.gguf import Header, Tensor
-from serving.models.hf_keys import UnreadArchitecture
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 # Each so manieth layer sees everything, the others a window, where the file does not say which.
@@ -49,17 +49,29 @@ def architecture_of_header(header: Header) -> Architecture:
     embeddings = header.tensors.get(_EMBEDDINGS)
     if embeddings is None:
         raise UnreadArchitecture(f"it is no language model: it has no {_EMBEDDINGS}")
+    try:
+        return _read(header, metadata, embeddings)
+    except (ValueError, IndexError) as error:
+        raise UnreadArchitecture(
+            f"shapes of its tensors are not as llama.cpp's: {error}"
+        ) from error
+
+
+def _read(header: Header, metadata: _Metadata, embeddings: Tensor) -> Architecture:
     width, vocabulary = embeddings.shape
     by_layer, beside = _by_layer(header.tensors)
     del beside[_EMBEDDINGS]
     has_output = beside.pop(_OUTPUT, None) is not None
     count = metadata.number("block_count") - metadata.number("nextn_predict_layers", 0)
+    missing = count - len(by_layer.keys() & range(count))
+    if missing:
+        raise UnreadArchitecture(f"{missing} of its {count} layers have no tensors")
     return Architecture(
         family=metadata.family,
         width=width,
         vocabulary=vocabulary,
         context_length=metadata.number("context_length"),
-        layers=tuple(_layer(metadata, index, by_layer.get(index, {})) for index in range(count)),
+        layers=tuple(_layer(metadata, index, by_layer[index]) for index in range(count)),
         has_tied_embeddings=not has_output,
         weights_beside_layers=_weights(beside),
         is_encoder=header.integer(f"{metadata.family}.attention.causal") == 0,
@@ -217,7 +229,8 @@ def _feed_forward(
 ) -> FeedForward | Experts | None:
     down = tensors.get("ffn_down_exps.weight")
     if down is not None:
-        shared = tensors.get("ffn_down_shexp.weight")
+        # Gemma 4 has a dense network beside its experts.
+        shared = tensors.get("ffn_down_shexp.weight") or tensors.get("ffn_down.weight")
         return Experts(
             count=down.shape[2],
             active=metadata.number("expert_used_count"),

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from serving.models.architecture import Architecture, FeedForward, Layer, Weight
+from serving.models.architecture import Architecture, FeedForward, Layer, UnreadArchitecture, Weight
 from serving.models.hf_encoders import encoder_of
 from serving.models.hf_families import Family, family_of
 from serving.models.hf_feed_forward import experts, feed_forward
-from serving.models.hf_keys import Keys, UnreadArchitecture
+from serving.models.hf_keys import Keys
 from serving.models.hf_mixers import attention, mamba2, mixers
 
 
@@ -38,6 +38,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 def _layers(family: Family, keys: Keys, width: int) -> tuple[Layer, ...]:
     norms = tuple(Weight(f"{name}.weight", (width,)) for name in family.norms)
+    if family.has_layer_scale:
+        norms += (Weight("layer_output_scale.weight", (1,)),)
     if pattern := keys.text("hybrid_override_pattern"):
         return tuple(_single_part_layer(kind, family, keys, width, norms) for kind in pattern)
     return tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from serving.models.hf_keys import UnreadArchitecture
+from serving.models.architecture import UnreadArchitecture
 
 # Norms of queries and keys: one that all heads share, or one as wide as all heads together.
 HeadNorms = Literal["none", "shared", "wide"]
@@ -27,6 +27,7 @@ class Family:
     has_output_bias: bool = True
     head_norms: HeadNorms = "none"
     has_sinks: bool = False
+    has_layer_scale: bool = False
     # Each second, sixth … layer sees everything, the others a window.
     global_interval: int | None = None
     is_tied: bool = False
@@ -70,6 +71,14 @@ _FAMILIES = {
             head_width=256,
             vocabulary=262208,
             context_length=131072,
+        ),
+        Family(
+            "gemma4",
+            "gemma4",
+            norms=_SANDWICH,
+            has_layer_scale=True,
+            head_norms="shared",
+            is_tied=True,
         ),
         Family("phi3", "phi3"),
         Family("smollm3", "smollm3", is_tied=True),

@@ -42,11 +42,20 @@ def experts(family: Family, keys: Keys, width: int) -> Experts:
                 Weight("ffn_up_exps.bias", (inner, count), count),
                 Weight("ffn_down_exps.bias", (width, count), count),
             ]
+        case "gemma4":
+            weights += [
+                Weight("ffn_gate_inp.scale", (width,)),
+                Weight("ffn_down_exps.scale", (count,), count),
+                *(
+                    Weight(f"{name}.weight", (width,))
+                    for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
+                ),
+            ]
         case "deepseek_v3" | "kimi_k2" | "glm4_moe" | "minimax_m2" | "nemotron_h":
             weights.append(Weight("exp_probs_b.bias", (count,)))
     return Experts(
         count=count,
-        active=keys.number("num_experts_per_tok", "experts_per_token"),
+        active=keys.number("num_experts_per_tok", "experts_per_token", "top_k_experts"),
         width=inner,
         shared_width=_shared_width(family, keys, inner),
         weights=tuple(weights),
@@ -56,6 +65,8 @@ def experts(family: Family, keys: Keys, width: int) -> Experts:
 def _shared_width(family: Family, keys: Keys, inner: int) -> int:
     if family.model_type == "llama4":
         return inner
+    if family.model_type == "gemma4":  # its dense network, which runs beside the experts
+        return keys.number("intermediate_size")
     each = keys.optional("moe_shared_expert_intermediate_size")
     shared = keys.optional("shared_expert_intermediate_size")
     if shared is not None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-
-class UnreadArchitecture(Exception):
-    """An architecture cannot be told from what is there; the message says what is missing or unknown."""
+from serving.models.architecture import UnreadArchitecture
 
 
 class Keys:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.models.architecture import Attention, LatentAttention, Mixer, Recurrent, Weight
+from serving.models.architecture import (
+    Attention,
+    LatentAttention,
+    Mixer,
+    Recurrent,
+    UnreadArchitecture,
+    Weight,
+)
 from serving.models.hf_families import Family
-from serving.models.hf_keys import Keys, UnreadArchitecture
+from serving.models.hf_keys import Keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def _mixer(kind: str, family: Family, keys: Keys, width: int) -> Mixer:
     context_length = keys.number("max_position_embeddings", default=family.context_length)
     match kind:
         case "full_attention" | "attention":
-            return attention(family, keys)
+            return attention(family, keys, is_global=True)
         case "sliding_attention":
             window = keys.number("sliding_window")
             return attention(
@@ -74,8 +81,13 @@ def _mixer(kind: str, family: Family, keys: Keys, width: int) -> Mixer:
     raise UnreadArchitecture(f"its layer_types have a {kind!r}, which is not known here")
 
 
-def attention(family: Family, keys: Keys, sight: _Sight = _EVERYTHING) -> Mixer:
-    """The attention of a layer; latent where the file has ranks for it."""
+def attention(
+    family: Family, keys: Keys, sight: _Sight = _EVERYTHING, *, is_global: bool = False
+) -> Mixer:
+    """The attention of a layer; latent where the file has ranks for it.
+
+    Where layers differ, ``is_global`` is one of those without a window, which Gemma 4 has heads of their own for.
+    """
     if keys.optional("kv_lora_rank") is not None:
         return LatentAttention(
             heads=keys.number("num_attention_heads"),
@@ -90,11 +102,16 @@ def attention(family: Family, keys: Keys, sight: _Sight = _EVERYTHING) -> Mixer:
     head_width = keys.number(
         "head_dim", default=family.head_width or keys.number("hidden_size") // heads
     )
+    has_own_heads = is_global and keys.optional("num_global_key_value_heads") is not None
+    if has_own_heads:
+        kv_heads = keys.number("num_global_key_value_heads")
+        head_width = keys.number("global_head_dim")
     return Attention(
         heads=heads,
         kv_heads=kv_heads,
         key_width=head_width,
         value_width=head_width,
+        values_are_keys=has_own_heads and keys.flag("attention_k_eq_v"),
         window_tokens=sight.window_tokens,
         is_chunked=sight.is_chunked,
         has_output_gate=keys.flag("attn_output_gate", default=family.model_type == "qwen3_next"),

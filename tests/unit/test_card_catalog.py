@@ -38,6 +38,19 @@ PUBLISHED_TERA_PER_SECOND: dict[str, dict[Precision, float]] = {
 }
 
 
+# As the head of catalog.yaml explains them.
+KERNELS = {
+    "llama_cpp": {
+        *("mmq-mma", "mmq-fp4", "mmq-dp4a", "dequantize"),
+        *("fattn-mma", "fattn-tile", "metal", "vulkan"),
+    },
+    "vllm": {
+        *("awq", "gptq", "marlin", "int8_w8a8", "fp8_weight_only", "fp8_w8a8"),
+        *("mxfp4_weight_only", "nvfp4_w4a4"),
+    },
+}
+
+
 def card_named(name: str) -> Card:
     return next(card for card in catalog_cards() if card.name == name)
 
@@ -62,6 +75,8 @@ def test_every_figure_is_plausible_and_has_a_source() -> None:
         assert 2016 <= card.launch_year <= 2026, card.name
         assert card.architecture.sources, card.name
         assert card.architecture.kernels["llama_cpp"], card.name
+        for engine, kernels in card.architecture.kernels.items():
+            assert set(kernels) <= KERNELS[engine], card.name
         assert (card.architecture.compute_capability is None) == (
             card.architecture.vendor != "nvidia"
         ), card.name
@@ -78,6 +93,12 @@ def test_what_a_card_cannot_compute_in_or_nobody_publishes_has_no_rate() -> None
     assert card_named("GeForce RTX 3090").tera_per_second("fp8") is None
     assert card_named("GeForce RTX 4090").tera_per_second("fp4") is None
     assert card_named("Apple M4 (10-core GPU)").tera_per_second("fp16") is None
+
+
+def test_of_apples_memory_the_gpu_has_a_part() -> None:
+    assert find_card("m1 16gb").gpu_memory_mib == 10922
+    assert find_card("m2 max 30-core 64gb").gpu_memory_mib == 48 * 1024
+    assert find_card("dgx spark").gpu_memory_mib == 128 * 1024
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_a_download_that_broke_off_is_taken_up(machine: Machine, hub: Hub) -> No
         status, out, err = machine.models("pull", source)
     assert status == 0, err
     assert Path(out.strip()).read_bytes() == content
+    assert err.splitlines()[-1] == "100 %"
     assert hub.ranges == [f"bytes={10 * 2**20}-"]
 
 

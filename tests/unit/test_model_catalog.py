@@ -12,10 +12,10 @@ from serving.models.architecture import (
     Experts,
     LatentAttention,
     Recurrent,
+    UnreadArchitecture,
 )
 from serving.models.catalog import CatalogModel, catalog_models, find_model
 from serving.models.hf_config import architecture_of
-from serving.models.hf_keys import UnreadArchitecture
 
 TOLERANCE, WITH_VISION = 0.01, 0.02
 # "3B" may be what is computed with a token beside the embeddings, rounded: makers count differently.
@@ -84,8 +84,17 @@ def test_windows_are_where_the_family_has_them() -> None:
     assert windows("gemma-3-12b-it")[:7] == [1024] * 5 + [None, 1024]
     assert windows("gpt-oss-20b")[:4] == [128, None, 128, None]
     assert windows("llama-4-scout-17b-16e-instruct")[:5] == [8192, 8192, 8192, None, 8192]
+    assert windows("gemma-4-31b-it")[4:7] == [1024, None, 1024]
     assert set(windows("qwen2.5-7b-instruct")) == {None}
     assert set(windows("phi-4-mini-instruct")) == {None}  # its window is longer than its context
+
+
+def test_layers_may_have_heads_of_their_own() -> None:
+    local, overall = (named("gemma-4-26b-a4b-it").layers[index].mixer for index in (0, 5))
+    assert isinstance(local, Attention)
+    assert isinstance(overall, Attention)
+    assert (local.kv_heads, local.key_width, local.values_are_keys) == (8, 256, False)
+    assert (overall.kv_heads, overall.key_width, overall.values_are_keys) == (2, 512, True)
 
 
 def test_latent_attention_keeps_a_short_vector_for_all_heads() -> None:

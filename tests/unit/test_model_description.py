@@ -83,6 +83,18 @@ METADATA: dict[str, dict[str, Any]] = {
         "attention.value_length": 256,
         "attention.sliding_window": 1024,
     },
+    "gemma-4-26b-a4b-it": {
+        "attention.head_count": 16,
+        "attention.head_count_kv": [8, 8, 8, 8, 8, 2] * 5,
+        "attention.key_length": 512,
+        "attention.value_length": 512,
+        "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256,
+        "attention.sliding_window": 1024,
+        "attention.sliding_window_pattern": [True, True, True, True, True, False] * 5,
+        "expert_count": 128,
+        "expert_used_count": 8,
+    },
     "gpt-oss-20b": {
         "attention.head_count": 64,
         "attention.head_count_kv": 8,
@@ -420,3 +432,36 @@ for source in sys.argv[1:]:
     assert "its server answers 404" in missing
     assert "there is no repository org/gone" in gone
     assert not list((tmp_path / "home").rglob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "shape", "says"),
+    [
+        ("token_embd.weight", (), "it is no language model"),
+        ("blk.0.attn_q.weight", (), "1 of its 2 layers have no tensors"),
+        ("token_embd.weight", (8,), "shapes of its tensors"),
+    ],
+)
+def test_a_gguf_file_of_something_else_is_told(
+    tmp_path: Path, left_out: str, shape: tuple[int, ...], says: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_head_count(2)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (32, 8),
+        "blk.0.attn_q.weight": (8, 8),
+        "blk.1.attn_q.weight": (8, 8),
+    }
+    del shapes[left_out]
+    if shape:
+        shapes[left_out] = shape
+    for name, size in shapes.items():
+        writer.add_tensor(name, np.zeros(size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=says):
+        describe(str(tmp_path / "m.gguf"))
