@@ -32,7 +32,7 @@ from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_convert_action
 from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
-from serving.planner.commands import PlanError, add_plan_command
+from serving.planner.commands import PlanError, add_plan_command, fit_warning
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
 from serving.serve import ServeError, launchers_of, ledger_path, log_folder, serve
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
     actions = add_models_command(commands)
-    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=_fit_warning)
+    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=fit_warning)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
 
@@ -139,11 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_schema)
     add_config_actions(actions)
     return parser
-
-
-def _fit_warning(_source: str) -> str | None:
-    """Nobody can tell yet whether a model fits this machine before it is here."""
-    return None
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

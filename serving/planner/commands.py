@@ -10,19 +10,22 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from serving.config import MemoryConfig, load_config
+from serving.config import CostConfig, MemoryConfig, load_config
 from serving.models.catalog import catalog_models, find_model
 from serving.models.description import describe
+from serving.models.sources import ModelError
+from serving.planner.choosing import choices
 from serving.planner.config_file import NoSource, config_text
 from serving.planner.options import Wishes, plan
-from serving.planner.render import render, to_json
+from serving.planner.render import choices_json, render, render_choices, to_json
 from serving.planner.rig import Rig, RigError, assumed_rig, this_rig
 from serving.planner.subject import Subject, of_catalog, of_description
 
 # Of what is read by a program, not folded to 80 columns.
-_PAGE_WIDTH = 140
+_PAGE_WIDTH = 100
+_CHOICES_OF_A_USE = 5
 
 
 class PlanError(Exception):
@@ -74,13 +77,14 @@ def _plan(args: argparse.Namespace) -> int:
         token_seconds=args.slo.get("tpot"),
     )
     rig = _rig(args.gpu, args.ram, config.memory)
+    if args.model is None:
+        if args.write is not None:
+            raise PlanError("--write: name a MODEL; without one there is nothing to write")
+        suited = choices(rig, wishes, config.cost, _CHOICES_OF_A_USE)
+        _show(args, choices_json(suited, rig), render_choices(suited, rig))
+        return 0 if any(suited.values()) else 1
     found = plan(_subject(args.model), rig, wishes, config.cost)
-    if args.json:
-        print(json.dumps(to_json(found), indent=2))
-    else:
-        console = Console()
-        console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
-        console.print(render(found, show_all=args.all))
+    _show(args, to_json(found), render(found, show_all=args.all))
     if args.write is not None and found.options:
         try:
             text = config_text(found, found.options[0], source=args.source)
@@ -91,6 +95,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if found.options else 1
 
 
+def _show(args: argparse.Namespace, as_json: dict[str, Any], table: RenderableType) -> None:
+    if args.json:
+        print(json.dumps(as_json, indent=2))
+        return
+    console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, _PAGE_WIDTH)
+    console.print(table)
+
+
 def _write(file: Path, text: str) -> None:
     try:
         with file.open("x", encoding="utf-8") as written:
@@ -99,6 +112,16 @@ def _write(file: Path, text: str) -> None:
         raise PlanError(f"--write: {file} is there already; name another, or remove it") from error
     except OSError as error:
         raise PlanError(f"--write: cannot write {file}: {error.strerror}") from error
+
+
+def fit_warning(source: str) -> str | None:
+    """What speaks against having a model on this machine; None if it fits."""
+    try:
+        subject = of_description(describe(source))
+        found = plan(subject, _rig((), None, MemoryConfig()), Wishes(), CostConfig())
+    except (ModelError, PlanError) as error:
+        return f"cannot tell whether it fits on this machine: {error}"
+    return None if found.options else f"it does not fit on this machine: {found.advice[0]}"
 
 
 def _subject(name: str) -> Subject:

@@ -242,6 +242,8 @@ class _Maker:
         self, mixture: str, engine: Engine, offload: Offload, users: int, context: int
     ) -> Option | None:
         settings = Settings(context, users, has_full_windows=engine == "llama_cpp")
+        if self._architecture.is_encoder:
+            settings = Settings(context, batch_tokens=context, is_pooled=True)
         weights = self._subject.weights(mixture)
         memory = memory_of(self._architecture, weights, settings, offload, self._subject.extras)
         memory = replace(memory, host=memory.host + Parts(extras=_PREFIX_CACHE_BYTES))

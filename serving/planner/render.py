@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serving.planner.choosing import Choice
 from serving.planner.memory import Parts
 from serving.planner.options import Option, Plan
 from serving.planner.quality import loss_text, note_of
@@ -166,6 +168,69 @@ def _notes(plan: Plan) -> str:
         "$: generated tokens, all users at work, hardware and energy as in the config's cost section"
         + (", cards at their launch prices." if plan.rig.cards else ".")
     )
+
+
+def render_choices(found: Mapping[str, Sequence[Choice]], rig: Rig) -> RenderableType:
+    """A table for each use, and what the choice rests on."""
+    parts: list[RenderableType] = [
+        Text.assemble("Models for ", (rig.name, "bold"), f", {_rig_memory(rig)}")
+    ]
+    for use, listed in found.items():
+        parts.append(_choices_table(use, listed))
+    parts.append(
+        Text(
+            "The largest that run well, newer ones counted for more; nobody has measured here how good their answers "
+            "are. All figures are estimated (docs/planning.md). `rigserve plan MODEL` has more of each.",
+            style="dim",
+        )
+    )
+    return Group(*parts)
+
+
+def _choices_table(use: str, listed: Sequence[Choice]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(use, overflow="fold", min_width=30)
+    table.add_column("type,\nwhere", no_wrap=True)
+    for heading in ("context", "GiB", "tok/s", "$/M\ntok", "since"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for choice in listed:
+        option = choice.option
+        table.add_row(
+            choice.model.name,
+            Text.assemble(option.mixture, (f"\n{where(option)}", "dim")),
+            f"{option.settings.context_length:,}",
+            f"{option.memory.total.total / _GIB:.1f}",
+            _figure(option.speed.one_user),
+            f"{option.usd_per_million:.2f}",
+            choice.model.released,
+        )
+    if not listed:
+        table.add_row(Text("none runs well", style="dim"))
+    return table
+
+
+def choices_json(found: Mapping[str, Sequence[Choice]], rig: Rig) -> dict[str, Any]:
+    """The choices for programs; sizes are bytes, speeds tokens a second, all of it estimated."""
+    return {
+        "rig": rig.name,
+        "estimated": True,
+        "choices": {
+            use: [
+                {
+                    "model": choice.model.name,
+                    "quantization": choice.option.mixture,
+                    "engine": choice.option.engine,
+                    "context_length": choice.option.settings.context_length,
+                    "memory_bytes": choice.option.memory.total.total,
+                    "tokens_per_second_one_user": round(choice.option.speed.one_user, 2),
+                    "usd_per_million_tokens": round(choice.option.usd_per_million, 4),
+                    "released": choice.model.released,
+                }
+                for choice in listed
+            ]
+            for use, listed in found.items()
+        },
+    }
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

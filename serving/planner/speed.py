@@ -22,7 +22,7 @@ from serving.planner.memory import Offload, places
 from serving.planner.quantization import row_bytes
 from serving.planner.rig import Device, Kind, Rig
 from serving.planner.settings import Settings
-from serving.planner.weights import ModelWeights, layer_of
+from serving.planner.weights import ModelWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def _parts(
     """The devices that have something of the model, with what they have."""
     host, cards = _Part(rig.host), [_Part(card) for card in rig.cards]
     where = places(len(architecture.layers), offload)
-    active = _active_experts(architecture)
+    active_share = _share_of_experts(architecture, 1)
     for index, (layer, sizes) in enumerate(zip(architecture.layers, weights.layers, strict=True)):
         place = where[index]
         part = host if place is None else cards[place]
@@ -203,28 +203,13 @@ def _parts(
         of_experts.expert_bytes += sizes.expert_bytes
         part.cache_bytes_per_token += _cache_bytes_per_token(layer.mixer, settings)
         part.cache_operations += _cache_operations(layer.mixer)
-    for weight in architecture.weights():
-        index = layer_of(weight.name)
-        if index < 0:
-            continue
-        place = where[index]
-        if weight.of_experts == 1:
-            share, on_host = 1.0, place is None
-        else:
-            share = active / weight.of_experts / _EXPERTS_RATE
-            on_host = place is None or index < offload.experts_on_cpu
-        part = host if on_host or place is None else cards[place]
-        part.operations += 2.0 * share * weight.elements
+        part.operations += 2.0 * (sizes.elements - sizes.expert_elements)
+        of_experts.operations += 2.0 * sizes.expert_elements * active_share / _EXPERTS_RATE
     output = where[-1]
     last = host if output is None else cards[output]
     last.always_bytes += weights.output_bytes
     last.operations += 2.0 * architecture.width * architecture.vocabulary
     return [part for part in (host, *cards) if part.always_bytes or part.expert_bytes]
-
-
-def _active_experts(architecture: Architecture) -> int:
-    parts = (layer.feed_forward for layer in architecture.layers)
-    return max((part.active for part in parts if isinstance(part, Experts)), default=1)
 
 
 def _share_of_experts(architecture: Architecture, rows: int) -> float:

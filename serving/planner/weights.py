@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from serving.models.architecture import Architecture
 from serving.models.gguf import Header
@@ -15,10 +16,20 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's: ``expert_bytes`` of them in experts, of which a token needs only some."""
+    """One layer's: ``expert_bytes`` of them in experts, of which a token needs only some. Elements are numbers."""
 
-    total_bytes: int
+    total_bytes: int = 0
     expert_bytes: int = 0
+    elements: int = 0
+    expert_elements: int = 0
+
+    def __add__(self, other: LayerWeights) -> LayerWeights:
+        return LayerWeights(
+            self.total_bytes + other.total_bytes,
+            self.expert_bytes + other.expert_bytes,
+            self.elements + other.elements,
+            self.expert_elements + other.expert_elements,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ def predicted(architecture: Architecture, mixture: str) -> ModelWeights:
     return _sorted_out(
         len(architecture.layers),
         (
-            (each.name, weight_bytes(each, types[each.name]))
+            (each.name, weight_bytes(each, types[each.name]), each.elements)
             for each in stored_weights(architecture)
         ),
     )
@@ -62,12 +73,12 @@ def of_files(parts: Iterable[tuple[Header, int]], layers: int) -> ModelWeights:
     )
 
 
-def _sizes(header: Header, file_bytes: int) -> Iterator[tuple[str, int]]:
+def _sizes(header: Header, file_bytes: int) -> Iterator[tuple[str, int, int]]:
     by_place = sorted(header.tensors.items(), key=lambda each: each[1].offset_bytes)
     ends = [tensor.offset_bytes for _, tensor in by_place[1:]]
     ends.append(file_bytes - header.data_offset_bytes)
     for (name, tensor), end_bytes in zip(by_place, ends, strict=True):
-        yield name, end_bytes - tensor.offset_bytes
+        yield name, end_bytes - tensor.offset_bytes, prod(tensor.shape)
 
 
 def layer_of(name: str) -> int:
@@ -76,18 +87,19 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _sorted_out(layers: int, sizes: Iterable[tuple[str, int]]) -> ModelWeights:
-    in_layers, in_experts = [0] * layers, [0] * layers
+def _sorted_out(layers: int, sizes: Iterable[tuple[str, int, int]]) -> ModelWeights:
+    in_layers = [LayerWeights()] * layers
     embedding_bytes = output_bytes = 0
     has_output = False
-    for name, size_bytes in sizes:
+    for name, size_bytes, elements in sizes:
         layer = layer_of(name)
         if layer >= layers:
             continue
         if layer >= 0:
-            in_layers[layer] += size_bytes
-            if "_exps." in name:
-                in_experts[layer] += size_bytes
+            is_of_experts = "_exps." in name
+            in_layers[layer] += LayerWeights(
+                size_bytes, size_bytes * is_of_experts, elements, elements * is_of_experts
+            )
         elif name.startswith("output") or name == "token_embd_norm.weight":
             output_bytes += size_bytes
             has_output = has_output or name == "output.weight"
@@ -96,6 +108,6 @@ def _sorted_out(layers: int, sizes: Iterable[tuple[str, int]]) -> ModelWeights:
     return ModelWeights(
         embedding_bytes=embedding_bytes,
         output_bytes=output_bytes if has_output else output_bytes + embedding_bytes,
-        layers=tuple(map(LayerWeights, in_layers, in_experts)),
+        layers=tuple(in_layers),
         is_tied=not has_output,
     )
