@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.config import AnyModel, Auto, Config, ConfigError, GgufModel, MemoryConfig, Problem
+from serving.config import (
+    AnyModel,
+    Auto,
+    Config,
+    ConfigError,
+    LlamaCppModel,
+    LlamaServerModel,
+    MemoryConfig,
+    Problem,
+)
 from serving.engines.footprint import Contents, contents_here, contents_of, footprint_of
 from serving.engines.launch import Footprint, Launcher
 from serving.engines.placement import HOST, Device, Need, Plan, Resident, place
@@ -19,6 +28,9 @@ _MOST_SEQUENCES = (16, 8, 4, 2, 1)
 # What a chat needs, before more sequences are worth more.
 _CHAT_CONTEXT = 8192
 _CELLS = 256
+# Those whose memory depends on files and settings that are known here.
+_Model = LlamaCppModel | LlamaServerModel
+_WITH_FILES = (LlamaCppModel, LlamaServerModel)
 _OPEN_KEYS = ("context_length", "max_sequences", "gpu_layers")
 
 
@@ -47,7 +59,7 @@ class Fitting:
         """
         problems, lines = [], []
         for index, model in enumerate(self._config.models):
-            if not isinstance(model, GgufModel):
+            if not isinstance(model, _WITH_FILES):
                 continue
             try:
                 contents = contents_here(model)
@@ -72,7 +84,7 @@ class Fitting:
         """
         models, lines = list(self._config.models), []
         for index, model in enumerate(self._config.models):
-            if not isinstance(model, GgufModel) or not _open_keys(model):
+            if not isinstance(model, _WITH_FILES) or not _open_keys(model):
                 continue
             contents = self._contents(model, fetch=fetch)
             if contents is None:
@@ -89,8 +101,8 @@ class Fitting:
         return Filled(self._config.model_copy(update={"models": tuple(models)}), tuple(lines))
 
     def _filled(
-        self, model: GgufModel, contents: Contents, others: Sequence[Resident]
-    ) -> GgufModel | None:
+        self, model: _Model, contents: Contents, others: Sequence[Resident]
+    ) -> _Model | None:
         """All layers on cards if that goes, then sequences for chats, then the longest context."""
         longest = contents.model.architecture.context_length // _CELLS * _CELLS or _CELLS
         layers = len(contents.model.architecture.layers)
@@ -126,7 +138,7 @@ class Fitting:
                 least = least.model_copy(update={key: number})
         return least if self._fits(least, contents, others) else None
 
-    def _contents(self, model: GgufModel, *, fetch: bool) -> Contents | None:
+    def _contents(self, model: _Model, *, fetch: bool) -> Contents | None:
         if fetch:
             return contents_of(self._launchers[model.engine].prepare(model))
         return contents_here(model)
@@ -135,7 +147,7 @@ class Fitting:
         """Those that are loaded with the server, where they would go; one that is not here takes nothing."""
         residents: list[Resident] = []
         for model in models:
-            if not isinstance(model, GgufModel) or model.load != "preload":
+            if not isinstance(model, _WITH_FILES) or model.load != "preload":
                 continue
             contents = contents_here(model)
             found = contents and self._place(model, contents, residents)
@@ -143,23 +155,21 @@ class Fitting:
                 residents.append(Resident(model.name, found.shares_mib, may_leave=False))
         return residents
 
-    def _fits(self, model: GgufModel, contents: Contents, others: Sequence[Resident]) -> bool:
+    def _fits(self, model: _Model, contents: Contents, others: Sequence[Resident]) -> bool:
         return self._place(model, contents, others) is not None
 
-    def _place(
-        self, model: GgufModel, contents: Contents, others: Sequence[Resident]
-    ) -> Plan | None:
+    def _place(self, model: _Model, contents: Contents, others: Sequence[Resident]) -> Plan | None:
         needs = self._footprint(model, contents)
         need = Need(model.name, needs.host_mib, needs.gpu_mib, self._may_use(model))
         return place(need, self._devices, others)
 
-    def _footprint(self, model: GgufModel, contents: Contents) -> Footprint:
+    def _footprint(self, model: _Model, contents: Contents) -> Footprint:
         try:
             return footprint_of(model, contents, on_gpu=bool(self._may_use(model)))
         except OSError as error:
             raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
 
-    def _may_use(self, model: GgufModel) -> tuple[str, ...]:
+    def _may_use(self, model: _Model) -> tuple[str, ...]:
         if model.is_for_cpu or not self._launchers[model.engine].uses_gpus:
             return ()
         return tuple(
@@ -168,7 +178,7 @@ class Fitting:
             if not model.devices or {str(card.index), card.uuid} & set(model.devices)
         )
 
-    def _too_large(self, index: int, model: GgufModel, contents: Contents) -> Problem:
+    def _too_large(self, index: int, model: _Model, contents: Contents) -> Problem:
         there = ", ".join(
             f"{'main memory' if device.id == HOST else device.id}: {device.budget_mib:,} MiB"
             for device in self._devices
@@ -195,7 +205,7 @@ def _devices(memory: MemoryConfig, cards: Sequence[Gpu]) -> list[Device]:
     ]
 
 
-def _open_keys(model: GgufModel) -> tuple[str, ...]:
+def _open_keys(model: _Model) -> tuple[str, ...]:
     return tuple(key for key in _OPEN_KEYS if isinstance(getattr(model, key), Auto))
 
 

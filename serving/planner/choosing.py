@@ -84,7 +84,8 @@ def _worth(model: CatalogModel) -> float:
     """A mixture of experts is worth the geometric mean of all and of active parameters, as is common to say."""
     architecture = model.architecture
     size = sqrt(architecture.parameters * architecture.active_parameters)
-    return size * 2.0 ** ((_months(model.released) - _months("2025-01")) / _MONTHS_OF_HALF_WORTH)
+    years = (_months(model.released) - _months("2025-01")) / _MONTHS_OF_HALF_WORTH
+    return size * float(2**years)
 
 
 def _months(released: str) -> int:

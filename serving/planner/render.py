@@ -11,6 +11,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serving.models.catalog import Use
 from serving.planner.choosing import Choice
 from serving.planner.memory import Parts
 from serving.planner.options import Option, Plan
@@ -170,7 +171,7 @@ def _notes(plan: Plan) -> str:
     )
 
 
-def render_choices(found: Mapping[str, Sequence[Choice]], rig: Rig) -> RenderableType:
+def render_choices(found: Mapping[Use, Sequence[Choice]], rig: Rig) -> RenderableType:
     """A table for each use, and what the choice rests on."""
     parts: list[RenderableType] = [
         Text.assemble("Models for ", (rig.name, "bold"), f", {_rig_memory(rig)}")
@@ -209,7 +210,7 @@ def _choices_table(use: str, listed: Sequence[Choice]) -> Table:
     return table
 
 
-def choices_json(found: Mapping[str, Sequence[Choice]], rig: Rig) -> dict[str, Any]:
+def choices_json(found: Mapping[Use, Sequence[Choice]], rig: Rig) -> dict[str, Any]:
     """The choices for programs; sizes are bytes, speeds tokens a second, all of it estimated."""
     return {
         "rig": rig.name,

@@ -68,7 +68,7 @@ def test_one_number_is_found_beside_another_that_is_given(tmp_path: Path, model_
 def test_what_is_loaded_with_it_has_its_room_first(tmp_path: Path, model_path: Path) -> None:
     auto = f"{{name: smol, source: {model_path}, context_length: auto, max_sequences: 1}}"
     other = f"{{name: other, source: {model_path}, context_length: 4096, max_sequences: 8}}"
-    memory = "memory: {budget_mib: 4000}\n"
+    memory = "memory: {budget_mib: 3550}\n"
     alone = filled(config_of(tmp_path, auto, memory), tmp_path)
     both = config_of(tmp_path, f"{auto}\n  - {other}", memory)
     beside = fitting(both, tmp_path).fill(fetch=True).config.local_models[0]
