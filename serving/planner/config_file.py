@@ -28,6 +28,8 @@ def config_text(plan: Plan, option: Option, *, source: str | None = None, title:
     keys.append(("source", found))
     if quantization is not None:
         keys.append(("quantization", quantization))
+    if option.engine == "vllm" and len(option.offload.shares) > 1:
+        keys.append(("tensor_parallel", len(option.offload.shares)))
     keys += [("context_length", settings.context_length), ("max_sequences", settings.slots)]
     if not option.offload.shares:
         keys.append(("devices", "[cpu]"))
@@ -43,6 +45,8 @@ def config_text(plan: Plan, option: Option, *, source: str | None = None, title:
 
 
 def _source(plan: Plan, option: Option, source: str | None) -> tuple[str, str | None]:
+    if option.engine == "vllm":
+        return source or f"hf://{plan.subject.repo}", "fp8" if option.mixture == "FP8" else None
     if source is not None:
         return source, option.mixture if plan.subject.known_weights is None else None
     if plan.subject.source is not None:

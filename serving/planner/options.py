@@ -11,18 +11,21 @@ from serving.cost.model import CostModel
 from serving.models.architecture import Attention, Experts
 from serving.planner.memory import MIB, Memory, Offload, Parts, memory_of
 from serving.planner.quality import grade_of
-from serving.planner.rig import Device, Rig
+from serving.planner.rig import Device, Rig, together
 from serving.planner.settings import Settings
 from serving.planner.speed import Speed, speed_of
 from serving.planner.subject import Subject
+from serving.planner.vllm import DEFAULT_STEP_TOKENS, VLLM_HOST_BYTES, in_fp8, vllm_memory
 
-Engine = Literal["llama_cpp", "llama_server"]
+Engine = Literal["llama_cpp", "llama_server", "vllm"]
 # Tokens of one request, in the order in which they are tried.
 _CONTEXTS = (262144, 131072, 65536, 32768, 16384, 8192, 4096)
 _LEAST_CONTEXT = 4096
 # When only some of a model is on cards: as much as a chat needs, for context is dear then.
 _SPLIT_CONTEXT = 8192
 _USERS_TO_SHOW = (1, 4, 16)
+# Over so many cards a model's heads can be shared out.
+_VLLM_CARDS = (1, 2, 4, 8)
 # So much worse in quality may an option be that keeps all on the cards, rather than one that does not.
 _GRADES_OF_A_SPLIT = 2
 # Slower than this is slower than people read.
@@ -165,9 +168,73 @@ class _Maker:
     def options(self) -> Iterator[Option]:
         """All that fit."""
         users = (self._wishes.users,) if self._wishes.users else _USERS_TO_SHOW
-        for mixture in self._subject.mixtures:
-            for count in users:
+        for count in users:
+            yield from self._of_vllm(count)
+            for mixture in self._subject.mixtures:
                 yield from self._of(mixture, count)
+
+    def _of_vllm(self, users: int) -> Iterator[Option]:
+        """In 16 bits, and in FP8 where the card computes in it; over all cards if they are equal."""
+        cards, architecture = self._rig.cards, self._architecture
+        card = cards[0].card if cards else None
+        kernels = card.architecture.kernels.get("vllm", ()) if card else ()
+        are_equal = len({each.name for each in cards}) == 1 and len(cards) in _VLLM_CARDS
+        if not kernels or not are_equal or self._subject.repo is None or architecture.is_encoder:
+            return
+        for mixture in ("BF16", "FP8") if "fp8_w8a8" in kernels else ("BF16",):
+            if mixture == "FP8" or mixture in self._subject.mixtures:
+                for context in self._contexts:
+                    option = self._vllm_option(mixture, users, context)
+                    if option is not None:
+                        yield option
+                        break
+
+    def _vllm_option(self, mixture: str, users: int, context: int) -> Option | None:
+        cards, architecture = self._rig.cards, self._architecture
+        assert cards[0].card is not None
+        weights = self._subject.weights("BF16")
+        if mixture == "FP8":
+            weights = in_fp8(weights)
+        found = vllm_memory(
+            architecture,
+            weights.total_bytes,
+            cards[0].card.memory_mib * MIB,
+            tensor_parallel=len(cards),
+        )
+        needed_tokens = users * context
+        if found.cache_tokens < needed_tokens:
+            return None
+        cache = found.cache * needed_tokens // found.cache_tokens
+        parts = Parts(found.weights, cache, found.activations, 0, found.overhead)
+        host = Parts(overhead=VLLM_HOST_BYTES)
+        if host.total > self._rig.host.memory_bytes:
+            return None
+        offload = Offload((1.0,))
+        speed = speed_of(
+            architecture,
+            weights,
+            Rig(self._rig.host, (together(cards),)),
+            offload,
+            Settings(context, users, batch_tokens=DEFAULT_STEP_TOKENS),
+            users=users,
+            context_tokens=min(context, 2 * self._wishes.prompt_tokens),
+            is_quantized=mixture == "FP8",
+            is_vllm=True,
+        )
+        offload = Offload(self._shares)
+        watts = _watts(self._rig, offload)
+        return Option(
+            mixture=mixture,
+            engine="vllm",
+            settings=Settings(context, users),
+            offload=offload,
+            memory=Memory(host, (parts,) * len(cards)),
+            speed=speed,
+            headroom_bytes=found.cache - cache,
+            watts=watts,
+            usd_per_million=self._usd_per_million(speed, watts),
+            meets_wishes=self._meets(speed),
+        )
 
     def _of(self, mixture: str, users: int) -> Iterator[Option]:
         on_cards = Offload(self._shares)

@@ -39,7 +39,7 @@ def note_of(mixture: str) -> str:
     """A quality note for people."""
     loss = loss_of(mixture)
     if loss is None:
-        return "not known"
+        return "loss not measured"
     if mixture == "MXFP4_MOE":
         return "as trained"
     return f"{_GRADES[grade_of(mixture)][1]} (+{loss:.1%})" if loss else "as published"
@@ -49,7 +49,7 @@ def loss_text(mixture: str) -> str:
     """The same in a word."""
     loss = loss_of(mixture)
     if loss is None:
-        return ""
+        return "not measured"
     if mixture == "MXFP4_MOE":
         return "as trained"
     return f"+{loss:.1%}" if loss else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +75,18 @@ _HIGHEST_CLOCK = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
 # A rig that is only thought of has a desktop around its cards: two channels of DDR5, eight cores with AVX2.
 _ASSUMED_MEMORY_MIB, _ASSUMED_BANDWIDTH_BYTES = 32 * 1024, 60e9
 _ASSUMED_CORES = 8
+
+
+def together(cards: Sequence[Device]) -> Device:
+    """Equal cards that share each layer, as one: what they wait for each other is taken off, a tenth."""
+    first, share = cards[0], len(cards) * (1.0 if len(cards) == 1 else 0.9)
+    return replace(
+        first,
+        memory_bytes=len(cards) * first.memory_bytes,
+        bandwidth_bytes=share * first.bandwidth_bytes,
+        int8_operations=share * first.int8_operations,
+        fp16_operations=share * first.fp16_operations,
+    )
 
 
 class RigError(Exception):

@@ -48,6 +48,9 @@ _EFFICIENCIES: Mapping[Kind, _Efficiency] = MappingProxyType(
         "cpu": _Efficiency(0.85, 0.85, 0.15, 0.50, 30e-6, 0.35),
     }
 )
+# vLLM computes in 16 bits, or FP8 where the card does, in graphs, and loses nothing to small batches.
+_VLLM = _Efficiency(0.85, 0.90, 0.50, 0.55, 20e-6, 0.30)
+_VLLM_STEP_SECONDS = 1e-3
 # What a layer of latent attention costs beyond others', and what is known of its speed.
 _LATENT_LAYER_SECONDS, _LATENT_UNCERTAINTY = 80e-6, 0.40
 # Weights on their way to a card, over 16 lanes of PCIe 4.0 or 8 of 5.0, from memory that is not pinned.
@@ -95,9 +98,16 @@ def speed_of(
     users: int,
     context_tokens: int,
     is_quantized: bool = True,
+    is_vllm: bool = False,
 ) -> Speed:
-    """What a rig does with a model split so, for ``users`` whose texts have ``context_tokens`` each."""
+    """What a rig does with a model split so, for ``users`` whose texts have ``context_tokens`` each.
+
+    vLLM's cards are one device: what they have together (:func:`serving.planner.rig.together`).
+    """
     parts = _parts(architecture, weights, rig, offload, settings)
+    if is_vllm:
+        for part in parts:
+            part.factors = _VLLM
 
     def seconds(rows: int, cached_tokens: int) -> float:
         """Of a step, its devices one after the other."""
@@ -107,7 +117,8 @@ def speed_of(
         )
 
     def step_seconds(rows: int) -> float:
-        return seconds(rows, rows * context_tokens) + _STEP_SECONDS + rows * _SEQUENCE_SECONDS
+        step = _VLLM_STEP_SECONDS if is_vllm else _STEP_SECONDS + rows * _SEQUENCE_SECONDS
+        return seconds(rows, rows * context_tokens) + step
 
     rows = settings.step_tokens
     # On average a prompt's token looks at half of what there is in the end.
@@ -118,7 +129,7 @@ def speed_of(
         )
         for part in parts
     )
-    uncertainties = [_EFFICIENCIES[part.device.kind].uncertainty for part in parts]
+    uncertainties = [part.factors.uncertainty for part in parts]
     if any(part.latent_layers for part in parts):
         uncertainties.append(_LATENT_UNCERTAINTY)
     if len({part.device.kind == "cpu" for part in parts}) > 1:
@@ -137,6 +148,7 @@ class _Part:
     """What one device has of a model: what every step reads and computes, and experts, of which it needs some."""
 
     device: Device
+    factors: _Efficiency
     layers: int = 0
     latent_layers: int = 0
     always_bytes: int = 0
@@ -150,7 +162,7 @@ class _Part:
         self, rows: int, cached_tokens: int, share_of_experts: float, *, is_quantized: bool
     ) -> float:
         """Of a step with so many rows, which look at so many cached tokens between them."""
-        device, factors = self.device, _EFFICIENCIES[self.device.kind]
+        device, factors = self.device, self.factors
         read_bytes = (
             self.always_bytes
             + self.expert_bytes * share_of_experts
@@ -160,9 +172,11 @@ class _Part:
         seconds = read_bytes / (share * device.bandwidth_bytes)
         seconds += self.layers * factors.layer_seconds + self.latent_layers * _LATENT_LAYER_SECONDS
         fp16_rate = factors.fp16 * device.fp16_operations
-        rate = factors.int8 * device.int8_operations if is_quantized else fp16_rate
+        has_int8 = is_quantized and factors is not _VLLM
+        rate = factors.int8 * device.int8_operations if has_int8 else fp16_rate
         if rate:
-            lost = 0 if device.kind == "cpu" else min(_FEW_ROWS_LOSS * (rows - 1), _MOST_ROWS_LOST)
+            loses = device.kind != "cpu" and factors is not _VLLM
+            lost = min(_FEW_ROWS_LOSS * (rows - 1), _MOST_ROWS_LOST) if loses else 0
             seconds += (rows - 1 + lost) * self.operations / rate
         return seconds
 
@@ -173,7 +187,7 @@ class _Part:
 
         What the processor has is sent to a card for that, if there is one and it is faster so.
         """
-        rate = _EFFICIENCIES[self.device.kind].fp16 * self.device.fp16_operations
+        rate = self.factors.fp16 * self.device.fp16_operations
         seconds = self.seconds(rows, cached_tokens, 1.0, is_quantized=is_quantized)
         seconds += pairs * self.cache_operations / rate if rate else 0.0
         if self.device.kind == "cpu" and has_cards:
@@ -190,7 +204,7 @@ def _parts(
     settings: Settings,
 ) -> list[_Part]:
     """The devices that have something of the model, with what they have."""
-    host, cards = _Part(rig.host), [_Part(card) for card in rig.cards]
+    host, *cards = (_Part(device, _EFFICIENCIES[device.kind]) for device in (rig.host, *rig.cards))
     where = places(len(architecture.layers), offload)
     active_share = _share_of_experts(architecture, 1)
     for index, (layer, sizes) in enumerate(zip(architecture.layers, weights.layers, strict=True)):

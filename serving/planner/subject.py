@@ -28,6 +28,8 @@ class Subject:
     architecture: Architecture
     mixtures: tuple[str, ...]
     source: str | None = None
+    # Its repository on the Hub, with weights in 16 bits.
+    repo: str | None = None
     extras: Extras = NO_EXTRAS
     known_weights: ModelWeights | None = None
     _predicted: dict[str, ModelWeights] = field(default_factory=dict)
@@ -47,7 +49,7 @@ def of_catalog(model: CatalogModel) -> Subject:
     mixtures: tuple[str, ...] = _AS_TRAINED.get(architecture.family, _MIXTURES)
     if architecture.is_encoder:
         mixtures = ("F16", "Q8_0")
-    return Subject(model.name, architecture, mixtures)
+    return Subject(model.name, architecture, mixtures, repo=model.repo)
 
 
 def of_description(description: ModelDescription) -> Subject:

@@ -6,7 +6,7 @@ blocks of a cache of the rest (``vllm/v1/worker/gpu_worker.py``, ``determine_ava
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.models.architecture import (
     Architecture,
@@ -16,12 +16,15 @@ from serving.models.architecture import (
     LatentAttention,
     Layer,
 )
+from serving.planner.weights import ModelWeights
 
 BLOCK_TOKENS = 16
 _GIB = 2**30
 # CUDA's context and libraries, and graphs, as it logs them for one card ("non_torch_memory", "CUDA graph pool").
 _NON_TORCH_BYTES = int(0.6 * _GIB)
 _ELEMENT_BYTES = 2
+# What its processes take of main memory: Python, PyTorch, and CUDA's libraries.
+VLLM_HOST_BYTES = 4 * _GIB
 # Of a step, tokens computed at once when nobody says.
 DEFAULT_STEP_TOKENS = 2048
 
@@ -58,6 +61,17 @@ def vllm_memory(
     left = int(fraction * card_bytes) - weights - activations - _NON_TORCH_BYTES
     blocks = kv_blocks(architecture, max(0, left), tensor_parallel, cache_element_bytes)
     return VllmMemory(weights, activations, _NON_TORCH_BYTES, max(0, left), blocks)
+
+
+def in_fp8(weights: ModelWeights) -> ModelWeights:
+    """16-bit weights whose layers are made FP8 while they are loaded; embeddings and output stay."""
+    return replace(
+        weights,
+        layers=tuple(
+            replace(layer, total_bytes=layer.total_bytes // 2, expert_bytes=layer.expert_bytes // 2)
+            for layer in weights.layers
+        ),
+    )
 
 
 def activation_bytes(architecture: Architecture, step_tokens: int, tensor_parallel: int = 1) -> int:
