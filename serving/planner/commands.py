@@ -26,6 +26,8 @@ from serving.planner.subject import Subject, of_catalog, of_description
 # Of what is read by a program, not folded to 80 columns.
 _PAGE_WIDTH = 100
 _CHOICES_OF_A_USE = 5
+# As max_sequences of a config.
+_MOST_USERS = 256
 
 
 class PlanError(Exception):
@@ -72,7 +74,7 @@ def _plan(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     wishes = Wishes(
         context_tokens=_positive("--context", args.context),
-        users=_positive("--users", args.users),
+        users=_positive("--users", args.users, _MOST_USERS),
         first_token_seconds=args.slo.get("ttft"),
         token_seconds=args.slo.get("tpot"),
     )
@@ -83,7 +85,13 @@ def _plan(args: argparse.Namespace) -> int:
         suited = choices(rig, wishes, config.cost, _CHOICES_OF_A_USE)
         _show(args, choices_json(suited, rig), render_choices(suited, rig))
         return 0 if any(suited.values()) else 1
-    found = plan(_subject(args.model), rig, wishes, config.cost)
+    subject = _subject(args.model)
+    longest = subject.architecture.context_length
+    if wishes.context_tokens is not None and wishes.context_tokens > longest:
+        raise PlanError(
+            f"--context is {wishes.context_tokens:,}; {subject.name} has {longest:,} tokens at most"
+        )
+    found = plan(subject, rig, wishes, config.cost)
     _show(args, to_json(found), render(found, show_all=args.all))
     if args.write is not None and found.options:
         try:
@@ -149,9 +157,11 @@ def _rig(names: Sequence[str], ram_gib: float | None, memory: MemoryConfig) -> R
         raise PlanError(f"--gpu: {error}" if names else str(error)) from error
 
 
-def _positive(name: str, number: int | None) -> int | None:
+def _positive(name: str, number: int | None, most: int | None = None) -> int | None:
     if number is not None and number < 1:
         raise PlanError(f"{name} is {number}; give a number above 0")
+    if number is not None and most is not None and number > most:
+        raise PlanError(f"{name} is {number}; an engine has {most} at most")
     return number
 
 

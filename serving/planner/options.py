@@ -8,6 +8,7 @@ from typing import Literal
 
 from serving.config import CostConfig, LlamaCppModel
 from serving.cost.model import CostModel
+from serving.hardware.catalog import catalog_cards
 from serving.models.architecture import Attention, Experts
 from serving.planner.memory import MIB, Memory, Offload, Parts, memory_of
 from serving.planner.quality import grade_of
@@ -26,6 +27,8 @@ _SPLIT_CONTEXT = 8192
 _USERS_TO_SHOW = (1, 4, 16)
 # Over so many cards a model's heads can be shared out.
 _VLLM_CARDS = (1, 2, 4, 8)
+# Of a card's memory, what is left beside displays and a reserve.
+_SHARE_FOR_ENGINES = 0.97
 # So much worse in quality may an option be that keeps all on the cards, rather than one that does not.
 _GRADES_OF_A_SPLIT = 2
 # Slower than this is slower than people read.
@@ -395,8 +398,26 @@ class _Maker:
                     f"ask for less: one user's context of {best.settings.context_length:,} tokens "
                     f"fits in {best.mixture}"
                 )
-        yield f"have {_gib(need - there)} more memory, on a card to be fast"
+        yield f"have {_gib(need - there)} more memory, on a card to be fast{self._such_as(smallest, settings)}"
         yield "take a smaller model: `rigserve plan` without one names those that suit this rig"
+
+    def _such_as(self, mixture: str, settings: Settings) -> str:
+        """A card that would hold all of it, in words; nothing if there is none."""
+        weights = self._subject.weights(mixture)
+        on_card = memory_of(
+            self._architecture, weights, settings, Offload((1.0,)), self._subject.extras
+        ).cards[0]
+        large = [
+            card
+            for card in catalog_cards()
+            if not card.has_unified_memory
+            and card.launch_price_usd is not None
+            and card.memory_mib * MIB * _SHARE_FOR_ENGINES > on_card.total
+        ]
+        if not large:
+            return ""
+        best = min(large, key=lambda card: (card.memory_mib, -card.launch_year))
+        return f"; one with {_gib(on_card.total)} for all of it, such as {best.name}, {best.memory_mib // 1024} GB"
 
 
 def headroom_bytes(memory: Memory, rig: Rig) -> int:

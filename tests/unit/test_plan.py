@@ -71,6 +71,25 @@ def test_when_nothing_fits_it_says_by_how_much(capsys: pytest.CaptureFixture[str
     assert "GiB more memory" in said
 
 
+def test_it_names_a_card_that_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["llama-3.3-70b-instruct", "--gpu", "rtx 3060 12gb", "--ram", "8"]
+    assert main(["plan", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert "such as" in said
+    assert "GB" in said
+
+
+def test_without_a_model_it_names_some_for_each_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpu", "rtx 3060 12gb", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["choices"]
+    assert set(found) == {"chat", "code", "embedding"}
+    for listed in found.values():
+        assert 3 <= len(listed) <= 5
+        for each in listed:
+            assert each["memory_bytes"] < (12 + 32) * 2**30
+            assert each["tokens_per_second_one_user"] > 8
+
+
 def test_json_has_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-8b", "--gpu", "rtx 3090", "--users", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -87,6 +106,8 @@ def test_json_has_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
         (["qwen3-9b"], "no model of the catalog; near it: qwen3-"),
         (["qwen3-8b", "--gpu", "rtx 9999"], "--gpu: no card or machine of the catalog"),
         (["qwen3-8b", "--context", "0"], "--context is 0; give a number above 0"),
+        (["qwen3-8b", "--context", "99999"], "--context is 99,999; qwen3-8b has 40,960 tokens at most"),
+        (["qwen3-8b", "--users", "300"], "--users is 300; an engine has 256 at most"),
         (["no/such/file.gguf"], "there is no model file no/such/file.gguf"),
         (["gemma-3-4b-it", "--gpu", "rtx 3090", "--write", "c.yaml"], "say where one is with --source"),
     ],
