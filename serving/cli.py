@@ -27,6 +27,7 @@ from serving.cost.render import render
 from serving.database import DatabaseError
 from serving.doctor.commands import add_doctor_command
 from serving.engines.commands import add_engines_command
+from serving.engines.fitting import Fitting
 from serving.engines.vllm.install import InstallError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
@@ -34,9 +35,10 @@ from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_checksum_action, add_convert_action
 from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
+from serving.planner.commands import PlanError, add_plan_command, fit_warning
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
-from serving.serve import ServeError, ledger_path, log_folder, serve
+from serving.serve import ServeError, launchers_of, ledger_path, log_folder, serve
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LedgerError,
         LogError,
         ModelError,
+        PlanError,
         ServeError,
         UnknownModel,
     ) as error:
@@ -81,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_bench_command(commands, default_config=_DEFAULT_CONFIG)
 
+    add_plan_command(commands, default_config=_DEFAULT_CONFIG)
+
     command = commands.add_parser("cost", help="what the metered tokens cost here and elsewhere")
     _add_config(command)
     command.add_argument("--since", type=_duration, help="only the last 30m, 24h, 7d")
@@ -101,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
     actions = add_models_command(commands)
-    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=_fit_warning)
+    add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=fit_warning)
     add_convert_action(actions)
     add_quantize_action(actions, default_config=_DEFAULT_CONFIG, text_path=CORPUS_PATH)
     add_checksum_action(actions)
@@ -121,11 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_config_schema)
     add_config_actions(actions)
     return parser
-
-
-def _fit_warning(_source: str) -> str | None:
-    """Nobody can tell yet whether a model fits this machine before it is here."""
-    return None
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -180,8 +180,12 @@ def _config_check(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     with located(args.config):
         filters_of(config.models, lenient=config.server.lenient)
+        fitting = Fitting(config, launchers_of(config))
+        lines = (*fitting.check(), *fitting.fill(fetch=False).lines)
     names = ", ".join(model.name for model in config.models)
     print(f"{args.config}: ok; serves {names} on {config.server.host}:{config.server.port}")
+    for line in lines:
+        print(line)
     return 0
 
 

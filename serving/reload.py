@@ -191,6 +191,7 @@ class Reloader:
             changes = Changes()
             try:
                 new = await asyncio.to_thread(load_config, self._file)
+                new = await asyncio.to_thread(self._supervisor.filled, new)
                 changes = await self._take_up(new, self.added)
                 ok, message = True, f"changed {changes}"
                 _log.info("reloaded %s: %s", self._file, message)

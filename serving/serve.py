@@ -30,6 +30,7 @@ from serving.cost.ledger import (
 from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
+from serving.engines.fitting import Fitting
 from serving.engines.launch import Launcher
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.llama_server import LlamaServerLauncher
@@ -90,11 +91,25 @@ def log_folder(config: Config) -> Path:
     return _data_dir(config) / "logs"
 
 
+def launchers_of(config: Config) -> dict[str, Launcher[Any]]:
+    """How engines of each kind are started, by the config's names of them."""
+    cache_dir = Path(config.storage.cache_dir)
+    return {
+        "llama_cpp": LlamaCppLauncher(cache_dir),
+        "llama_server": LlamaServerLauncher(cache_dir),
+        "vllm": VllmLauncher(cache_dir, _data_dir(config)),
+    }
+
+
 def serve(config: Config, file: Path) -> None:
     """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
 
-    Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``.
+    Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``UnknownModel``.
     """
+    filled = Fitting(config, launchers_of(config)).fill(fetch=True)
+    for line in filled.lines:
+        _log.info("%s", line)
+    config = filled.config
     prices = PriceBook(config.cost.compare_to)
     spending = Spending(prices_of(config.remote_models))
     with (
@@ -266,11 +281,7 @@ async def _serve(
     config, left_out = with_added(of_file, added)
     for name, reason in left_out.items():
         _log.error("the adapter '%s' is not served: %s", name, reason)
-    launchers: dict[str, Launcher[Any]] = {
-        "llama_cpp": LlamaCppLauncher(cache_dir),
-        "llama_server": LlamaServerLauncher(cache_dir),
-        "vllm": VllmLauncher(cache_dir, _data_dir(config)),
-    }
+    launchers = launchers_of(config)
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)
         admission = Admission(metrics)

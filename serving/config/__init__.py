@@ -10,6 +10,7 @@ from serving.config.load import (
 from serving.config.schema import (
     AdapterConfig,
     AnyModel,
+    Auto,
     Config,
     CostConfig,
     EngineModel,
@@ -33,6 +34,7 @@ from serving.config.schema import (
 __all__ = [
     "AdapterConfig",
     "AnyModel",
+    "Auto",
     "Config",
     "ConfigError",
     "CostConfig",

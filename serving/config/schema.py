@@ -14,6 +14,9 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -86,6 +89,23 @@ class Section(BaseModel):
 
     # Strict: "8000" in quotes is text, not a port; true is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Auto(int):
+    """A placeholder for a number that the file leaves open (``auto``), until it has been found for this machine."""
+
+
+def _or_auto(placeholder: int, least: int) -> tuple[WrapValidator, WithJsonSchema]:
+    """What makes a field of numbers take ``auto``, too."""
+
+    def read(value: Any, number: ValidatorFunctionWrapHandler) -> int:
+        # What was read before is an Auto already.
+        if isinstance(value, Auto):
+            return value
+        return Auto(placeholder) if value == "auto" else int(number(value))
+
+    number_schema = {"type": "integer", "minimum": least}
+    return WrapValidator(read), WithJsonSchema({"anyOf": [number_schema, {"const": "auto"}]})
 
 
 class ServerConfig(Section):
@@ -358,8 +378,21 @@ class GgufModel(EngineModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
     )
-    gpu_layers: int = Field(
-        -1, ge=-1, description="Layers on the GPU; -1 is all of them. Ignored by a CPU build."
+    context_length: Annotated[int, *_or_auto(2048, 64)] = Field(
+        4096,
+        ge=64,
+        description="Prompt and completion tokens one request may use together; auto: as many as the model has, or as there is memory for.",
+    )
+    max_sequences: Annotated[int, *_or_auto(1, 1)] = Field(
+        16,
+        ge=1,
+        le=256,
+        description="Slots: requests that decode together in one batch; auto: 16, or as many as there is memory for.",
+    )
+    gpu_layers: Annotated[int, *_or_auto(-1, -1)] = Field(
+        -1,
+        ge=-1,
+        description="Layers on the GPU; -1 is all of them, auto as many as fit. Ignored by a CPU build.",
     )
 
     @model_validator(mode="after")

@@ -1,62 +1,97 @@
-"""How much memory a llama.cpp engine will take, estimated from its files before it runs.
-
-The estimate is meant to be too high rather than too low: a model that is let in and does not fit ends others.
-"""
+"""How much memory a llama.cpp engine will take, before it runs: the planner's estimate, for the model of a config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from serving.config import GgufModel
+from huggingface_hub import try_to_load_from_cache
+
+from serving.config import GgufModel, LlamaCppModel
 from serving.engines.launch import Files, Footprint
-from serving.models.gguf import Header, read_header
+from serving.models.description import ModelDescription, describe
+from serving.models.hub import HubSource
+from serving.models.requantize import type_name
+from serving.models.sources import ModelError, local_path
+from serving.planner.memory import Extras, Offload, Parts, memory_of
+from serving.planner.settings import Settings
+from serving.planner.weights import ModelWeights, of_files, predicted
 
 MIB = 2**20
-
-# An engine's process before it has a model: Python (of ours), its libraries, tables of the vocabulary.
-_PROCESS_BYTES = 128 * MIB
-# What CUDA keeps on a card for each process, and the memory the process keeps for it.
-_CUDA_CONTEXT_BYTES = 512 * MIB
-# Images on their way through a projector.
-_PROJECTOR_WORK_BYTES = 512 * MIB
-_KV_BYTES = 2  # F16
-_FLOAT_BYTES = 4
+# What a draft model is given to work on at once.
 _DRAFT_BATCH_TOKENS = 512
-# Activations that are alive together in a layer, as multiples of its width and of its feed-forward width.
-_WIDTHS, _FEED_FORWARD_WIDTHS = 8, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an engine's files hold, as far as memory depends on it."""
+
+    model: ModelDescription
+    weights: ModelWeights
+    projector_bytes: int | None = None
+    draft: ModelDescription | None = None
+    adapters_bytes: int = 0
 
 
 def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     """An upper estimate for a model that ``files`` hold; ``memory_mib`` of the config overrules it.
 
-    Reads the files' headers; raises ``GgufError`` and OSError.
+    Reads the files' headers; raises ``ModelError`` and OSError.
     """
-    header = read_header(files.model)
-    shape = _Shape.of(header)
-    total_bytes = files.model.stat().st_size + _state_bytes(shape, model)
-    rows = max(model.max_batch_tokens, model.max_sequences)
-    work_bytes = shape.work_bytes(rows, model.context_length)
-    total_bytes += work_bytes
-    for adapter in files.adapters.values():
-        total_bytes += adapter.path.stat().st_size
-    if files.projector is not None:
-        total_bytes += files.projector.stat().st_size + _PROJECTOR_WORK_BYTES
-    if files.draft_model is not None:
-        draft = _Shape.of(read_header(files.draft_model))
-        total_bytes += files.draft_model.stat().st_size
-        total_bytes += draft.kv_bytes(model.context_length)
-        total_bytes += draft.work_bytes(_DRAFT_BATCH_TOKENS, model.context_length)
-    host_bytes = _PROCESS_BYTES
-    gpu_bytes = 0.0
-    # The layer after the last block counts as one.
-    share = 1.0 if model.gpu_layers < 0 else min(1.0, model.gpu_layers / (shape.layers + 1))
-    if on_gpu and share > 0:
-        gpu_bytes = share * total_bytes + _CUDA_CONTEXT_BYTES
-        host_bytes += _CUDA_CONTEXT_BYTES
-        total_bytes = int((1 - share) * total_bytes)
-    host_mib = _mib(host_bytes + total_bytes) + model.prefix_cache_mib
+    return footprint_of(model, contents_of(files), on_gpu=on_gpu)
+
+
+def contents_of(files: Files) -> Contents:
+    """What is in files that have been prepared; raises ``ModelError``."""
+    described = describe(str(files.model))
+    return Contents(
+        described,
+        _weights(described),
+        None if files.projector is None else files.projector.stat().st_size,
+        None if files.draft_model is None else describe(str(files.draft_model)),
+        sum(adapter.path.stat().st_size for adapter in files.adapters.values()),
+    )
+
+
+def contents_here(model: GgufModel) -> Contents | None:
+    """What its files will hold once they are prepared; None if one of them is still to be downloaded.
+
+    Raises ``ModelError``, and OSError for an adapter that is not there.
+    """
+    paths = [_here(source) for source in (model.source, model.projector)]
+    draft = _here(model.draft_model) if isinstance(model, LlamaCppModel) else None
+    if paths[0] is None or (model.projector and paths[1] is None):
+        return None
+    if isinstance(model, LlamaCppModel) and model.draft_model and draft is None:
+        return None
+    contents = contents_of(Files(paths[0], paths[1], draft))
+    adapters_bytes = sum(_size_bytes(Path(adapter.path)) for adapter in model.adapters)
+    contents = replace(contents, adapters_bytes=adapters_bytes)
+    file_type = type_name(contents.model.gguf[0].header.file_type)
+    if model.quantization in (None, file_type):
+        return contents
+    weights = predicted(contents.model.architecture, model.quantization)
+    return replace(contents, weights=weights)
+
+
+def footprint_of(model: GgufModel, contents: Contents, *, on_gpu: bool) -> Footprint:
+    """An upper estimate for a model's settings."""
+    memory = memory_of(
+        contents.model.architecture,
+        contents.weights,
+        _settings(model, contents.model),
+        # One share: how it is split over several cards is for placement to say.
+        Offload((1.0,) if on_gpu else (), None if model.gpu_layers < 0 else model.gpu_layers),
+        Extras(
+            adapters_bytes=contents.adapters_bytes,
+            projector_bytes=contents.projector_bytes,
+            draft=_draft(contents.draft, model.context_length) if contents.draft else Parts(),
+        ),
+    )
+    gpu_bytes = sum(parts.total for parts in memory.cards)
     # Buffers are taken when they are first filled.
-    growth_mib = _mib((1 - share if on_gpu else 1) * work_bytes) + model.prefix_cache_mib
+    growth_mib = _mib(memory.host.compute) + model.prefix_cache_mib
+    host_mib = _mib(memory.host.total) + model.prefix_cache_mib
     found = Footprint(host_mib, _mib(gpu_bytes), growth_mib)
     if model.memory_mib is None:
         return found
@@ -65,71 +100,56 @@ def of_gguf(model: GgufModel, files: Files, *, on_gpu: bool) -> Footprint:
     return replace(found, host_mib=model.memory_mib, source="configured")
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What of a model's header decides its memory beside the weights."""
-
-    layers: int
-    width: int
-    feed_forward: int
-    vocabulary: int
-    kv_row_elements: int
-    state_elements: int
-    attention_heads: int
-    is_pooled: bool
-
-    @classmethod
-    def of(cls, header: Header) -> _Shape:
-        architecture = header.text("general.architecture") or ""
-
-        def number(key: str, default: int = 0) -> int:
-            value = header.integer(f"{architecture}.{key}")
-            return default if value is None else value
-
-        width, heads = number("embedding_length"), number("attention.head_count", 1)
-        # Models whose layers differ have lists here, which the reader skips: as many as heads then.
-        kv_heads = number("attention.head_count_kv", heads)
-        head_width = width // max(heads, 1)
-        keys, values = (
-            number("attention.key_length", head_width),
-            number("attention.value_length", head_width),
-        )
-        recurrent = number("ssm.inner_size") * (
-            number("ssm.state_size") + number("ssm.conv_kernel")
-        )
-        embeddings = header.tensors.get("token_embd.weight")
-        return cls(
-            layers=number("block_count"),
-            width=width,
-            feed_forward=number("feed_forward_length", 4 * width),
-            vocabulary=embeddings.shape[-1] if embeddings else 0,
-            kv_row_elements=kv_heads * (keys + values),
-            state_elements=recurrent,
-            attention_heads=heads,
-            is_pooled=header.integer(f"{architecture}.pooling_type") is not None,
-        )
-
-    def kv_bytes(self, cells: int) -> int:
-        return self.layers * cells * self.kv_row_elements * _KV_BYTES
-
-    def work_bytes(self, rows: int, context_length: int) -> int:
-        """Buffers of a batch: activations, the attention's mask, and the scores of all tokens."""
-        if self.is_pooled:
-            # All of a text at once, every token looking at every other.
-            rows = max(rows, context_length)
-            scores = self.attention_heads * rows
-        else:
-            scores = self.vocabulary
-        activations = _WIDTHS * self.width + _FEED_FORWARD_WIDTHS * self.feed_forward
-        return rows * (activations + scores + 2 * context_length) * _FLOAT_BYTES
+def _here(source: str | None) -> Path | None:
+    """The file that a source names, if it is on this machine."""
+    if source is None:
+        return None
+    if not HubSource.is_one(source):
+        return local_path(source)
+    hub = HubSource.parse(source)
+    if hub.file is None:
+        raise ModelError(f"{source} names no file; name one: {source}/FILE.gguf")
+    cached = try_to_load_from_cache(hub.repo_id, hub.file, revision=hub.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
-def _state_bytes(shape: _Shape, model: GgufModel) -> int:
-    if shape.is_pooled:
-        return shape.kv_bytes(max(model.max_batch_tokens, model.context_length))
-    states = shape.layers * shape.state_elements * _FLOAT_BYTES * model.max_sequences
-    outputs = shape.vocabulary * _FLOAT_BYTES * model.max_sequences
-    return shape.kv_bytes(model.kv_cells) + states + outputs
+def _settings(model: GgufModel, described: ModelDescription) -> Settings:
+    is_ours = isinstance(model, LlamaCppModel)
+    if is_ours and _is_pooled(described):
+        # Texts are read whole, one or several at a time.
+        tokens = max(model.max_batch_tokens, model.context_length)
+        return Settings(tokens, batch_tokens=tokens, is_pooled=True)
+    return Settings(
+        context_length=model.context_length,
+        slots=model.max_sequences,
+        batch_tokens=model.max_batch_tokens,
+        pool_tokens=model.kv_tokens if isinstance(model, LlamaCppModel) else None,
+        has_full_windows=is_ours,
+    )
+
+
+def _draft(described: ModelDescription, context_length: int) -> Parts:
+    settings = Settings(context_length, batch_tokens=_DRAFT_BATCH_TOKENS)
+    host = memory_of(described.architecture, _weights(described), settings).host
+    return replace(host, overhead=0)  # it is in the same process
+
+
+def _weights(described: ModelDescription) -> ModelWeights:
+    if not described.gguf:
+        raise ModelError(f"{described.source} is not a GGUF file")
+    parts = ((part.header, part.size_bytes) for part in described.gguf)
+    return of_files(parts, len(described.architecture.layers))
+
+
+def _is_pooled(described: ModelDescription) -> bool:
+    key = f"{described.architecture.family}.pooling_type"
+    return described.gguf[0].header.integer(key) is not None
+
+
+def _size_bytes(adapter: Path) -> int:
+    """Of a GGUF file, or of the weights in a PEFT folder, which is about what it is converted to."""
+    files = adapter.glob("*.safetensors") if adapter.is_dir() else [adapter]
+    return sum(file.stat().st_size for file in files)
 
 
 def _mib(size_bytes: float) -> int:

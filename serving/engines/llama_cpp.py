@@ -12,7 +12,6 @@ from serving.engines.footprint import of_gguf
 from serving.engines.gguf_files import files_of
 from serving.engines.launch import Files, Footprint, Launch, environment_of
 from serving.hardware.cpu import physical_cores
-from serving.models.gguf import GgufError
 from serving.models.sources import ModelError
 
 
@@ -51,8 +50,8 @@ class LlamaCppLauncher:
         """From the headers of its files; raises :class:`ModelError`."""
         try:
             return of_gguf(model, files, on_gpu=on_gpu)
-        except (GgufError, OSError) as error:
-            raise ModelError(f"cannot read {files.model}: {error}") from error
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
 
     def launch(
         self,

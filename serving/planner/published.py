@@ -1,0 +1,38 @@
+"""Where GGUF files of models of the catalog are published: those that are known to be there under these names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_QWEN_MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+# By name of the catalog: the file, with {mixture} in it, and which mixtures there are.
+_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **{
+        f"qwen3-{size.casefold()}": (
+            f"hf://Qwen/Qwen3-{size}-GGUF/Qwen3-{size}-{{mixture}}.gguf",
+            _QWEN_MIXTURES,
+        )
+        for size in ("4B", "8B", "14B", "32B", "30B-A3B")
+    },
+    "gpt-oss-20b": (
+        "hf://lmstudio-community/gpt-oss-20b-GGUF/gpt-oss-20b-MXFP4.gguf",
+        ("MXFP4_MOE",),
+    ),
+    "llama-3.3-70b-instruct": (
+        "hf://bartowski/Llama-3.3-70B-Instruct-GGUF/Llama-3.3-70B-Instruct-{mixture}.gguf",
+        ("Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+    ),
+}
+
+
+def source_of(name: str, mixture: str) -> tuple[str, str | None] | None:
+    """A ``source`` for a config, and the ``quantization`` to make of it if it is not published so; None if unknown."""
+    known = _FILES.get(name)
+    if known is None:
+        return None
+    file, mixtures = known
+    if mixture in mixtures:
+        return file.format(mixture=mixture), None
+    if "Q8_0" not in mixtures or mixture in ("BF16", "F16"):
+        return None
+    return file.format(mixture="Q8_0"), mixture

@@ -1,0 +1,55 @@
+"""What an engine is asked to hold: sequences, tokens of each, and how they are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# llama.cpp rounds what it keeps of a sequence up to so many tokens.
+_CELL_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of a llama.cpp engine that memory depends on.
+
+    ``pool_tokens`` is a cache that all slots share; without it each slot has ``context_length`` of its own.
+    ``has_full_windows`` keeps also those tokens that layers with a sliding window see no more, so that prompts
+    can be taken back: rigserve's own engine does, llama-server does not.
+    """
+
+    context_length: int
+    slots: int = 1
+    batch_tokens: int = 512
+    pool_tokens: int | None = None
+    key_type: str = "F16"
+    value_type: str = "F16"
+    has_flash_attention: bool = True
+    has_full_windows: bool = True
+    # Embeddings: a text is read once, in one step, and no tokens are scored.
+    is_pooled: bool = False
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of one step."""
+        return min(max(self.batch_tokens, self.slots), self.streams * self.cells)
+
+    @property
+    def streams(self) -> int:
+        """Caches that are kept apart."""
+        return 1 if self.pool_tokens is not None else self.slots
+
+    @property
+    def cells(self) -> int:
+        """Tokens that one cache holds, of layers that see all."""
+        return _padded(self.pool_tokens or self.context_length)
+
+    def cells_of(self, window_tokens: int | None) -> int:
+        """Tokens that one cache holds, of layers that see so far back (None: to the beginning)."""
+        if window_tokens is None or self.has_full_windows:
+            return self.cells
+        seen = window_tokens * (self.slots if self.pool_tokens is not None else 1)
+        return _padded(min(self.cells, seen + self.step_tokens))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _CELL_BLOCK) * _CELL_BLOCK
