@@ -353,9 +353,6 @@ class GgufModel(EngineModel):
         None,
         description="What the source's file must have, before quantization; otherwise it is not served.",
     )
-    context_length: int = Field(
-        4096, ge=64, description="Prompt and completion tokens one request may use together."
-    )
     quantization: Quantization | None = Field(
         None,
         description="Serve a copy requantized to this type, made once and cached. Unset: as is.",
