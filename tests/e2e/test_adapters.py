@@ -90,7 +90,7 @@ def parents(rig: RigServer) -> dict[str, str | None]:
 class Stream(threading.Thread):
     """A long answer that is being read."""
 
-    tokens = 160
+    tokens = 240
 
     def __init__(self, rig: RigServer, model: str) -> None:
         super().__init__()

@@ -251,7 +251,7 @@ class Load:
             except openai.OpenAIError as failure:
                 self.failures.append(failure)
 
-    def more(self, count: int = 4) -> None:
+    def more(self, count: int = 6) -> None:
         """Wait for so many more answers."""
         wanted = len(self.answers) + count
         wait_for(lambda: len(self.answers) >= wanted or self.failures, "it is answered", 60)
