@@ -1,15 +1,19 @@
-"""LoRA adapters that a running engine loads and drops, by the calls that vLLM named."""
+"""LoRA adapters: their files made ready, and how a running engine loads and drops them, by the calls that vLLM named."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import orjson
 
+from serving.config import AdapterConfig
 from serving.engines.launch import AdapterFile
+from serving.models.checksums import digest_of, verify
+from serving.models.sources import ModelError
 
 # Reading and checking a large file on a slow disk takes its time.
 _TIMEOUT = aiohttp.ClientTimeout(total=120.0)
@@ -17,6 +21,21 @@ _TIMEOUT = aiohttp.ClientTimeout(total=120.0)
 
 class AdapterError(Exception):
     """An engine did not load or drop an adapter; the message says why."""
+
+
+def adapter_file(
+    adapter: AdapterConfig, cache_dir: Path, prepare: Callable[[Path], Path]
+) -> AdapterFile:
+    """An adapter of the config, compared with its checksum, and made by ``prepare`` into what its engine reads.
+
+    May take long. Raises :class:`ModelError`.
+    """
+    path = Path(adapter.path)
+    try:
+        verify(path, adapter.sha256, cache_dir, "sha256")
+        return AdapterFile(prepare(path), adapter.scale, digest_of(path, cache_dir))
+    except (ModelError, OSError) as error:
+        raise ModelError(f"the adapter '{adapter.name}': {error}") from error
 
 
 class AdapterCalls:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serving.config import AdapterConfig, GgufModel, LlamaCppModel
-from serving.engines.launch import AdapterFile, Files
+from serving.config import GgufModel, LlamaCppModel
+from serving.engines.adapters import adapter_file
+from serving.engines.launch import Files
 from serving.models.adapter_files import prepare_adapter
-from serving.models.checksums import digest_of, verify
+from serving.models.checksums import verify
 from serving.models.gguf import GgufError, read_header
 from serving.models.requantize import prepare
 from serving.models.sources import ModelError, resolve
@@ -36,7 +37,12 @@ def files_of(model: GgufModel, cache_dir: Path) -> Files:
         projector=projector,
         draft_model=draft_model,
         pooling=pooling,
-        adapters={each.name: _adapter(each, file, cache_dir) for each in model.adapters},
+        adapters={
+            each.name: adapter_file(
+                each, cache_dir, lambda path: prepare_adapter(path, file, cache_dir)
+            )
+            for each in model.adapters
+        },
     )
 
 
@@ -44,16 +50,6 @@ def _checked(source: str, sha256: str | None, cache_dir: Path, key: str) -> Path
     path = resolve(source)
     verify(path, sha256, cache_dir, key)
     return path
-
-
-def _adapter(adapter: AdapterConfig, base: Path, cache_dir: Path) -> AdapterFile:
-    path = Path(adapter.path)
-    try:
-        verify(path, adapter.sha256, cache_dir, "sha256")
-        file = prepare_adapter(path, base, cache_dir)
-        return AdapterFile(file, adapter.scale, digest_of(path, cache_dir))
-    except (ModelError, OSError) as error:
-        raise ModelError(f"the adapter '{adapter.name}': {error}") from error
 
 
 def _pooling_of(file: Path) -> int | None:

@@ -214,6 +214,18 @@ def test_adapters_in_the_config(tmp_path: Path) -> None:
     assert (code.name, code.scale) == ("code", 0.5)
 
 
+def test_an_adapter_may_be_a_folder_of_pefts(tmp_path: Path) -> None:
+    for name in ("base.gguf", "code.gguf"):
+        (tmp_path / name).touch()
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "adapter_config.json").touch()
+    path = tmp_path / "rig.yaml"
+    sums = f"path: law, sha256: {'AB' * 32}"
+    path.write_text(CONFIG.replace("path: law.gguf", sums))
+    law, _ = load_config(path).models[0].adapters
+    assert (law.path, law.sha256) == (str(tmp_path / "law"), "ab" * 32)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
@@ -222,6 +234,11 @@ def test_adapters_in_the_config(tmp_path: Path) -> None:
         ("name: code", "name: other", "8: models[0].adapters[1].name: the name 'other' is taken"),
         ("scale: 0.5", "scale: strong", "adapters[1].scale: expected a number; got 'strong'"),
         ("scale: 0.5", "weight: 0.5", "adapters[1].weight: unknown key; known: name, path, scale"),
+        ("scale: 0.5", "sha256: abc", "adapters[1].sha256: 'abc' is no SHA-256, which has 64"),
+        ("source: base.gguf", "source: base.gguf\n    sha256: x", "models[0].sha256: 'x' is no"),
+        ("path: law.gguf", "path: .", "models[0].adapters[0].path: the folder "),
+        ("aliases: [other]", f"projector_sha256: {'a' * 64}", "there is no projector; set both"),
+        ("aliases: [other]", f"draft_model_sha256: {'a' * 64}", "there is no draft_model; set"),
         ("name: law, ", "", "7: models[0].adapters[0].name: this key is required"),
     ],
 )
