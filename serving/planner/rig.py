@@ -133,7 +133,7 @@ def assumed_rig(
         (each.card for each in cards if each.card and each.card.has_unified_memory), None
     )
     if unified is not None:
-        memory_mib = unified.memory_mib
+        memory_mib = int(_share_of_one_memory(unified) * unified.memory_mib)
     host = _host(
         "a desktop's processor",
         ((memory_mib or _ASSUMED_MEMORY_MIB) - reserve_mib) * MIB,
@@ -142,6 +142,13 @@ def assumed_rig(
         ("AVX2",),
     )
     return Rig(host, cards, is_assumed=True)
+
+
+def _share_of_one_memory(card: Card) -> float:
+    """What a machine's GPU may use of its one memory: macOS keeps the rest (recommendedMaxWorkingSetSize)."""
+    if card.architecture.vendor != "apple":
+        return 1.0
+    return 2 / 3 if card.memory_mib <= 36 * 1024 else 3 / 4
 
 
 def _host(
