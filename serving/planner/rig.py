@@ -89,6 +89,10 @@ def together(cards: Sequence[Device]) -> Device:
     )
 
 
+# Apple does not say how fast its GPUs run from the M3 on; the M2's are measured at this.
+_UNKNOWN_CLOCK_MHZ = 1400
+
+
 class RigError(Exception):
     """A rig cannot be told; the message says which card, and what to do."""
 
@@ -172,6 +176,8 @@ def device_of(card: Card, *, reserve_mib: int, free_mib: int | None = None) -> D
     """A card of the catalog, less what is to stay free on it; ``free_mib`` is what a real one has left."""
     there_mib = card.memory_mib if free_mib is None else free_mib
     half = 0.5 if card.has_half_rate_fp32_sums else 1.0
+    if card.rated_mhz is None:
+        card = replace(card, rated_mhz=_UNKNOWN_CLOCK_MHZ)
     fp16 = card.tera_per_second("fp16") or 0.0
     is_shared_amd = card.architecture.vendor == "amd" and card.has_unified_memory
     return Device(
