@@ -186,7 +186,8 @@ def device_of(card: Card, *, reserve_mib: int, free_mib: int | None = None) -> D
         memory_bytes=max(0, there_mib - reserve_mib) * MIB,
         bandwidth_bytes=card.bandwidth_gb_per_second * 1e9,
         int8_operations=(card.tera_per_second("int8") or fp16) * 1e12,
-        fp16_operations=half * fp16 * 1e12,
+        # Pascal is slower in FP16 than in FP32.
+        fp16_operations=max(half * fp16, card.tera_per_second("fp32") or 0.0) * 1e12,
         watts=card.power_watts,
         price_usd=card.launch_price_usd,
         card=card,
