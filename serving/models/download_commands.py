@@ -48,7 +48,7 @@ _INTERRUPTED = 130
 def add_download_actions(actions: Any, *, default_config: Path, fit_warning: FitWarning) -> None:
     """Add them to the ``actions`` of ``rigserve models``. What they run raises ``ModelError``.
 
-    ``fit_warning`` is asked before a download.
+    ``fit_warning`` is asked before a download; what it says is printed, and who is at a terminal is asked.
     """
     action = actions.add_parser("search", help="find models: in the catalog, and on the Hub")
     action.add_argument("words", metavar="WORDS", help="part of a name, such as qwen3 or coder")
@@ -149,6 +149,7 @@ def _pull(args: argparse.Namespace) -> int:
             f"{args.source!r} is neither hf://ORG/REPO/FILE.gguf nor in the catalog; "
             f"look for it: rigserve models search {args.source}"
         )
+    disable_progress_bars()  # the library's; there is one of ours
     fetch = look_up(source, args.include)
     if not fetch.missing_bytes:
         print(f"{source}: all {len(fetch.files)} files are here already", file=sys.stderr)
@@ -163,9 +164,9 @@ def _pull(args: argparse.Namespace) -> int:
             f"{fetch.missing_bytes / 1e9:.2f} GB of {fetch.total_bytes / 1e9:.2f} GB",
             file=sys.stderr,
         )
-        if warning is not None and not args.yes and not _is_agreed("Download it all the same?"):
+        is_asked = warning is not None and not args.yes and sys.stdin.isatty()
+        if is_asked and not _is_agreed("Download it all the same?"):
             return 1
-    disable_progress_bars()
     try:
         with _Shown(fetch.missing_bytes) as shown:
             files = fetch_files(fetch, shown.here)
@@ -187,7 +188,10 @@ class _Shown:
         self._is_terminal = console.is_terminal
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or not total_bytes,
         )
         self._task = self._bar.add_task("", total=total_bytes or None)
 

@@ -140,9 +140,10 @@ def _ask(source: str, hub: HubSource, wanted: Sequence[str]) -> tuple[HubFile, .
             )
         except DryRunError as error:
             raise error.__cause__ or error from None
+    # They come in the order in which the server answered.
     return tuple(
         HubFile(info.filename, info.file_size or 0, is_here=not info.will_download)
-        for info in infos
+        for info in sorted(infos, key=lambda info: info.filename)
     )
 
 

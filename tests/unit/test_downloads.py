@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import subprocess
 import sys
@@ -75,7 +76,11 @@ class Machine:
         }
 
     def models(
-        self, *arguments: str, url: str | None = None, too_big: bool = False
+        self,
+        *arguments: str,
+        url: str | None = None,
+        too_big: bool = False,
+        stdin: int = subprocess.DEVNULL,
     ) -> tuple[int, str, str]:
         """`rigserve models`, without what the whole command has to import; its status and output."""
         warning = "f'{source} is too big'" if too_big else "None"
@@ -86,7 +91,7 @@ class Machine:
             text=True,
             timeout=60,
             check=False,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
         )
         return result.returncode, result.stdout, result.stderr
 
@@ -241,12 +246,21 @@ def test_a_download_that_the_disk_has_no_room_for_is_not_begun() -> None:
 
 
 def test_a_model_that_will_not_fit_is_warned_of_before_it_is_fetched(machine: Machine) -> None:
-    """The planner's word, and nobody at a terminal to say that it is wanted all the same."""
     status, out, err = machine.models("pull", Q4, too_big=True)
-    assert (status, out) == (1, "")
-    assert f"warning: {Q4} is too big" in err
-    status, out, err = machine.models("pull", Q4, "--yes", too_big=True)
-    assert (status, Path(out.strip()).is_file()) == (0, True), err
+    assert (status, Path(out.strip()).is_file()) == (0, True)
+    warning, counts, *_ = err.splitlines()
+    assert warning == f"warning: {Q4} is too big"
+    assert counts.startswith(f"{Q4}: 1 of 1 files")
+
+
+def test_who_is_at_a_terminal_is_asked_about_what_will_not_fit(machine: Machine) -> None:
+    for answer, status in (("n", 1), ("y", 0)):
+        ours, terminal = pty.openpty()
+        os.write(ours, f"{answer}\n".encode())
+        found = machine.models("pull", Q4, too_big=True, stdin=terminal)
+        os.close(ours)
+        os.close(terminal)
+        assert (found[0], "Download it all the same? [y/N]" in found[1]) == (status, True)
 
 
 def test_the_command_itself(machine: Machine) -> None:
