@@ -104,27 +104,23 @@ class Fitting:
         self, model: _Model, contents: Contents, others: Sequence[Resident]
     ) -> _Model | None:
         """All layers on cards if that goes, then sequences for chats, then the longest context."""
-        longest = contents.model.architecture.context_length // _CELLS * _CELLS or _CELLS
+        longest = self._longest(model, contents)
         layers = len(contents.model.architecture.layers)
         choices: dict[str, list[int]] = {
             "gpu_layers": [-1, *range(layers, -1, -1)],
             "max_sequences": list(_MOST_SEQUENCES),
-            "context_length": [
-                *(each for each in (longest,) if each <= _LONGEST_CONTEXTS[0]),
-                *(each for each in _LONGEST_CONTEXTS if each < longest),
-            ],
+            "context_length": [longest, *(each for each in _LONGEST_CONTEXTS if each < longest)],
         }
-        least = model.model_copy(
-            update={"context_length": min(model.context_length, longest)}
-            if isinstance(model.context_length, Auto)
-            else {}
-        )
+        is_open = isinstance(model.context_length, Auto)
+        least = model
+        if is_open:
+            least = model.model_copy(update={"context_length": min(model.context_length, longest)})
         for key in ("gpu_layers", "max_sequences", "context_length"):
             if not isinstance(getattr(model, key), Auto):
                 continue
-            # A sequence is worth more than context beyond a chat's, and that more than a sequence.
             trial = least
-            if key == "max_sequences" and isinstance(model.context_length, Auto):
+            if key == "max_sequences" and is_open:
+                # Slots are for chats; longer texts come after them.
                 trial = least.model_copy(update={"context_length": min(_CHAT_CONTEXT, longest)})
             number = next(
                 (
@@ -137,6 +133,13 @@ class Fitting:
             if number is not None:
                 least = least.model_copy(update={key: number})
         return least if self._fits(least, contents, others) else None
+
+    def _longest(self, model: _Model, contents: Contents) -> int:
+        """The context that it was trained for, or that a shared pool can hold, in whole blocks of cells."""
+        longest = min(contents.model.architecture.context_length, _LONGEST_CONTEXTS[0])
+        if isinstance(model, LlamaCppModel) and model.kv_tokens is not None:
+            longest = min(longest, model.kv_tokens)
+        return max(longest // _CELLS, 1) * _CELLS
 
     def _contents(self, model: _Model, *, fetch: bool) -> Contents | None:
         if fetch:

@@ -65,6 +65,11 @@ def test_one_number_is_found_beside_another_that_is_given(tmp_path: Path, model_
     assert 1 < model.max_sequences < 16
 
 
+def test_a_shared_pool_bounds_the_context(tmp_path: Path, model_path: Path) -> None:
+    text = f"{{name: smol, source: {model_path}, context_length: auto, kv_tokens: 1024}}"
+    assert filled(config_of(tmp_path, text), tmp_path).context_length == 1024
+
+
 def test_what_is_loaded_with_it_has_its_room_first(tmp_path: Path, model_path: Path) -> None:
     auto = f"{{name: smol, source: {model_path}, context_length: auto, max_sequences: 1}}"
     other = f"{{name: other, source: {model_path}, context_length: 4096, max_sequences: 8}}"
