@@ -71,7 +71,7 @@ class Fitting:
                     f"{model.name}: whether it fits is known once it is here; before, `rigserve plan {model.source}` tells"
                 )
             elif not self._fits(model, contents, ()):
-                problems.append(self._too_large(index, model, contents))
+                problems.append(self._too_large(index, model, contents, ()))
         if problems:
             raise ConfigError(problems)
         return tuple(lines)
@@ -93,7 +93,7 @@ class Fitting:
             others = self._residents(each for each in models if each is not model)
             filled = self._filled(model, contents, others)
             if filled is None:
-                raise ConfigError([self._too_large(index, model, contents)])
+                raise ConfigError([self._too_large(index, model, contents, others)])
             models[index] = filled
             numbers = ", ".join(f"{key}: {getattr(filled, key)}" for key in _open_keys(model))
             needs = _shown(self._footprint(filled, contents))
@@ -181,19 +181,22 @@ class Fitting:
             if not model.devices or {str(card.index), card.uuid} & set(model.devices)
         )
 
-    def _too_large(self, index: int, model: _Model, contents: Contents) -> Problem:
+    def _too_large(
+        self, index: int, model: _Model, contents: Contents, others: Sequence[Resident]
+    ) -> Problem:
         there = ", ".join(
             f"{'main memory' if device.id == HOST else device.id}: {device.budget_mib:,} MiB"
             for device in self._devices
         )
+        beside = f" beside {', '.join(each.id for each in others)}" if others else ""
         return Problem(
             Path("config"),
             None,
             f"models[{index}]",
-            f"{model.name} does not fit: it needs {_shown(self._footprint(model, contents))}; for engines there "
-            f"are {there}. Serve less of it (quantization, context_length, max_sequences, prefix_cache_mib, "
-            "gpu_layers; `rigserve plan` shows what fits), or correct the figures: memory_mib of the model, "
-            "memory.budget_mib",
+            f"{model.name} does not fit{beside}: it needs {_shown(self._footprint(model, contents))}; for engines "
+            f"there are {there}. Serve less of it (quantization, context_length, max_sequences, "
+            "prefix_cache_mib, gpu_layers; `rigserve plan` shows what fits), or correct the figures: memory_mib "
+            "of the model, memory.budget_mib",
         )
 
 
