@@ -19,12 +19,14 @@ from serving.models.architecture import (
     LatentAttention,
     Layer,
     Recurrent,
+    Weight,
 )
 from serving.planner.quantization import stored_weights, types_of, weight_bytes
 
 _ALIGNMENT_BYTES = 32
 # What llama.cpp calls a tensor in one family only.
 _OTHER_NAMES = {("lfm2", "output_norm.weight"): "token_embd_norm.weight"}
+_ROTATIONS = "rope_freqs.weight"
 _Value = int | float | bool | list[int] | list[bool]
 
 
@@ -34,12 +36,12 @@ def write_skeleton(path: Path, architecture: Architecture, mixture: str) -> Path
     for key, value in _metadata(architecture):
         _add(writer, f"{architecture.family}.{key}", value)
     writer.add_tokenizer_model("no_vocab")
-    types = types_of(architecture, mixture)
+    types = types_of(architecture, mixture) | {_ROTATIONS: "F32"}
     data_bytes = 0
-    for weight in stored_weights(architecture):
+    for weight in _weights(architecture):
         size_bytes = weight_bytes(weight, types[weight.name])
         writer.add_tensor_info(
-            _OTHER_NAMES.get((architecture.family, weight.name), weight.name),
+            _name(architecture.family, weight.name),
             weight.shape[::-1],
             np.dtype(np.float32),  # the next argument counts
             size_bytes,
@@ -53,6 +55,25 @@ def write_skeleton(path: Path, architecture: Architecture, mixture: str) -> Path
     with path.open("r+b") as file:
         file.truncate(_aligned(path.stat().st_size) + data_bytes)
     return path
+
+
+def _weights(architecture: Architecture) -> Iterator[Weight]:
+    """Those of the file, and what one family asks for beside them: a factor for each rotated pair."""
+    yield from stored_weights(architecture)
+    if architecture.family == "gemma4":
+        yield Weight(_ROTATIONS, (_global(architecture.layers).key_width // 2,))
+
+
+def _name(family: str, name: str) -> str:
+    if family == "gemma4":  # its dense network beside the experts
+        return name.replace("_shexp", "")
+    return _OTHER_NAMES.get((family, name), name)
+
+
+def _global(layers: tuple[Layer, ...]) -> Attention:
+    """The attention of a layer that sees everything."""
+    attentions = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention)]
+    return next((each for each in attentions if each.window_tokens is None), attentions[0])
 
 
 def _aligned(size_bytes: int) -> int:
@@ -72,8 +93,9 @@ def _metadata(architecture: Architecture) -> Iterator[tuple[str, _Value]]:
     yield "logit_scale", 1.0
     yield "rope.dimension_sections", [8, 12, 12, 0]
     yield "expert_gating_func", 2
+    yield "embedding_length_per_layer_input", 0
     yield from _of_attention(layers)
-    yield from _of_feed_forward(layers)
+    yield from _of_feed_forward(layers, architecture.family)
     yield from _of_recurrence(layers, architecture.width)
 
 
@@ -96,7 +118,7 @@ def _of_attention(layers: tuple[Layer, ...]) -> Iterator[tuple[str, _Value]]:
     if not attentions:
         yield "attention.head_count", 0
         return
-    first = next((each for each in attentions if each.window_tokens is None), attentions[0])
+    first = _global(layers)
     yield "attention.key_length", first.key_width
     yield "attention.value_length", first.value_width
     yield "attention.head_count", first.heads
@@ -118,10 +140,10 @@ def _of_attention(layers: tuple[Layer, ...]) -> Iterator[tuple[str, _Value]]:
         yield "attention.value_length_swa", windows[0].value_width
 
 
-def _of_feed_forward(layers: tuple[Layer, ...]) -> Iterator[tuple[str, _Value]]:
+def _of_feed_forward(layers: tuple[Layer, ...], family: str) -> Iterator[tuple[str, _Value]]:
     parts = [layer.feed_forward for layer in layers]
     experts = next((part for part in parts if isinstance(part, Experts)), None)
-    yield "feed_forward_length", [_width(part) for part in parts]
+    yield "feed_forward_length", [_width(part, family) for part in parts]
     if experts is None:
         return
     yield "expert_count", experts.count
@@ -134,7 +156,9 @@ def _of_feed_forward(layers: tuple[Layer, ...]) -> Iterator[tuple[str, _Value]]:
     yield "interleave_moe_layer_step", _step(parts)
 
 
-def _width(part: FeedForward | Experts | None) -> int:
+def _width(part: FeedForward | Experts | None, family: str) -> int:
+    if family == "gemma4" and isinstance(part, Experts):
+        return part.shared_width
     return 0 if part is None else part.width
 
 

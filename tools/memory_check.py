@@ -29,7 +29,7 @@ MODELS = (
     "mistral-7b-instruct-v0.3", "mistral-nemo-instruct-2407", "mistral-small-3.2-24b-instruct-2506",
     "mixtral-8x7b-instruct-v0.1", "qwen2.5-0.5b-instruct", "qwen2.5-7b-instruct", "qwen2.5-32b-instruct",
     "qwen3-0.6b", "qwen3-8b", "qwen3-32b", "qwen3-30b-a3b", "qwen3-235b-a22b", "qwen3-next-80b-a3b-instruct",
-    "qwen3.5-27b", "qwen3.5-35b-a3b", "gemma-2-9b-it", "gemma-3-4b-it", "gemma-3-27b-it", "phi-4",
+    "qwen3.5-27b", "qwen3.5-35b-a3b", "gemma-2-9b-it", "gemma-3-4b-it", "gemma-3-27b-it", "gemma-4-31b-it", "gemma-4-26b-a4b-it", "phi-4",
     "phi-3.5-mini-instruct", "phi-4-mini-instruct", "deepseek-v2-lite-chat", "deepseek-v3", "glm-4-9b-0414",
     "glm-4.5-air", "gpt-oss-20b", "gpt-oss-120b", "olmo-2-1124-7b-instruct", "granite-3.3-8b-instruct",
     "lfm2-1.2b", "nvidia-nemotron-3-nano-30b-a3b-bf16", "minimax-m2.5", "seed-oss-36b-instruct",
@@ -107,7 +107,7 @@ def wrong_types(
         mixtures, llama_cpp_says("types", path, list(mixtures)), strict=True
     ):
         ours = types_of(architecture, mixture)
-        wrong = [tensor for tensor, kind in chosen.items() if ours.get(_ours(tensor)) != kind]
+        wrong = [tensor for tensor, kind in chosen.items() if ours.get(_ours(tensor), kind) != kind]
         counts.append((len(wrong), len(chosen)))
     return counts
 

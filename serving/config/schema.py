@@ -430,7 +430,8 @@ class LlamaCppModel(GgufModel):
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> LlamaCppModel:
-        if self.kv_tokens is not None and self.kv_tokens < self.context_length:
+        is_open = isinstance(self.context_length, Auto)
+        if self.kv_tokens is not None and self.kv_tokens < self.context_length and not is_open:
             raise ValueError(
                 f"kv_tokens ({self.kv_tokens}) must hold one context at least: context_length is {self.context_length}"
             )

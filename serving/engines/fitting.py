@@ -71,7 +71,7 @@ class Fitting:
                     f"{model.name}: whether it fits is known once it is here; before, `rigserve plan {model.source}` tells"
                 )
             elif not self._fits(model, contents, ()):
-                problems.append(self._too_large(index, model, contents))
+                problems.append(self._too_large(index, model, contents, ()))
         if problems:
             raise ConfigError(problems)
         return tuple(lines)
@@ -93,7 +93,7 @@ class Fitting:
             others = self._residents(each for each in models if each is not model)
             filled = self._filled(model, contents, others)
             if filled is None:
-                raise ConfigError([self._too_large(index, model, contents)])
+                raise ConfigError([self._too_large(index, model, contents, others)])
             models[index] = filled
             numbers = ", ".join(f"{key}: {getattr(filled, key)}" for key in _open_keys(model))
             needs = _shown(self._footprint(filled, contents))
@@ -104,27 +104,23 @@ class Fitting:
         self, model: _Model, contents: Contents, others: Sequence[Resident]
     ) -> _Model | None:
         """All layers on cards if that goes, then sequences for chats, then the longest context."""
-        longest = contents.model.architecture.context_length // _CELLS * _CELLS or _CELLS
+        longest = self._longest(model, contents)
         layers = len(contents.model.architecture.layers)
         choices: dict[str, list[int]] = {
             "gpu_layers": [-1, *range(layers, -1, -1)],
             "max_sequences": list(_MOST_SEQUENCES),
-            "context_length": [
-                *(each for each in (longest,) if each <= _LONGEST_CONTEXTS[0]),
-                *(each for each in _LONGEST_CONTEXTS if each < longest),
-            ],
+            "context_length": [longest, *(each for each in _LONGEST_CONTEXTS if each < longest)],
         }
-        least = model.model_copy(
-            update={"context_length": min(model.context_length, longest)}
-            if isinstance(model.context_length, Auto)
-            else {}
-        )
+        is_open = isinstance(model.context_length, Auto)
+        least = model
+        if is_open:
+            least = model.model_copy(update={"context_length": min(model.context_length, longest)})
         for key in ("gpu_layers", "max_sequences", "context_length"):
             if not isinstance(getattr(model, key), Auto):
                 continue
-            # A sequence is worth more than context beyond a chat's, and that more than a sequence.
             trial = least
-            if key == "max_sequences" and isinstance(model.context_length, Auto):
+            if key == "max_sequences" and is_open:
+                # Slots are for chats; longer texts come after them.
                 trial = least.model_copy(update={"context_length": min(_CHAT_CONTEXT, longest)})
             number = next(
                 (
@@ -137,6 +133,13 @@ class Fitting:
             if number is not None:
                 least = least.model_copy(update={key: number})
         return least if self._fits(least, contents, others) else None
+
+    def _longest(self, model: _Model, contents: Contents) -> int:
+        """The context that it was trained for, or that a shared pool can hold, in whole blocks of cells."""
+        longest = min(contents.model.architecture.context_length, _LONGEST_CONTEXTS[0])
+        if isinstance(model, LlamaCppModel) and model.kv_tokens is not None:
+            longest = min(longest, model.kv_tokens)
+        return max(longest // _CELLS, 1) * _CELLS
 
     def _contents(self, model: _Model, *, fetch: bool) -> Contents | None:
         if fetch:
@@ -178,19 +181,22 @@ class Fitting:
             if not model.devices or {str(card.index), card.uuid} & set(model.devices)
         )
 
-    def _too_large(self, index: int, model: _Model, contents: Contents) -> Problem:
+    def _too_large(
+        self, index: int, model: _Model, contents: Contents, others: Sequence[Resident]
+    ) -> Problem:
         there = ", ".join(
             f"{'main memory' if device.id == HOST else device.id}: {device.budget_mib:,} MiB"
             for device in self._devices
         )
+        beside = f" beside {', '.join(each.id for each in others)}" if others else ""
         return Problem(
             Path("config"),
             None,
             f"models[{index}]",
-            f"{model.name} does not fit: it needs {_shown(self._footprint(model, contents))}; for engines there "
-            f"are {there}. Serve less of it (quantization, context_length, max_sequences, prefix_cache_mib, "
-            "gpu_layers; `rigserve plan` shows what fits), or correct the figures: memory_mib of the model, "
-            "memory.budget_mib",
+            f"{model.name} does not fit{beside}: it needs {_shown(self._footprint(model, contents))}; for engines "
+            f"there are {there}. Serve less of it (quantization, context_length, max_sequences, "
+            "prefix_cache_mib, gpu_layers; `rigserve plan` shows what fits), or correct the figures: memory_mib "
+            "of the model, memory.budget_mib",
         )
 
 

@@ -183,8 +183,10 @@ def cache_bytes(layer: Layer, architecture: Architecture, settings: Settings) ->
         case Attention() as attention if not architecture.is_encoder:
             cells = settings.streams * settings.cells_of(attention.window_tokens)
             keys = row_bytes(settings.key_type, attention.kv_heads * attention.key_width)
-            values = row_bytes(settings.value_type, attention.kv_heads * attention.value_width)
-            return cells * (keys + values)
+            width = attention.kv_heads * attention.value_width
+            if not settings.has_flash_attention:
+                width = _widest_values(architecture)  # all layers' rows are made as wide as that
+            return cells * (keys + row_bytes(settings.value_type, width))
         case LatentAttention() as attention:
             cells = settings.streams * settings.cells
             return cells * row_bytes(settings.key_type, attention.cache_elements)
@@ -192,6 +194,11 @@ def cache_bytes(layer: Layer, architecture: Architecture, settings: Settings) ->
             floats = recurrent.state_elements + recurrent.convolution_elements
             return settings.slots * floats * _FLOAT_BYTES
     return 0
+
+
+def _widest_values(architecture: Architecture) -> int:
+    mixers = (layer.mixer for layer in architecture.layers)
+    return max(each.kv_heads * each.value_width for each in mixers if isinstance(each, Attention))
 
 
 def places(layers: int, offload: Offload) -> list[int | None]:

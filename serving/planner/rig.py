@@ -89,6 +89,10 @@ def together(cards: Sequence[Device]) -> Device:
     )
 
 
+# Apple does not say how fast its GPUs run from the M3 on; the M2's are measured at this.
+_UNKNOWN_CLOCK_MHZ = 1400
+
+
 class RigError(Exception):
     """A rig cannot be told; the message says which card, and what to do."""
 
@@ -133,7 +137,7 @@ def assumed_rig(
         (each.card for each in cards if each.card and each.card.has_unified_memory), None
     )
     if unified is not None:
-        memory_mib = unified.memory_mib
+        memory_mib = int(_share_of_one_memory(unified) * unified.memory_mib)
     host = _host(
         "a desktop's processor",
         ((memory_mib or _ASSUMED_MEMORY_MIB) - reserve_mib) * MIB,
@@ -142,6 +146,13 @@ def assumed_rig(
         ("AVX2",),
     )
     return Rig(host, cards, is_assumed=True)
+
+
+def _share_of_one_memory(card: Card) -> float:
+    """What a machine's GPU may use of its one memory: macOS keeps the rest (recommendedMaxWorkingSetSize)."""
+    if card.architecture.vendor != "apple":
+        return 1.0
+    return 2 / 3 if card.memory_mib <= 36 * 1024 else 3 / 4
 
 
 def _host(
@@ -165,6 +176,8 @@ def device_of(card: Card, *, reserve_mib: int, free_mib: int | None = None) -> D
     """A card of the catalog, less what is to stay free on it; ``free_mib`` is what a real one has left."""
     there_mib = card.memory_mib if free_mib is None else free_mib
     half = 0.5 if card.has_half_rate_fp32_sums else 1.0
+    if card.rated_mhz is None:
+        card = replace(card, rated_mhz=_UNKNOWN_CLOCK_MHZ)
     fp16 = card.tera_per_second("fp16") or 0.0
     is_shared_amd = card.architecture.vendor == "amd" and card.has_unified_memory
     return Device(
@@ -173,7 +186,8 @@ def device_of(card: Card, *, reserve_mib: int, free_mib: int | None = None) -> D
         memory_bytes=max(0, there_mib - reserve_mib) * MIB,
         bandwidth_bytes=card.bandwidth_gb_per_second * 1e9,
         int8_operations=(card.tera_per_second("int8") or fp16) * 1e12,
-        fp16_operations=half * fp16 * 1e12,
+        # Pascal is slower in FP16 than in FP32.
+        fp16_operations=max(half * fp16, card.tera_per_second("fp32") or 0.0) * 1e12,
         watts=card.power_watts,
         price_usd=card.launch_price_usd,
         card=card,

@@ -65,14 +65,22 @@ def test_one_number_is_found_beside_another_that_is_given(tmp_path: Path, model_
     assert 1 < model.max_sequences < 16
 
 
+def test_a_shared_pool_bounds_the_context(tmp_path: Path, model_path: Path) -> None:
+    text = f"{{name: smol, source: {model_path}, context_length: auto, kv_tokens: 1024}}"
+    assert filled(config_of(tmp_path, text), tmp_path).context_length == 1024
+
+
 def test_what_is_loaded_with_it_has_its_room_first(tmp_path: Path, model_path: Path) -> None:
     auto = f"{{name: smol, source: {model_path}, context_length: auto, max_sequences: 1}}"
     other = f"{{name: other, source: {model_path}, context_length: 4096, max_sequences: 8}}"
-    memory = "memory: {budget_mib: 3550}\n"
+    memory = "memory: {budget_mib: 3650}\n"
     alone = filled(config_of(tmp_path, auto, memory), tmp_path)
     both = config_of(tmp_path, f"{auto}\n  - {other}", memory)
     beside = fitting(both, tmp_path).fill(fetch=True).config.local_models[0]
     assert beside.context_length < alone.context_length
+    full = config_of(tmp_path, f"{auto}\n  - {other}", "memory: {budget_mib: 3000}\n")
+    with pytest.raises(ConfigError, match="smol does not fit beside other: it needs"):
+        fitting(full, tmp_path).fill(fetch=True)
 
 
 def test_layers_go_to_the_card_as_far_as_it_goes(

@@ -100,3 +100,11 @@ def test_what_the_processor_computes_slows_all_and_is_known_less_well() -> None:
     layers = speed("qwen3-30b-a3b", "rtx 3090", "Q4_K_M", offload=Offload((1.0,), layers=24))
     assert layers.one_user < experts.one_user < 0.7 * whole.one_user
     assert experts.uncertainty > whole.uncertainty
+
+
+def test_a_card_without_a_stated_clock_is_not_taken_for_endlessly_fast() -> None:
+    older, newer = (
+        speed(LLAMA, card, "Q4_K_M").prefill
+        for card in ("m2 max 38-core 64gb", "m4 max 40-core 64gb")
+    )
+    assert 0.8 * older < newer < 2 * older
