@@ -22,11 +22,13 @@ from serving.config import (
     Config,
     ConfigError,
     ModelConfig,
+    RangesConfig,
     RemoteModel,
     load_config,
     located,
 )
 from serving.cost.model import CostModel
+from serving.cost.price_data import PriceDataError, price_data
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.engines.remote import Remote
 from serving.engines.supervisor import Engine, EngineStartError, NoRoomError, Supervisor
@@ -53,11 +55,22 @@ _AT_ONCE = {
     "memory.gpu_reserve_mib",
     "memory.max_wait_seconds",
     "memory.reserve_mib",
+    "cost.cache_hits_there",
+    "cost.carbon_grams_per_kwh",
     "cost.compare_to",
+    "cost.cooling_overhead",
+    "cost.currencies",
+    "cost.currency",
     "cost.electricity_usd_per_kwh",
     "cost.hardware_price_usd",
     "cost.lifetime_years",
+    "cost.maintenance_share_per_year",
     "cost.power.idle_watts",
+    "cost.prices",
+    *(f"cost.ranges.{name}" for name in RangesConfig.model_fields),
+    "cost.resale_usd",
+    "cost.tariff",
+    "cost.tokens_there_per_token",
     "cost.utilization",
     "routes",
 }
@@ -174,7 +187,13 @@ class Reloader:
                 changes = await self._apply()
                 ok, message = True, f"changed {changes}"
                 _log.info("reloaded %s: %s", self._file, message)
-            except (ConfigError, EngineStartError, ReloadError, UnknownModel) as error:
+            except (
+                ConfigError,
+                EngineStartError,
+                PriceDataError,
+                ReloadError,
+                UnknownModel,
+            ) as error:
                 ok, message = False, str(error)
                 _log.error("%s was not reloaded, nothing has changed: %s", self._file, message)
             except Exception as error:
@@ -199,7 +218,11 @@ class Reloader:
 
     async def _apply(self) -> Changes:
         new = await asyncio.to_thread(load_config, self._file)
-        prices = PriceBook(new.cost.compare_to)
+        prices = PriceBook(
+            new.cost.compare_to,
+            overrides=new.cost.prices,
+            data=price_data(Path(new.storage.data_dir)),
+        )
         api_prices = prices_of(new.remote_models)
         supervisor = self._supervisor
         changes = changes_of(self.config, new, supervisor.needs_restart)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import uvloop
 
-from serving.config import Config, ServerConfig, TracingConfig
+from serving.config import Config, PowerConfig, ServerConfig, TracingConfig
 from serving.cost.ledger import (
     Ledger,
     read_requests_of_keys,
@@ -25,6 +25,7 @@ from serving.cost.ledger import (
     read_usage_of_keys,
 )
 from serving.cost.model import CostModel
+from serving.cost.price_data import price_data
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
 from serving.engines.launch import Launcher
@@ -55,7 +56,8 @@ from serving.gateway.swapping import Swapper
 from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
-from serving.hardware.energy import open_meter
+from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.wall import MeterError
 from serving.keys.ring import KeyRing
 from serving.keys.store import KeyStore
 from serving.metrics import Metrics
@@ -89,9 +91,9 @@ def log_folder(config: Config) -> Path:
 def serve(config: Config, file: Path) -> None:
     """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
 
-    Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``.
+    Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``, ``PriceDataError``.
     """
-    prices = PriceBook(config.cost.compare_to)
+    prices = price_book(config)
     spending = Spending(prices_of(config.remote_models))
     with (
         closing(_store(KeyRing, _data_dir(config))) as ring,
@@ -101,7 +103,7 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(ResponseStore, _data_dir(config) / "responses.sqlite")) as responses,
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
-        closing(open_meter(config.cost.power)) as power,
+        closing(_meter(config.cost.power)) as power,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -125,6 +127,19 @@ def serve(config: Config, file: Path) -> None:
                 *(certificate, tracing, spending),
             )
         )
+
+
+def price_book(config: Config) -> PriceBook:
+    """What the models to compare with charge; raises ``UnknownModel``, ``PriceDataError``."""
+    data = price_data(_data_dir(config))
+    return PriceBook(config.cost.compare_to, overrides=config.cost.prices, data=data)
+
+
+def _meter(power: PowerConfig) -> EnergyMeter:
+    try:
+        return open_meter(power)
+    except MeterError as error:
+        raise ServeError(f"cost.power.meter: {error}") from error
 
 
 def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:

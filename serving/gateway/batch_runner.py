@@ -219,7 +219,7 @@ class BatchRunner:
         ignored: list[str] = []
         try:
             identity = self._identity_of(job.owner)
-            caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up)
+            caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up, is_batch=True)
             answer = await self._asked(caller, fields, ignored)
         except ApiError as error:
             return error.status, error.body, {}
