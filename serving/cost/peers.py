@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from serving.cost.price_data import PriceData
+from serving.cost.prices import PriceBook, has_prices
 
 # Who hosts open weights, as genai-prices names them.
 _HOSTS = ("groq", "together", "fireworks", "novita", "deepinfra", "openrouter")
@@ -15,7 +16,7 @@ _PACKING = {
     "instruct", "it", "chat", "gguf", "awq", "gptq", "fp8", "fp16", "bf16", "f16", "int4", "int8", "turbo",
     "hf", "meta", "latest", "versatile", "instant", "free",
 }  # fmt: skip
-_QUANTIZATION = re.compile(r"i?q\d.*|[ksml]|0|1")
+_QUANTIZATION = re.compile(r"[-_.]i?q\d[a-z0-9_]*$")
 # Billions of weights, and models that are sold for work of that class. A judgement, not a measurement.
 _CLASSES: tuple[tuple[float, tuple[str, ...]], ...] = (
     (5, ("openai/gpt-5-nano", "google/gemini-2.5-flash-lite")),
@@ -61,16 +62,18 @@ def _same_weights(model: str, data: PriceData) -> Iterator[tuple[float, str]]:
         if provider.id not in _HOSTS:
             continue
         for each in provider.models:
-            prices = getattr(each.prices, "output_mtok", None)
-            if _identity(each.id) == wanted and prices is not None and not each.deprecated:
-                yield float(getattr(prices, "base", prices)), f"{provider.id}/{each.id}"
+            if _identity(each.id) == wanted and has_prices(each) and not each.deprecated:
+                reference = f"{provider.id}/{each.id}"
+                price = PriceBook([reference], data=data).per_million(reference).output_usd
+                # What costs nothing is for trying out, and stops after so many requests a day.
+                if price > 0:
+                    yield price, reference
 
 
 def _identity(name: str) -> frozenset[str]:
-    words = _words(name.rpartition("/")[2].partition(":")[0])
-    return frozenset(
-        word for word in words if word not in _PACKING and not _QUANTIZATION.fullmatch(word)
-    )
+    name = name.rpartition("/")[2].partition(":")[0].lower()
+    name = _QUANTIZATION.sub("", name.removesuffix(".gguf"))
+    return frozenset(word for word in _words(name) if word not in _PACKING)
 
 
 def _words(name: str) -> list[str]:

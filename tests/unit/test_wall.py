@@ -110,7 +110,7 @@ def test_each_kind_is_measured_at_the_wall(kind: Any, answers: Any, query: str |
         with closing(open_meter(power)) as meter:
             now = time.monotonic()
             draw = meter.draw(now - 0.1, now)
-            assert draw.watts == pytest.approx(8.9)
+            assert draw.watts == pytest.approx(8.9, rel=0.05)
             assert draw.source == kind
 
 
