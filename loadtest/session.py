@@ -23,7 +23,7 @@ from rich.console import Console
 from loadtest.client import Client, ServerError, monotonic_since
 from loadtest.measures import summarize
 from loadtest.options import BenchOptions
-from loadtest.pricing import energy_by_source, traffic_of
+from loadtest.pricing import EnergyReading, energy_by_source, traffic_of
 from loadtest.prompts import Calibration, excerpt
 from loadtest.records import RequestRecord
 from loadtest.report import Report, host_facts, write_report
@@ -269,7 +269,7 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _energy(bench: Bench) -> dict[str, float] | None:
+def _energy(bench: Bench) -> EnergyReading | None:
     # A request is metered moments after its stream ends. And servers hang up on idle connections, so the
     # client of the reading before would not do.
     gevent.sleep(_METERING_SECONDS)

@@ -342,13 +342,13 @@ def test_intervals_are_nearly_those_of_a_monte_carlo_simulation() -> None:
     def drawn(figure: Figure) -> float:
         # Half of the draws on each side, by a normal law whose 90 % are the range; shares end at 1.
         side = figure.low if chance.random() < 0.5 else figure.high
-        away = abs(chance.standard_normal()) / 1.645
+        away = abs(float(chance.standard_normal())) / 1.645
         if figure.value and figure.low > 0:
             value = figure.value * (side / figure.value) ** away
         else:
             value = figure.value + (side - figure.value) * away
         most = 1.0 if figure.name in ("utilization", "cache_hits_there") else math.inf
-        return min(max(value, 0.0), most)
+        return float(min(max(value, 0.0), most))
 
     ratios = []
     for _ in range(4_000):

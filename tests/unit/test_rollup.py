@@ -124,7 +124,7 @@ def test_sums_are_those_of_the_requests(
         until = float("inf") if selected.until is None else selected.until
         of_model = selected.model in (None, record.model, record.base_model)
         if selected.since <= record.started_at < until and of_model:
-            values = (
+            values: tuple[float, ...] = (
                 1, record.status != 200, record.prompt_tokens, record.completion_tokens,
                 record.energy_usd, record.energy_joules,
             )  # fmt: skip
@@ -143,9 +143,9 @@ def test_sums_are_those_of_the_requests(
             total + value for total, value in zip(found[each.key], values, strict=True)
         ]
     assert found.keys() == expected.keys()
-    for key, values in expected.items():
-        assert found[key] == pytest.approx(values, rel=1e-9)
-        assert found[key][:4] == values[:4]
+    for key, sums in expected.items():
+        assert found[key] == pytest.approx(sums, rel=1e-9)
+        assert found[key][:4] == sums[:4]
 
 
 def test_cuts_that_the_roll_up_lacks_are_read_from_the_requests(
@@ -191,7 +191,7 @@ def test_reports_are_exact_at_every_moment_while_others_write(tmp_path: Path) ->
     threads = [threading.Thread(target=write, args=(ledger,)) for ledger in ledgers]
     for thread in threads:
         thread.start()
-    seen = []
+    seen: list[tuple[int, int]] = []
     with closing(sqlite3.connect(path)) as connection:
         while any(thread.is_alive() for thread in threads) or len(seen) < 5:
             # One transaction sees one state.
