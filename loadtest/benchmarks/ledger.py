@@ -11,6 +11,7 @@ requests'. Takes some 4 GB in --folder (removed at the end) and minutes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import platform
 import shlex
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import astuple, fields
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 
@@ -52,6 +53,14 @@ _INSERT = "INSERT INTO usage ({}, uid) VALUES ({}, ?) ON CONFLICT (uid) DO NOTHI
     ", ".join(_COLUMNS), ", ".join("?" for _ in _COLUMNS)
 )
 _WANTED_SECONDS = 5.0
+# What all requests have in common.
+_REQUEST = UsageRecord(
+    started_at=0.0, request_id="", user="-", model="", engine="llama_cpp",
+    endpoint="/v1/chat/completions", status=200, streamed=True, prompt_tokens=0, cached_tokens=0,
+    completion_tokens=0, tokens_source="engine", queue_seconds=0.01, prefill_seconds=0.0,
+    decode_seconds=0.0, prefill_busy_seconds=0.0, decode_busy_seconds=0.0, timing_source="engine",
+    energy_joules=0.0, energy_source="nvml", energy_usd=0.0, idle_usd=0.0, hardware_usd=0.0,
+)  # fmt: skip
 
 
 def _records(first: int, count: int, total: int, begin: float) -> Iterator[tuple[object, ...]]:
@@ -62,29 +71,35 @@ def _records(first: int, count: int, total: int, begin: float) -> Iterator[tuple
     # More by day than by night, and never so late that order is lost.
     hour = at - day
     seconds = begin + (day + hour - np.sin(2 * math.pi * hour) / 8 / math.pi) * _DAY_SECONDS
-    prompt = np.minimum(chance.lognormal(6.5, 1.5, count), 400_000).astype(int).tolist()
-    completion = chance.lognormal(5, 1, count).astype(int).tolist()
+    prompt = np.minimum(chance.lognormal(6.5, 1.5, count), 400_000).astype(int)
+    completion = chance.lognormal(5, 1, count).astype(int)
     keys = chance.integers(0, 40, count).tolist()
-    models = chance.integers(0, len(_MODELS), count).tolist()
-    in_batch = (chance.random(count) < 0.1).tolist()
-    for number, moment in enumerate(seconds.tolist()):
-        model, base_model = _MODELS[models[number]]
-        decode_seconds = completion[number] / 400
-        record = UsageRecord(
-            started_at=moment, request_id=f"chatcmpl-{first + number:024x}", user="-", model=model,
-            engine="llama_cpp", endpoint="/v1/chat/completions", status=200, streamed=True,
-            prompt_tokens=prompt[number], cached_tokens=prompt[number] // 3,
-            completion_tokens=completion[number], tokens_source="engine", queue_seconds=0.01,
-            prefill_seconds=prompt[number] / 4e3, decode_seconds=4 * decode_seconds,
-            prefill_busy_seconds=prompt[number] / 4e3, decode_busy_seconds=decode_seconds,
-            timing_source="engine", energy_joules=300 * decode_seconds, energy_source="nvml",
-            energy_usd=2.5e-5 * decode_seconds, idle_usd=2e-6 * decode_seconds,
-            hardware_usd=3e-5 * decode_seconds, key_id=f"key_{keys[number]:08x}",
-            tenant=f"tenant-{keys[number] % 12}", base_model=base_model,
-            service_tier="batch" if in_batch[number] else "default",
-            idle_joules=30 * decode_seconds,
-        )  # fmt: skip
-        yield (*astuple(record), f"bench-{first + number}")
+    models = [_MODELS[number] for number in chance.integers(0, len(_MODELS), count).tolist()]
+    decode_seconds = completion / 400
+    varying = {
+        "started_at": seconds.tolist(),
+        "request_id": [f"chatcmpl-{number:024x}" for number in range(first, first + count)],
+        "model": [model for model, _ in models],
+        "base_model": [base_model for _, base_model in models],
+        "prompt_tokens": prompt.tolist(),
+        "cached_tokens": (prompt // 3).tolist(),
+        "completion_tokens": completion.tolist(),
+        "prefill_seconds": (prompt / 4e3).tolist(),
+        "decode_seconds": (4 * decode_seconds).tolist(),
+        "prefill_busy_seconds": (prompt / 4e3).tolist(),
+        "decode_busy_seconds": decode_seconds.tolist(),
+        "energy_joules": (300 * decode_seconds).tolist(),
+        "idle_joules": (30 * decode_seconds).tolist(),
+        "energy_usd": (2.5e-5 * decode_seconds).tolist(),
+        "idle_usd": (2e-6 * decode_seconds).tolist(),
+        "hardware_usd": (3e-5 * decode_seconds).tolist(),
+        "key_id": [f"key_{key:08x}" for key in keys],
+        "tenant": [f"tenant-{key % 12}" for key in keys],
+        "service_tier": np.where(chance.random(count) < 0.1, "batch", "default").tolist(),
+    }
+    columns = (varying.get(name, itertools.repeat(getattr(_REQUEST, name))) for name in _COLUMNS)
+    uids = (f"bench-{number}" for number in range(first, first + count))
+    return zip(*columns, uids, strict=False)
 
 
 def _write(path: Path, total: int, begin: float) -> float:
@@ -110,8 +125,8 @@ def _check(path: Path) -> None:
         tokens = "sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens)"
         rolled = connection.execute(
             f"SELECT sum(requests), {tokens} FROM {rollup.TABLE}"
-        ).fetchone()  # noqa: S608
-        single = connection.execute(f"SELECT count(*), {tokens} FROM usage").fetchone()  # noqa: S608
+        ).fetchone()
+        single = connection.execute(f"SELECT count(*), {tokens} FROM usage").fetchone()
     assert rolled == single, (rolled, single)
 
 
@@ -181,7 +196,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> str:
     _check(ledger)
     with closing(sqlite3.connect(ledger)) as connection:
         count = connection.execute("SELECT count(*) FROM usage").fetchone()[0]
-        rolled = connection.execute(f"SELECT count(*) FROM {rollup.TABLE}").fetchone()[0]  # noqa: S608
+        rolled = connection.execute(f"SELECT count(*) FROM {rollup.TABLE}").fetchone()[0]
     config = _config(folder)
     lines = [
         f"## {date.today()}: {processor()}",
