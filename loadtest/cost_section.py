@@ -31,7 +31,8 @@ STYLE = """
 .steps { width: 100%; font-size: .84rem; } .steps td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .steps td:last-child { text-align: right; white-space: nowrap; font-weight: 600; } details summary { cursor: pointer; margin: 14px 0 8px; font-weight: 600; }
 .chart .there { stroke: var(--other); stroke-width: 2; stroke-dasharray: 6 4; } .chart .claim { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 2 3; }
-@media (max-width: 600px) { .tornado { grid-template-columns: 1fr max-content; } .tornado div:nth-child(4n+3) { grid-column: 1 / -1; grid-row: auto; }
+@media (max-width: 600px) { .costs :is(td, th):is(:nth-child(3), :nth-child(5), :nth-child(6)) { display: none; }
+  .tornado { grid-template-columns: 1fr max-content; } .tornado div:nth-child(4n+3) { grid-column: 1 / -1; grid-row: auto; }
   .tornado div:nth-child(4n) { grid-column: 1 / -1; text-align: left; color: var(--soft); padding-bottom: 6px; } }
 @media print { details:not([open]) > *:not(summary) { display: block; } }
 """
@@ -105,7 +106,7 @@ def _table(cost: CostReport) -> str:
         for row in cost.rows
     ]
     return (
-        '<div class="card scroll" style="margin-top:14px"><table class="prices"><thead><tr>'
+        '<div class="card scroll" style="margin-top:14px"><table class="costs"><thead><tr>'
         f"<th>{money.code} per<br>million tokens</th><th>input</th><th>cached<br>input</th><th>output</th>"
         "<th>this<br>traffic</th><th>saving,<br>as run</th><th>saving,<br>all costs</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -169,11 +170,13 @@ def _tornado(cost: CostReport, verdict: Verdict) -> str:
         return ""
     money = currency_of(cost)
     ends = [end for swing in verdict.tornado for end in (swing.at_low, swing.at_high)]
-    low, high = min(*ends, 0.0), max(*ends, verdict.saving_percent.value)
+    low, high = min(ends), max(ends)
     span = (high - low) or 1.0
 
     def place(percent: float) -> float:
         return 100 * (percent - low) / span
+
+    none = f'<i class="none" style="left:{place(0):.1f}%"></i>' if low < 0 < high else ""
 
     def row(swing: Swing) -> str:
         left, right = sorted((swing.at_low, swing.at_high))
@@ -183,7 +186,7 @@ def _tornado(cost: CostReport, verdict: Verdict) -> str:
         return (
             f'<div>{escape(figure.label)}<br><span class="soft">{basis}</span></div>'
             f"<div>{escape(least)}<br>to {escape(most)}</div>"
-            f'<div class="swing"><i class="none" style="left:{place(0):.1f}%"></i>'
+            f'<div class="swing">{none}'
             f'<i class="given" style="left:{place(verdict.saving_percent.value):.1f}%"></i>'
             f'<b style="left:{place(left):.1f}%;width:max({place(right) - place(left):.1f}%,2px)"></b></div>'
             f"<div>{escape(saving_text(swing.at_low))}<br>to {escape(saving_text(swing.at_high))}</div>"
@@ -193,7 +196,7 @@ def _tornado(cost: CostReport, verdict: Verdict) -> str:
         '<figure class="card"><h3>What the saving hangs on</h3>'
         f'<div class="tornado">{"".join(map(row, verdict.tornado))}</div>'
         f"<figcaption>The saving against {escape(verdict.reference)}, all costs, as each figure by itself goes through "
-        "its range. The line is the saving as given; the dashed one is none.</figcaption></figure>"
+        f"its range. The line is the saving as given{'; the dashed one is none' if none else ''}.</figcaption></figure>"
     )
 
 

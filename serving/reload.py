@@ -218,12 +218,9 @@ class Reloader:
 
     async def _apply(self) -> Changes:
         new = await asyncio.to_thread(load_config, self._file)
-        prices = PriceBook(
-            new.cost.compare_to,
-            overrides=new.cost.prices,
-            data=price_data(Path(new.storage.data_dir)),
-        )
-        api_prices = prices_of(new.remote_models)
+        data = price_data(Path(new.storage.data_dir))
+        prices = PriceBook(new.cost.compare_to, overrides=new.cost.prices, data=data)
+        api_prices = prices_of(new.remote_models, data)
         supervisor = self._supervisor
         changes = changes_of(self.config, new, supervisor.needs_restart)
         old = {engine.model.name: engine for engine in self._gateway.router.engines}

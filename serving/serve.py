@@ -94,7 +94,7 @@ def serve(config: Config, file: Path) -> None:
     Raises :class:`ServeError`, ``LedgerError``, ``UnknownModel``, ``PriceDataError``.
     """
     prices = price_book(config)
-    spending = Spending(prices_of(config.remote_models))
+    spending = Spending(prices_of(config.remote_models, price_data(_data_dir(config))))
     with (
         closing(_store(KeyRing, _data_dir(config))) as ring,
         closing(_store(KeyStore, _data_dir(config))) as keys,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -22,7 +23,7 @@ from genai_prices.types import (
 
 from serving.config import UsdPerMillion
 from serving.cost.price_data import PriceData, installed
-from serving.cost.traffic import Cuts, TokenGroup
+from serving.cost.traffic import SECONDS_PER_DAY, Cuts, TokenGroup
 
 _EPOCH = date(1970, 1, 1)
 _SECONDS_PER_MINUTE = 60
@@ -104,6 +105,8 @@ class PriceBook:
             reference: tuple(sorted(set(_tiers(model))))
             for reference, (_, model) in self._models.items()
         }
+        self._cuts = _cuts([model for _, model in self._models.values()])
+        self._rates_between_cuts: dict[tuple[str, int, int, int, str], Rates] = {}
         self._minute = 0
         self._rates_now: dict[tuple[str, int, str], Rates] = {}
 
@@ -121,23 +124,7 @@ class PriceBook:
     @property
     def cuts(self) -> Cuts:
         """Where the prices of any of the models change."""
-        constraints = [
-            constraint for _, model in self._models.values() for constraint in _constraints(model)
-        ]
-        return Cuts(
-            days=_ordered(
-                (each.start_date - _EPOCH).days
-                for each in constraints
-                if isinstance(each, StartDateConstraint)
-            ),
-            seconds=_ordered(
-                _second_of_day(moment)
-                for each in constraints
-                if isinstance(each, TimeOfDateConstraint)
-                for moment in (each.start_time, each.end_time)
-            ),
-            prompt_tokens=_ordered(tier for tiers in self._tiers.values() for tier in tiers),
-        )
+        return self._cuts
 
     def rates(
         self, reference: str, at_unix: float, longer_than: int = 0, service_tier: str = "default"
@@ -170,13 +157,23 @@ class PriceBook:
         ``tokens_there`` is how many tokens one of ours is there; ``cache_hits`` the share of our cached
         tokens that would be cached there, too.
         """
-        rates = self.rates(reference, group.begin_unix, group.longer_than, group.service_tier)
-        return rates.usd(
+        return self._rates_of(reference, group).usd(
             group.prompt_tokens * tokens_there,
             group.cached_tokens * tokens_there * cache_hits,
             group.completion_tokens * tokens_there,
             group.requests,
         )
+
+    def _rates_of(self, reference: str, group: TokenGroup) -> Rates:
+        day, second = divmod(int(group.begin_unix), SECONDS_PER_DAY)
+        # Between two cuts they are the same, and a year has thousands of groups.
+        epoch = bisect_right(self._cuts.days, day), bisect_right(self._cuts.seconds, second)
+        key = (reference, *epoch, group.longer_than, group.service_tier)
+        if (rates := self._rates_between_cuts.get(key)) is None:
+            rates = self._rates_between_cuts[key] = self.rates(
+                reference, group.begin_unix, group.longer_than, group.service_tier
+            )
+        return rates
 
     def usd(
         self,
@@ -207,6 +204,24 @@ class PriceBook:
         return CommercialPrice(
             rates.input_usd, rates.cached_input_usd if differs else None, rates.output_usd
         )
+
+
+def _cuts(models: Sequence[ModelInfo]) -> Cuts:
+    constraints = [constraint for model in models for constraint in _constraints(model)]
+    return Cuts(
+        days=_ordered(
+            (each.start_date - _EPOCH).days
+            for each in constraints
+            if isinstance(each, StartDateConstraint)
+        ),
+        seconds=_ordered(
+            _second_of_day(moment)
+            for each in constraints
+            if isinstance(each, TimeOfDateConstraint)
+            for moment in (each.start_time, each.end_time)
+        ),
+        prompt_tokens=_ordered(tier for model in models for tier in _tiers(model)),
+    )
 
 
 def _find(reference: str, data: PriceData) -> tuple[Provider, ModelInfo]:
