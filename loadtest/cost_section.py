@@ -99,8 +99,8 @@ def _table(cost: CostReport) -> str:
         )
     ]
     rows += [
-        f"<tr><td>{escape(row.reference).replace('/', '/<wbr>')}</td><td>{money.text(row.input_usd_per_million)}</td>"
-        f"<td>{money.text(row.cached_input_usd_per_million)}</td><td>{money.text(row.output_usd_per_million)}</td>"
+        f"<tr><td>{escape(row.reference).replace('/', '/<wbr>')}</td><td>{money.rate(row.input_usd_per_million)}</td>"
+        f"<td>{money.rate(row.cached_input_usd_per_million)}</td><td>{money.rate(row.output_usd_per_million)}</td>"
         f"<td>{money.text(row.traffic_usd)}</td>"
         f"{_saving_cell(row.saving_percent_as_run)}{_saving_cell(row.saving_percent_fully_loaded)}</tr>"
         for row in cost.rows

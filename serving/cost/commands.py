@@ -184,10 +184,10 @@ def _prices(args: argparse.Namespace, accounts: Callable[[Config], Accounts]) ->
     for reference in references:
         listed = book.per_million(reference)
         cached = listed.cached_input_usd
-        extra = "" if cached is None else f", cached {money.text(cached)}"
+        extra = "" if cached is None else f", cached {money.rate(cached)}"
         print(
-            f"{reference}: input {money.text(listed.input_usd)}{extra}, "
-            f"output {money.text(listed.output_usd)}"
+            f"{reference}: input {money.rate(listed.input_usd)}{extra}, "
+            f"output {money.rate(listed.output_usd)}"
         )
     print(f"{money.code} per million tokens. Prices: {book.source}.")
     return 0

@@ -35,6 +35,15 @@ class Currency:
         decimals = 1 - math.floor(math.log10(abs(value)))
         return f"{self.unit}{value:.{decimals}f}"
 
+    def rate(self, usd: float | None) -> str:
+        """A list price, as exact as it is listed."""
+        if usd is None:
+            return "-"
+        value = usd / self.usd_per_unit
+        digits = f"{value:.6g}"
+        places = len(digits.partition(".")[2])
+        return f"{self.unit}{digits if places > 2 else f'{value:,.2f}'}"
+
     def exact(self, usd: float) -> str:
         """An amount to compute with: six significant digits."""
         return f"{self.unit}{usd / self.usd_per_unit:.6g}"

@@ -29,12 +29,18 @@ def render(report: CostReport, *, steps: bool = False) -> Group:
 
     ``steps`` adds the computation of every amount.
     """
-    parts: list[RenderableType] = [_basis(report), _table(report), Text(verdict_text(report))]
+    parts: list[RenderableType] = [
+        _basis(report),
+        _table(report),
+        Text(),
+        Text(verdict_text(report)),
+    ]
     if report.verdict is not None:
-        parts.append(_tornado(report.verdict.tornado, report))
+        parts += [Text(), _tornado(report.verdict.tornado, report)]
     if steps:
-        parts.append(_steps("This rig", computation(report)))
-        parts += [_steps(row.reference, computation_there(row, report)) for row in report.rows]
+        parts += [Text(), _steps("This rig", computation(report))]
+        for row in report.rows:
+            parts += [Text(), _steps(row.reference, computation_there(row, report))]
     return Group(*parts)
 
 
@@ -105,9 +111,9 @@ def _table(report: CostReport) -> Table:
     for row in report.rows:
         table.add_row(
             row.reference,
-            money.text(row.input_usd_per_million),
-            money.text(row.cached_input_usd_per_million),
-            money.text(row.output_usd_per_million),
+            money.rate(row.input_usd_per_million),
+            money.rate(row.cached_input_usd_per_million),
+            money.rate(row.output_usd_per_million),
             saving_text(row.saving_percent_as_run),
             saving_text(row.saving_percent_fully_loaded),
         )

@@ -581,3 +581,10 @@ def test_amounts_are_shown_in_the_operators_currency() -> None:
     euro = Currency("EUR", 1.08)
     assert euro.text(1.08) == "EUR 1.00"
     assert euro.text(-0.0108) == "EUR -0.010"
+    assert [USD.rate(price) for price in (None, 0.125, 10.0, 0.05, 0.0028)] == [
+        "-",
+        "$0.125",
+        "$10.00",
+        "$0.05",
+        "$0.0028",
+    ]
