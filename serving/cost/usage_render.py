@@ -47,8 +47,8 @@ def _moment(unix: float) -> str:
 def _table(report: UsageReport, money: Currency) -> Table:
     table = _plain_table()
     table.add_column(report.by, overflow="fold")
-    for heading in ("requests", "failed", "prompt", "cached", "generated", "energy", "cost"):
-        table.add_column(heading, justify="right")
+    for heading in ("requests", "failed", "prompt", "cached", "output", "energy", "cost"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if report.carbon_grams_per_kwh is not None:
         table.add_column("CO2e", justify="right")
     for row in report.rows:
@@ -86,8 +86,12 @@ def _name(name: str) -> str:
 
 def _tokens(count: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size * 10:
-            return f"{count / size:,.1f} {unit}"
+        if count >= size:
+            return (
+                f"{count / size:.3g} {unit}"
+                if count < 1000 * size
+                else f"{count / size:,.0f} {unit}"
+            )
     return f"{count:,}"
 
 
@@ -195,7 +199,8 @@ th { color: var(--soft); font-weight: 550; font-size: .86rem; }
 th:first-child, td:first-child { text-align: left; } tr.all td { font-weight: 650; } td.bad { color: var(--bad); font-weight: 600; }
 td.bar { width: 22%; min-width: 90px; } td.bar i { display: block; height: 12px; border-radius: 0 3px 3px 0; background: var(--accent); }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } table, th { font-size: .8rem; } th, td { padding: 5px 5px; }
-  td.bar, th.bar { display: none; } }
+  td.bar, th.bar, .by :is(td, th):is(:nth-child(3), :nth-child(5), :nth-child(7), :nth-child(9)) { display: none; }
+  th, td { padding: 5px 3px; } td:first-child { white-space: normal; min-width: 5.6em; overflow-wrap: break-word; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
   --accent: #0f766e; --bad: #c2413b; } * { print-color-adjust: exact; } main { max-width: none; padding: 0; } }
 """
@@ -257,7 +262,7 @@ def usage_html(report: UsageReport, money: Currency) -> str:
 def _html_rows(report: UsageReport, money: Currency) -> str:
     carbon = report.carbon_grams_per_kwh is not None
     dearest = max((row.usd for row in report.rows), default=0.0)
-    headings = ["requests", "failed", "prompt", "cached", "generated", "energy", "cost"]
+    headings = ["requests", "failed", "prompt", "cached", "output", "energy", "cost"]
     head = "".join(f"<th>{name}</th>" for name in [report.by, *headings, *["CO2e"] * carbon])
 
     def line(row: UsageRow, kind: str, width: float) -> str:
@@ -268,6 +273,6 @@ def _html_rows(report: UsageReport, money: Currency) -> str:
 
     rows = "".join(line(row, "", row.usd / dearest if dearest else 0.0) for row in report.rows)
     return (
-        f'<div class="card"><table><thead><tr>{head}<th class="bar"></th></tr></thead><tbody>{rows}'
+        f'<div class="card"><table class="by"><thead><tr>{head}<th class="bar"></th></tr></thead><tbody>{rows}'
         f"{line(report.total, ' class=all', 0.0)}</tbody></table></div>"
     )
