@@ -136,9 +136,11 @@ class PriceBook:
         if (own := self._overrides.get(reference)) is not None:
             cached = own.input if own.cached_input is None else own.cached_input
             return Rates(own.input, cached, own.output)
-        _, model = self._models[reference]
+        provider, model = self._models[reference]
         moment = datetime.fromtimestamp(at_unix, UTC)
-        prices = model.get_prices(moment, _CONTEXTS[service_tier])
+        # What a provider resells has its maker's prices, but not its discounts: the package has it so, too.
+        is_its_own = any(model is each for each in provider.models)
+        prices = model.get_prices(moment, _CONTEXTS[service_tier] if is_its_own else None)
         input_usd = _rate(prices.input_mtok, longer_than)
         assert input_usd is not None
         cached_usd = _rate(prices.cache_read_mtok, longer_than)
