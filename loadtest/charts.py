@@ -99,6 +99,49 @@ def area(points: Sequence[tuple[float, float]], x_unit: str, y_unit: str) -> str
     )
 
 
+def log_curve(
+    points: Sequence[tuple[float, float]],
+    levels: Sequence[tuple[str, float]],
+    x_unit: str,
+    y_unit: str,
+) -> str:
+    """A line where both axes are logarithmic, and level lines across, each with the class of its style."""
+    xs = [x for x, _ in points]
+    ys = [y for y in (*(y for _, y in points), *(level for _, level in levels)) if y > 0]
+    if not xs or not ys:
+        return ""
+    x_low, x_high = math.log10(min(xs)), math.log10(max(xs))
+    y_low = math.floor(math.log10(min(ys)))
+    y_high = max(math.ceil(math.log10(max(ys))), y_low + 1)
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+
+    def at_x(value: float) -> float:
+        return _LEFT + (math.log10(value) - x_low) / (x_high - x_low) * (right - _LEFT)
+
+    def at_y(value: float) -> float:
+        return bottom - (math.log10(value) - y_low) / (y_high - y_low) * (bottom - _TOP)
+
+    parts = [_open(_WIDTH, _HEIGHT, "log-curve")]
+    for decade in range(y_low, y_high + 1):
+        at = at_y(10.0**decade)
+        parts.append(_line(_LEFT, at, right, at, "rule"))
+        parts.append(_text(_LEFT - 6, at + 4, f"{10.0**decade:g}", "tick", "end"))
+    parts += [
+        _text(at_x(10.0**decade), bottom + 16, f"{10.0**decade:g}", "tick", "middle")
+        for decade in range(math.ceil(x_low - 1e-9), math.floor(x_high + 1e-9) + 1)
+    ]
+    parts.append(_text((_LEFT + _WIDTH) / 2, _HEIGHT - 6, x_unit, "axis", "middle"))
+    parts.append(
+        f'<text class="axis" text-anchor="middle" transform="translate(13 '
+        f'{(_TOP + bottom) / 2:.0f}) rotate(-90)">{escape(y_unit)}</text>'
+    )
+    parts += [
+        _line(_LEFT, at_y(level), right, at_y(level), kind) for kind, level in levels if level > 0
+    ]
+    path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points if y > 0)
+    return "".join(parts) + f'<polyline class="curve" points="{path}"/></svg>'
+
+
 def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x_unit: str) -> str:
     """Requests as lines, one row a user: (row, start, first token, end, failed).
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-from loadtest import charts, sections
+from loadtest import cost_section, sections
 from loadtest.markdown import goodput, notes, number
 from loadtest.report import Report
 from loadtest.statistics import Distribution
-from serving.cost.comparison import CostReport
-from serving.cost.render import saving_text, usd_text, verdict
+from serving.cost.words import currency_of
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5b6678;
@@ -83,14 +82,14 @@ def render_html(report: Report) -> str:
         f'<p class="card verdict">{sections.summary_text(report)}</p>',
     ]
     if cost is not None:
-        body.append(f'<p class="card verdict">{escape(verdict(cost))}</p>')
+        body.append(cost_section.verdict_card(cost))
     body.append(_tiles(report))
     body.extend(f'<p class="soft">Note: {escape(note)}</p>' for note in notes(report))
     body.append(sections.verdicts_section(report))
     body.append(sections.comparison_section(report))
     body.append(sections.load_section(report))
     if cost is not None:
-        body.append(_cost_section(cost))
+        body.append(cost_section.cost_section(cost))
     body.append(sections.latency_section(report))
     body.append(sections.tenants_section(report))
     body.append(sections.time_section(report))
@@ -99,7 +98,7 @@ def render_html(report: Report) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>"
+        f"<title>{title}</title><style>{STYLE}{cost_section.STYLE}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -124,66 +123,14 @@ def _tiles(report: Report) -> str:
     if cost is not None:
         label = "estimated" if cost.estimated else "measured"
         price = cost.here_fully_loaded.output_usd_per_million
-        tiles.insert(0, (usd_text(price), f"a million output tokens here, all costs ({label})"))
+        tiles.insert(
+            0, (currency_of(cost).text(price), f"a million output tokens here, all costs ({label})")
+        )
     return '<div class="tiles">' + "".join(
         f'<div class="card"><div class="number">{escape(shown)}</div>'
         f'<div class="soft">{escape(text)}</div></div>'
         for shown, text in tiles
     ) + "</div>"  # fmt: skip
-
-
-def _cost_section(cost: CostReport) -> str:
-    label = "estimated" if cost.estimated else "measured"
-    here = (
-        ("This rig, energy only", cost.here_energy_only),
-        ("This rig, all costs", cost.here_fully_loaded),
-    )
-    bars = [
-        charts.Bar(
-            name, price.output_usd_per_million or 0, usd_text(price.output_usd_per_million), True
-        )
-        for name, price in here
-    ]
-    bars += [
-        charts.Bar(row.reference, row.output_usd_per_million, usd_text(row.output_usd_per_million))
-        for row in sorted(cost.rows, key=lambda row: row.output_usd_per_million)
-    ]
-    rows = [
-        f'<tr class="ours"><td>{name} ({label})</td><td>{usd_text(price.input_usd_per_million)}</td>'
-        f"<td>{usd_text(price.output_usd_per_million)}</td><td>{usd_text(price.traffic_usd)}</td>"
-        "<td></td><td></td></tr>"
-        for name, price in here
-    ]
-    rows += [
-        f"<tr><td>{escape(row.reference).replace('/', '/<wbr>')}</td><td>{usd_text(row.input_usd_per_million)}</td>"
-        f"<td>{usd_text(row.output_usd_per_million)}</td><td>{usd_text(row.traffic_usd)}</td>"
-        f"{_saving_cell(row.saving_percent_energy_only)}{_saving_cell(row.saving_percent_fully_loaded)}</tr>"
-        for row in cost.rows
-    ]
-    traffic, assumed = cost.traffic, cost.assumptions
-    return (
-        "<h2>What a million tokens cost</h2>"
-        f'<figure class="card"><h3>Output tokens</h3>'
-        f"{charts.log_bars(bars, 'USD per million tokens')}</figure>"
-        '<div class="card scroll" style="margin-top:14px"><table class="prices"><thead><tr>'
-        "<th>USD per<br>million tokens</th><th>input</th><th>output</th><th>this<br>traffic</th><th>saving,<br>energy only</th>"
-        f"<th>saving,<br>all costs</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        f'<p class="soft">This traffic: {traffic.requests:,} requests, {traffic.prompt_tokens:,} prompt tokens '
-        f"({traffic.cached_tokens:,} cached) and {traffic.completion_tokens:,} generated. Engine time: "
-        f"{traffic.prefill_busy_seconds:,.2f} s on prompts, {traffic.decode_busy_seconds:,.2f} s on output "
-        f"(source: {escape(traffic.timing_source)}). Energy: {traffic.energy_joules:,.0f} J "
-        f"(source: {escape(traffic.energy_source)}).<br>"
-        f"The operator's figures: ${assumed.hardware_price_usd:,.2f} over {assumed.lifetime_years:g} years at "
-        f"{assumed.utilization:.0%} utilization, ${assumed.electricity_usd_per_kwh:g} per kWh, "
-        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W under load (used where no meter measures). "
-        f"Commercial prices: {escape(cost.prices_source)}. All costs are energy, the idle energy of the hours "
-        "between, and hardware. A model's quality is not part of its price.</p>"
-    )
-
-
-def _saving_cell(percent: float | None) -> str:
-    kind = ' class="loss"' if percent is not None and percent < 0 else ""
-    return f"<td{kind}>{escape(saving_text(percent))}</td>"
 
 
 def _milliseconds(distribution: Distribution | None, which: str) -> str:

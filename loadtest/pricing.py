@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loadtest.client import Client, ServerError
 from loadtest.records import RequestRecord
 from serving.config import CostConfig
-from serving.cost.traffic import Traffic
+from serving.cost.traffic import Traffic, of_request
 
-_ENERGY = re.compile(r'^rigserve_energy_joules_total\{.*source="(\w+)".*\} (\S+)$', re.MULTILINE)
+_ENERGY = re.compile(
+    r'^rigserve_(idle_)?energy_joules_total\{.*source="(\w+)".*\} (\S+)$', re.MULTILINE
+)
 
 
-def energy_by_source(client: Client) -> dict[str, float] | None:
-    """Joules charged to requests so far, by who measured them; None if the server has no such metric."""
+@dataclass(frozen=True, slots=True)
+class EnergyReading:
+    """Joules charged to requests so far, by who measured them, and those of them drawn without work, too."""
+
+    joules: dict[str, float]
+    idle_joules: dict[str, float]
+
+
+def energy_by_source(client: Client) -> EnergyReading | None:
+    """What the server's meters say now; None if the server has no such metric."""
     try:
         text = client.get("/metrics", below_base=False).decode("utf-8", errors="replace")
     except ServerError:
         return None
     if "rigserve_energy_joules" not in text:
         return None
-    joules: dict[str, float] = {}
-    for source, value in _ENERGY.findall(text):
+    reading = EnergyReading({}, {})
+    for idle, source, value in _ENERGY.findall(text):
+        joules = reading.idle_joules if idle else reading.joules
         joules[source] = joules.get(source, 0.0) + float(value)
-    return joules
+    return reading
 
 
 def traffic_of(
     records: Sequence[RequestRecord],
-    energy_before: dict[str, float] | None,
-    energy_after: dict[str, float] | None,
+    energy_before: EnergyReading | None,
+    energy_after: EnergyReading | None,
     cost: CostConfig,
 ) -> Traffic | None:
     """The measured requests as traffic to be priced; None without successes or without token counts.
@@ -51,18 +64,21 @@ def traffic_of(
         prefill, decode = _observed_busy_seconds(good)
         timing_source = "estimated"
     used: dict[str, float] = {}
+    idle_joules = 0.0
     if energy_before is not None and energy_after is not None:
-        used = {
-            source: joules - energy_before.get(source, 0.0)
-            for source, joules in energy_after.items()
-            if joules > energy_before.get(source, 0.0)
-        }
+        used = _grown(energy_before.joules, energy_after.joules)
+        idle_joules = sum(_grown(energy_before.idle_joules, energy_after.idle_joules).values())
     if used:
         joules = sum(used.values())
         energy_source = next(iter(used)) if len(used) == 1 else "mixed"
     else:
         joules = (prefill + decode) * cost.power.load_watts
+        idle_joules = (prefill + decode) * cost.power.idle_watts
         energy_source = "estimated"
+    begin = min(r.started_at for r in good)
+    end = max(r.ended_at for r in good)
+    # Prices change with the hour: moments of the bench as those of the clock, which it has just left.
+    began_unix = time.time() - end
     return Traffic(
         requests=len(good),
         prompt_tokens=sum(r.prompt_tokens or 0 for r in good),
@@ -71,9 +87,26 @@ def traffic_of(
         prefill_busy_seconds=prefill,
         decode_busy_seconds=decode,
         energy_joules=joules,
+        idle_joules=idle_joules,
         energy_source=energy_source,
         timing_source=timing_source,
+        elapsed_seconds=end - begin,
+        groups=tuple(
+            of_request(
+                began_unix + r.started_at,
+                r.prompt_tokens or 0,
+                r.cached_tokens or 0,
+                r.completion_tokens or 0,
+            )
+            for r in good
+        ),
     )
+
+
+def _grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What counters gained, without those that stood still."""
+    gains = {source: joules - before.get(source, 0.0) for source, joules in after.items()}
+    return {source: gain for source, gain in gains.items() if gain > 0}
 
 
 def _observed_busy_seconds(good: Sequence[RequestRecord]) -> tuple[float, float]:

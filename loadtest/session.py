@@ -30,7 +30,7 @@ from loadtest.gate import (
 )
 from loadtest.measures import by_tenant, marked, summarize, totals_of
 from loadtest.options import BenchOptions, Join
-from loadtest.pricing import energy_by_source, traffic_of
+from loadtest.pricing import EnergyReading, energy_by_source, traffic_of
 from loadtest.probe import Findings, Probe
 from loadtest.processes import Leash, free_port, local_workers
 from loadtest.records import RequestRecord
@@ -268,7 +268,7 @@ def _crowd(
         yield None if leash.end.is_set() else crowd
 
 
-def _energy(url: str, api_key: str | None) -> dict[str, float] | None:
+def _energy(url: str, api_key: str | None) -> EnergyReading | None:
     # A request is metered moments after its stream ends.
     gevent.sleep(_METERING_SECONDS)
     client = Client(url, api_key)

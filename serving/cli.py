@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-
-from rich.console import Console
 
 from loadtest.commands import add_bench_command
 from loadtest.prompts import CORPUS_PATH
@@ -19,11 +17,12 @@ from loadtest.scenario import parse_duration
 from serving import __version__
 from serving.admin.adapters import add_adapters_command
 from serving.admin.commands import add_config_actions, add_models_command
-from serving.config import ConfigError, config_json_schema, load_config, located
-from serving.cost.comparison import compare
-from serving.cost.ledger import LedgerError, read_traffic
-from serving.cost.prices import PriceBook, UnknownModel
-from serving.cost.render import render
+from serving.config import Config, ConfigError, config_json_schema, load_config, located
+from serving.cost.commands import Accounts, CostCommandError, add_cost_command, with_action
+from serving.cost.ledger import LedgerError
+from serving.cost.price_data import PriceDataError
+from serving.cost.prices import UnknownModel
+from serving.cost.usage_report import Budget
 from serving.database import DatabaseError
 from serving.doctor.commands import add_doctor_command
 from serving.engines.commands import add_engines_command
@@ -31,6 +30,7 @@ from serving.engines.fitting import Fitting
 from serving.engines.vllm.install import InstallError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
+from serving.keys.store import KeyStore
 from serving.logs import LogError, lines_of, set_up
 from serving.models.commands import add_checksum_action, add_convert_action
 from serving.models.download_commands import add_download_actions
@@ -45,18 +45,21 @@ _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for bad input)."""
-    args = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(with_action(given))
     try:
         status: int = args.run(args)
     except (
         ApiError,
         ConfigError,
+        CostCommandError,
         DatabaseError,
         InstallError,
         LedgerError,
         LogError,
         ModelError,
         PlanError,
+        PriceDataError,
         ServeError,
         UnknownModel,
     ) as error:
@@ -86,11 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_plan_command(commands, default_config=_DEFAULT_CONFIG)
 
-    command = commands.add_parser("cost", help="what the metered tokens cost here and elsewhere")
-    _add_config(command)
-    command.add_argument("--since", type=_duration, help="only the last 30m, 24h, 7d")
-    command.add_argument("--model", help="only this model")
-    command.set_defaults(run=_cost)
+    add_cost_command(
+        commands, default_config=_DEFAULT_CONFIG, duration=_duration, accounts=_accounts
+    )
 
     command = commands.add_parser("logs", help="show what the engines of a config print")
     command.add_argument("model", metavar="MODEL", nargs="?", help="default: all models' engines")
@@ -168,12 +169,24 @@ def _logs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cost(args: argparse.Namespace) -> int:
-    config = load_config(args.config)
-    since = None if args.since is None else time.time() - args.since
-    traffic = read_traffic(ledger_path(config), since=since, model=args.model)
-    Console().print(render(compare(traffic, config.cost, PriceBook(config.cost.compare_to))))
-    return 0
+def _accounts(config: Config) -> Accounts:
+    with closing(KeyStore(Path(config.storage.data_dir))) as store:
+        keys = store.all()
+    of_keys = [
+        Budget(
+            "key", key.id, key.name, limits.budget_period, limits.budget_usd, limits.budget_tokens
+        )
+        for key in keys
+        for limits in [key.allowance]
+        if key.revoked_at is None and (limits.budget_usd or limits.budget_tokens)
+    ]
+    of_models = [
+        Budget("model", model.name, model.name, model.budget_period, model.budget_usd)
+        for model in config.remote_models
+        if model.budget_usd
+    ]
+    names = {key.id: key.name for key in keys}
+    return Accounts(ledger_path(config), names, [*of_keys, *of_models])
 
 
 def _config_check(args: argparse.Namespace) -> int:

@@ -226,6 +226,12 @@ class Metrics:
             "model",
             "source",
         )
+        self.idle_energy = self._counter(
+            "rigserve_idle_energy_joules",
+            "Of the energy charged to requests: what the rig draws without them, too.",
+            "model",
+            "source",
+        )
         self.cost = self._counter(
             "rigserve_cost_usd",
             "Cost of requests: energy, idle, hardware; api is what other servers ask for.",

@@ -24,11 +24,13 @@ from serving.config import (
     Config,
     ConfigError,
     ModelConfig,
+    RangesConfig,
     RemoteModel,
     load_config,
     located,
 )
 from serving.cost.model import CostModel
+from serving.cost.price_data import PriceDataError, price_data
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.engines.adapters import AdapterError
 from serving.engines.launch import Files
@@ -64,11 +66,22 @@ _AT_ONCE = {
     "memory.gpu_reserve_mib",
     "memory.max_wait_seconds",
     "memory.reserve_mib",
+    "cost.cache_hits_there",
+    "cost.carbon_grams_per_kwh",
     "cost.compare_to",
+    "cost.cooling_overhead",
+    "cost.currencies",
+    "cost.currency",
     "cost.electricity_usd_per_kwh",
     "cost.hardware_price_usd",
     "cost.lifetime_years",
+    "cost.maintenance_share_per_year",
     "cost.power.idle_watts",
+    "cost.prices",
+    *(f"cost.ranges.{name}" for name in RangesConfig.model_fields),
+    "cost.resale_usd",
+    "cost.tariff",
+    "cost.tokens_there_per_token",
     "cost.utilization",
     "routes",
 }
@@ -79,7 +92,15 @@ class ReloadError(Exception):
 
 
 # Why a config is not taken up.
-_REASONS = (ConfigError, AdapterError, EngineStartError, ModelError, ReloadError, UnknownModel)
+_REASONS = (
+    ConfigError,
+    AdapterError,
+    EngineStartError,
+    ModelError,
+    PriceDataError,
+    ReloadError,
+    UnknownModel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +249,9 @@ class Reloader:
 
     async def _take_up(self, of_file: Config, added: Sequence[AddedAdapter]) -> Changes:
         new, left_out = with_added(of_file, added)
-        prices = PriceBook(new.cost.compare_to)
-        api_prices = prices_of(new.remote_models)
+        data = price_data(Path(new.storage.data_dir))
+        prices = PriceBook(new.cost.compare_to, overrides=new.cost.prices, data=data)
+        api_prices = prices_of(new.remote_models, data)
         supervisor = self._supervisor
         changes = changes_of(self.config, new, supervisor.needs_restart)
         old = {engine.model.name: engine for engine in self._gateway.router.engines}

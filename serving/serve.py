@@ -20,7 +20,7 @@ import uvloop
 from serving.adapter_admin import AdapterAdmin, usable
 from serving.adapters.added import with_added
 from serving.adapters.store import AdapterStore
-from serving.config import Config, ServerConfig, TracingConfig
+from serving.config import Config, PowerConfig, ServerConfig, TracingConfig
 from serving.cost.ledger import (
     Ledger,
     read_requests_of_keys,
@@ -28,6 +28,7 @@ from serving.cost.ledger import (
     read_usage_of_keys,
 )
 from serving.cost.model import CostModel
+from serving.cost.price_data import price_data
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
 from serving.engines.fitting import Fitting
@@ -60,7 +61,8 @@ from serving.gateway.swapping import Swapper
 from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
-from serving.hardware.energy import open_meter
+from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.wall import MeterError
 from serving.keys.ring import KeyRing
 from serving.keys.store import KeyStore
 from serving.metrics import Metrics
@@ -104,14 +106,14 @@ def launchers_of(config: Config) -> dict[str, Launcher[Any]]:
 def serve(config: Config, file: Path) -> None:
     """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
 
-    Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``UnknownModel``.
+    Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``PriceDataError``, ``UnknownModel``.
     """
     filled = Fitting(config, launchers_of(config)).fill(fetch=True)
     for line in filled.lines:
         _log.info("%s", line)
     config = filled.config
-    prices = PriceBook(config.cost.compare_to)
-    spending = Spending(prices_of(config.remote_models))
+    prices = price_book(config)
+    spending = Spending(prices_of(config.remote_models, price_data(_data_dir(config))))
     with (
         closing(_store(KeyRing, _data_dir(config))) as ring,
         closing(_store(KeyStore, _data_dir(config))) as keys,
@@ -121,7 +123,7 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(_store(AdapterStore, _data_dir(config))) as adapters,
-        closing(open_meter(config.cost.power)) as power,
+        closing(_meter(config.cost.power)) as power,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
@@ -145,6 +147,19 @@ def serve(config: Config, file: Path) -> None:
                 *(certificate, tracing, spending, adapters),
             )
         )
+
+
+def price_book(config: Config) -> PriceBook:
+    """What the models to compare with charge; raises ``UnknownModel``, ``PriceDataError``."""
+    data = price_data(_data_dir(config))
+    return PriceBook(config.cost.compare_to, overrides=config.cost.prices, data=data)
+
+
+def _meter(power: PowerConfig) -> EnergyMeter:
+    try:
+        return open_meter(power)
+    except MeterError as error:
+        raise ServeError(f"cost.power.meter: {error}") from error
 
 
 def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:

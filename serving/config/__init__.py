@@ -1,5 +1,13 @@
 """The YAML file that says what to serve: its schema, and a loader whose errors name the line and the mend."""
 
+from serving.config.cost import (
+    CostConfig,
+    MeterConfig,
+    PowerConfig,
+    RangesConfig,
+    TariffHours,
+    UsdPerMillion,
+)
 from serving.config.load import (
     ConfigError,
     Problem,
@@ -12,7 +20,6 @@ from serving.config.schema import (
     AnyModel,
     Auto,
     Config,
-    CostConfig,
     EngineModel,
     FiltersConfig,
     GgufModel,
@@ -21,13 +28,11 @@ from serving.config.schema import (
     LoggingConfig,
     MemoryConfig,
     ModelConfig,
-    PowerConfig,
     RemoteModel,
     RouteConfig,
     ServerConfig,
     StorageConfig,
     TracingConfig,
-    UsdPerMillion,
     VllmModel,
 )
 
@@ -45,13 +50,16 @@ __all__ = [
     "LlamaServerModel",
     "LoggingConfig",
     "MemoryConfig",
+    "MeterConfig",
     "ModelConfig",
     "PowerConfig",
     "Problem",
+    "RangesConfig",
     "RemoteModel",
     "RouteConfig",
     "ServerConfig",
     "StorageConfig",
+    "TariffHours",
     "TracingConfig",
     "UsdPerMillion",
     "VllmModel",

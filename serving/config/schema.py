@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -20,6 +18,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from serving.config.cost import CostConfig, UsdPerMillion
+from serving.config.section import Section
 
 ModelName = Annotated[
     str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
@@ -82,13 +83,6 @@ def _without_ours(words: tuple[str, ...], ours: Mapping[str, str]) -> tuple[str,
         if known is not None:
             raise ValueError(f"{flag} is for rigserve to give; {known}")
     return words
-
-
-class Section(BaseModel):
-    """A mapping of the file. Unknown keys are errors; values cannot change after loading."""
-
-    # Strict: "8000" in quotes is text, not a port; true is no number.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Auto(int):
@@ -633,16 +627,6 @@ ModelConfig = LlamaCppModel | LlamaServerModel | VllmModel
 """A model with an engine of this machine's."""
 
 
-class UsdPerMillion(Section):
-    """What a million tokens cost."""
-
-    input: float = Field(ge=0, description="Tokens of prompts.")
-    cached_input: float | None = Field(
-        None, ge=0, description="Those of them that were cached there. Unset: as the others."
-    )
-    output: float = Field(ge=0, description="Generated tokens.")
-
-
 class RemoteModel(Section):
     """A model that another server has, behind an OpenAI-compatible API: no process of this machine's."""
 
@@ -893,51 +877,6 @@ class MemoryConfig(Section):
         gt=0,
         description="When a request has waited this long for a model that has no room, those who have it take no more requests until they have made way.",
     )
-
-
-class PowerConfig(Section):
-    """Watts to assume where no meter is found. Figures that rest on them are labelled `estimated`."""
-
-    idle_watts: float = Field(25.0, ge=0, description="The rig's draw while it waits.")
-    load_watts: float = Field(95.0, ge=0, description="The rig's draw while it generates.")
-
-    @model_validator(mode="after")
-    def _load_above_idle(self) -> PowerConfig:
-        if self.load_watts < self.idle_watts:
-            raise ValueError(
-                f"load_watts ({self.load_watts}) is below idle_watts ({self.idle_watts})"
-            )
-        return self
-
-
-class CostConfig(Section):
-    """What the rig costs its owner. These are the operator's own figures; the report prints them."""
-
-    hardware_price_usd: float = Field(800.0, ge=0, description="What the rig cost.")
-    lifetime_years: float = Field(
-        3.0, gt=0, description="Years over which that price is written off."
-    )
-    utilization: float = Field(
-        0.25, gt=0, le=1, description="Share of the lifetime in which the rig generates tokens."
-    )
-    electricity_usd_per_kwh: float = Field(0.30, ge=0, description="Price of electricity.")
-    power: PowerConfig = PowerConfig()
-    compare_to: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="Commercial models to compare with, as PROVIDER/MODEL of genai-prices.",
-    )
-
-    @field_validator("compare_to")
-    @classmethod
-    def _provider_and_model(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for reference in value:
-            provider, _, model = reference.partition("/")
-            if not provider or not model:
-                raise ValueError(
-                    f"{reference!r} is not of the form PROVIDER/MODEL, such as openai/gpt-4o-mini"
-                )
-        return value
 
 
 class Config(Section):

@@ -9,22 +9,25 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
+from serving.cost import rollup
+from serving.cost.rollup import Dimension, Selection, UsageSum
 from serving.cost.spool import Row, Spool
-from serving.cost.traffic import Traffic
+from serving.cost.traffic import Cuts, Traffic
 from serving.database import DatabaseError, check_version, open_database
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 4
+_SCHEMA_VERSION = 5
 _COMMIT_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 10.0
 _COMPLAINT_SECONDS = 60.0
+_OWN, _NO_CUTS = Selection(own_engines_only=True), Cuts()
 _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
 
 
@@ -37,7 +40,10 @@ class UsageRecord:
     """One request, as it is written down: each field is a column of the table ``usage``.
 
     ``started_at`` is Unix time. ``request_id`` may repeat: clients can choose it. The sources tell who
-    measured: ``engine``, ``nvml``, ``rapl``, or ``estimated``; ``none`` where there was no energy of the rig's.
+    measured: ``engine``; ``nvml``, ``rapl`` or a meter at the wall; or ``estimated``; ``none`` where there was no energy of the rig's.
+    ``idle_joules`` of the energy would have been drawn without the request, too. ``model`` is the LoRA adapter
+    if the request has one, and then ``base_model`` what it changes; otherwise that is ``-``. ``service_tier``
+    is ``batch`` for lines of batches, ``flex`` for what else gives way to other requests, or ``default``.
     ``key_id`` and ``tenant`` are ``-`` for requests without an API key. ``route`` is the name that was asked
     for, if that is a route's, and ``served_as`` says as what the model served it: ``target``, ``fallback``
     or ``spill_over``. ``api_usd`` is the price of another server's answer.
@@ -71,6 +77,9 @@ class UsageRecord:
     api_usd: float = 0.0
     route: str = "-"
     served_as: str = "-"
+    base_model: str = "-"
+    service_tier: str = "default"
+    idle_joules: float = 0.0
 
     @property
     def usd(self) -> float:
@@ -88,6 +97,7 @@ _CREATE = (
     ),
     "CREATE INDEX usage_started_at ON usage (started_at)",
     "CREATE UNIQUE INDEX usage_uid ON usage (uid)",
+    *rollup.CREATE,
 )
 _UPGRADES = {
     1: (
@@ -102,6 +112,13 @@ _UPGRADES = {
         "ALTER TABLE usage ADD COLUMN api_usd REAL NOT NULL DEFAULT 0.0",
         "ALTER TABLE usage ADD COLUMN route TEXT NOT NULL DEFAULT '-'",
         "ALTER TABLE usage ADD COLUMN served_as TEXT NOT NULL DEFAULT '-'",
+    ),
+    4: (
+        "ALTER TABLE usage ADD COLUMN base_model TEXT NOT NULL DEFAULT '-'",
+        "ALTER TABLE usage ADD COLUMN service_tier TEXT NOT NULL DEFAULT 'default'",
+        "ALTER TABLE usage ADD COLUMN idle_joules REAL NOT NULL DEFAULT 0.0",
+        *rollup.CREATE,
+        *rollup.FILL,
     ),
 }
 # A row that was spooled may have been written all the same, when the process ended just then.
@@ -125,9 +142,7 @@ class Ledger:
         self._path = path
         try:
             # Opened here for its errors, used by the writer's thread alone.
-            self._connection = open_database(
-                path, version=_SCHEMA_VERSION, create=_CREATE, upgrades=_UPGRADES
-            )
+            self._connection = _open(path)
         except DatabaseError as error:
             raise LedgerError(f"the ledger: {error}") from error
         self._records: queue.SimpleQueue[UsageRecord] = queue.SimpleQueue()
@@ -256,27 +271,45 @@ class Ledger:
             )
 
 
-def read_traffic(path: Path, *, since: float | None = None, model: str | None = None) -> Traffic:
-    """Sum the requests that the rig itself served, from Unix time ``since`` on, of one model or of all.
-
-    Requests that failed count with what they used. Never writes. Raises :class:`LedgerError` when there are none.
-    """
+def read_usage(
+    path: Path, selected: Selection, cuts: Cuts, by: Dimension | None = None
+) -> list[UsageSum]:
+    """Sums of the usage that is ``selected``, none across a cut. Raises :class:`LedgerError`."""
     if not path.exists():
         raise LedgerError(f"there is no ledger at {path}; serve some requests first")
-    query = """
-        SELECT count(*), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens),
-               sum(prefill_busy_seconds), sum(decode_busy_seconds), sum(energy_joules),
-               group_concat(DISTINCT energy_source), group_concat(DISTINCT timing_source)
-        FROM usage WHERE started_at >= ? AND (? IS NULL OR model = ?) AND engine != 'remote'
+    with _reading(path) as connection:
+        return rollup.read_sums(connection, selected, cuts, by)
+
+
+def read_traffic(path: Path, selected: Selection = _OWN, cuts: Cuts = _NO_CUTS) -> Traffic:
+    """Sum the requests that the rig itself served. Those that failed count with what they used.
+
+    Raises :class:`LedgerError` when there are none.
     """
-    uri = f"{path.resolve().as_uri()}?mode=ro"
-    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
-        check_version(connection, path, _SCHEMA_VERSION)
-        row = connection.execute(query, (since or 0.0, model, model)).fetchone()
-    if not row[0]:
+    own = replace(selected, own_engines_only=True)
+    sums = read_usage(path, own, cuts)
+    if not sums:
         raise LedgerError(f"the ledger {path} has no such requests")
-    *sums, energy_sources, timing_sources = row
-    return Traffic(*[*sums, _joined(energy_sources), _joined(timing_sources)])
+    tokens = [each.tokens for each in sums]
+    with _reading(path) as connection:
+        first, last = connection.execute(
+            "SELECT (SELECT min(started_at) FROM usage WHERE started_at >= ?), max(started_at) FROM usage",
+            (selected.since,),
+        ).fetchone()
+    return Traffic(
+        requests=sum(each.requests for each in tokens),
+        prompt_tokens=sum(each.prompt_tokens for each in tokens),
+        cached_tokens=sum(each.cached_tokens for each in tokens),
+        completion_tokens=sum(each.completion_tokens for each in tokens),
+        prefill_busy_seconds=sum(each.prefill_busy_seconds for each in sums),
+        decode_busy_seconds=sum(each.decode_busy_seconds for each in sums),
+        energy_joules=sum(each.energy_joules for each in sums),
+        idle_joules=sum(each.idle_joules for each in sums),
+        energy_source=_joined(each.energy_source for each in sums),
+        timing_source=_joined(each.timing_source for each in sums),
+        elapsed_seconds=last - first,
+        groups=tuple(tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,8 +337,7 @@ def read_spending(path: Path, since: float) -> dict[str, float]:
     query = (
         "SELECT model, sum(api_usd) FROM usage WHERE started_at >= ? AND api_usd > 0 GROUP BY model"
     )
-    uri = f"{path.resolve().as_uri()}?mode=ro"
-    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+    with _reading(path) as connection:
         return dict(connection.execute(query, (since,)))
 
 
@@ -315,13 +347,35 @@ def _usage_of_keys(path: Path, since: float, *, group_by: str) -> list[KeyUsage]
                sum(energy_usd + idle_usd + hardware_usd + api_usd)
         FROM usage WHERE started_at >= ? AND key_id != '-' GROUP BY {group_by} ORDER BY 2
     """
-    uri = f"{path.resolve().as_uri()}?mode=ro"
-    with _readable_errors(path), closing(sqlite3.connect(uri, uri=True)) as connection:
+    with _reading(path) as connection:
         return [KeyUsage(*row) for row in connection.execute(query, (since,))]
 
 
-def _joined(sources: str) -> str:
-    return "mixed" if "," in sources else sources
+def _joined(sources: Iterable[str]) -> str:
+    different = set(sources)
+    return different.pop() if len(different) == 1 else "mixed"
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with _readable_errors(path):
+        _taken_on(path)
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            yield connection
+
+
+def _taken_on(path: Path) -> None:
+    """Have a ledger in the present format, as a server would when it starts."""
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True)) as connection:
+        if check_version(connection, path, _SCHEMA_VERSION) == _SCHEMA_VERSION:
+            return
+    _open(path).close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    return open_database(path, version=_SCHEMA_VERSION, create=_CREATE, upgrades=_UPGRADES)
 
 
 @contextmanager

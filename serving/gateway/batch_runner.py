@@ -218,7 +218,7 @@ class BatchRunner:
         fields: dict[str, Any] = orjson.loads(line.body)
         try:
             identity = self._identity_of(job.owner)
-            caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up)
+            caller = Caller(request_id, job.batch["endpoint"], identity, job.hang_up, is_batch=True)
             answer, ignored = await self._asked(caller, fields)
         except ApiError as error:
             return error.status, error.body, {}

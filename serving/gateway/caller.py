@@ -40,6 +40,8 @@ class Caller:
     deadline: str | None = None
     hops: int = 0
     log_entry: Entry = field(default_factory=Entry)
+    # Whether it is a line of a batch.
+    is_batch: bool = False
 
     @staticmethod
     def of(http: HttpRequest) -> Caller:

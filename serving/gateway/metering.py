@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from serving.config import AnyModel, RemoteModel
@@ -16,7 +16,7 @@ from serving.gateway.access_log import tell_of_metered
 from serving.gateway.bill import Bill, Comparison
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Reservation
-from serving.gateway.sharing import SharedTime
+from serving.gateway.sharing import SharedRig, SharedTime
 from serving.gateway.spending import Purchase
 from serving.gateway.tracing import Trace, Tracing
 from serving.metrics import Metrics
@@ -31,14 +31,26 @@ _OWN_TIMINGS = {"prefill_seconds", "decode_seconds"}
 _QUEUE = "queue_seconds"
 
 
-class PowerSource(Protocol):
-    """An energy meter, as far as metering cares."""
+class Draw(Protocol):
+    """The mean of a draw, what it would have been without work, and who has measured it, or ``estimated``."""
+
+    @property
+    def watts(self) -> float:
+        """The mean."""
+
+    @property
+    def idle_watts(self) -> float:
+        """Of that, what is drawn without work, too."""
 
     @property
     def source(self) -> str:
-        """Who measures: ``nvml``, ``rapl``, or ``estimated``."""
+        """Such as ``nvml``, ``rapl``, ``shelly``, or ``estimated``."""
 
-    def mean_watts(self, started_monotonic: float, ended_monotonic: float) -> float:
+
+class PowerSource(Protocol):
+    """An energy meter, as far as metering cares."""
+
+    def draw(self, started_monotonic: float, ended_monotonic: float) -> Draw:
         """The rig's mean draw in a window of time."""
 
 
@@ -65,12 +77,14 @@ class Request:
     # The route that was asked for, if one was, and as what the model serves it.
     route: str = "-"
     served_as: str = "-"
+    service_tier: str = "default"
     purchase: Purchase | None = None
     queue_seconds: float = 0.0
     arrived_unix: float = field(default_factory=time.time)
     arrived_at: float = field(default_factory=time.monotonic)
-    # By which its share of the engine's time is known.
+    # By which its share of the engine's time is known, and its engine's of the rig's.
     entered: float = 0.0
+    entered_rig: tuple[float, float] = (0.0, 0.0)
     first_chunk_at: float | None = None
     last_chunk_at: float | None = None
 
@@ -99,6 +113,7 @@ class Meter:
         self._power = power
         self._tracing = tracing
         self._shared_times: defaultdict[str, SharedTime] = defaultdict(SharedTime)
+        self._rig = SharedRig()
 
     def configure(self, cost: CostModel, prices: PriceBook) -> None:
         """Price what ends from now on in another way."""
@@ -109,6 +124,8 @@ class Meter:
         """A request goes to its engine."""
         self._metrics.in_flight.labels(request.model.name).inc()
         request.entered = self._shared_times[request.model.name].enter()
+        if not isinstance(request.model, RemoteModel):
+            request.entered_rig = self._rig.enter(request.model.name)
         if self._tracing is None:
             return
         # A batch's lines have no trace yet, and who asked for work in the background has been answered.
@@ -136,6 +153,8 @@ class Meter:
     def withdrawn(self, request: Request) -> None:
         """A request that was started is another model's after all: it does not count here."""
         self._shared_times[request.model.name].leave(request.entered)
+        if not isinstance(request.model, RemoteModel):
+            self._rig.leave(request.model.name, request.entered_rig)
         self._metrics.in_flight.labels(request.model.name).dec()
         if request.trace is not None and request.began_trace:
             request.trace.answered(503)
@@ -167,12 +186,14 @@ class Meter:
         measured = _timings(final, share_seconds)
         timings = measured or _observed(request, ended_at)
         is_remote = isinstance(request.model, RemoteModel)
-        if is_remote:
-            # It kept none of this rig's hardware busy.
-            timings = replace(timings, prefill_busy_seconds=0.0, decode_busy_seconds=0.0)
-        busy_seconds = timings.prefill_busy_seconds + timings.decode_busy_seconds
-        joules = busy_seconds * self._power.mean_watts(request.sent_at, ended_at)
-        parts = self._cost.parts(busy_seconds, joules)
+        # A remote kept none of this rig's hardware busy; several models of its own share it.
+        share = 0.0 if is_remote else self._rig.leave(request.model.name, request.entered_rig)
+        prefill_busy_seconds = share * timings.prefill_busy_seconds
+        decode_busy_seconds = share * timings.decode_busy_seconds
+        busy_seconds = prefill_busy_seconds + decode_busy_seconds
+        draw = self._power.draw(request.sent_at, ended_at)
+        joules = busy_seconds * draw.watts
+        parts = self._cost.parts(busy_seconds, joules, request.arrived_unix)
         record = UsageRecord(
             started_at=request.arrived_unix,
             request_id=request.id,
@@ -189,11 +210,11 @@ class Meter:
             queue_seconds=request.queue_seconds + timings.queue_seconds,
             prefill_seconds=timings.prefill_seconds,
             decode_seconds=timings.decode_seconds,
-            prefill_busy_seconds=timings.prefill_busy_seconds,
-            decode_busy_seconds=timings.decode_busy_seconds,
+            prefill_busy_seconds=prefill_busy_seconds,
+            decode_busy_seconds=decode_busy_seconds,
             timing_source="engine" if measured else "estimated",
             energy_joules=joules,
-            energy_source="none" if is_remote else self._power.source,
+            energy_source="none" if is_remote else draw.source,
             energy_usd=parts.energy_usd,
             idle_usd=parts.idle_usd,
             hardware_usd=parts.hardware_usd,
@@ -202,6 +223,9 @@ class Meter:
             api_usd=request.purchase.usd(usage) if request.purchase else 0.0,
             route=request.route,
             served_as=request.served_as,
+            base_model=request.model.name if request.adapter else "-",
+            service_tier=request.service_tier,
+            idle_joules=busy_seconds * draw.idle_watts,
         )
         if request.purchase:
             request.purchase.settle(record.api_usd)
@@ -241,6 +265,7 @@ class Meter:
             metrics.cost.labels(model, "api").inc(record.api_usd)
         else:
             metrics.energy.labels(model, record.energy_source).inc(record.energy_joules)
+            metrics.idle_energy.labels(model, record.energy_source).inc(record.idle_joules)
             metrics.cost.labels(model, "energy").inc(record.energy_usd)
             metrics.cost.labels(model, "idle").inc(record.idle_usd)
             metrics.cost.labels(model, "hardware").inc(record.hardware_usd)
@@ -267,7 +292,8 @@ class Meter:
 
     def _usd_at(self, reference: str, record: UsageRecord) -> float:
         return self._prices.usd(
-            reference, record.prompt_tokens, record.cached_tokens, record.completion_tokens
+            *(reference, record.prompt_tokens, record.cached_tokens, record.completion_tokens),
+            service_tier=record.service_tier,
         )
 
 

@@ -121,6 +121,7 @@ class Relay:
             trace=caller.log_entry.trace,
             route=attempt.route,
             served_as=attempt.served_as,
+            service_tier=_service_tier(caller, body),
         )
         if attempt.began_at is not None:
             request.arrived_unix -= request.arrived_at - attempt.began_at
@@ -531,6 +532,13 @@ def _units(body: ModelRequest) -> int:
     if isinstance(body, CompletionRequest):
         return len(body.prompts) * (body.n or 1)
     return (body.n or 1) if isinstance(body, ChatCompletionRequest) else 1
+
+
+def _service_tier(caller: Caller, body: ModelRequest) -> str:
+    """As what a commercial API would sell it."""
+    if caller.is_batch:
+        return "batch"
+    return "flex" if _tenancy_of(body, caller.identity).priority == "batch" else "default"
 
 
 def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:

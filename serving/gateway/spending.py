@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from serving.config import RemoteModel, UsdPerMillion
+from serving.cost.price_data import PriceData
 from serving.cost.prices import PriceBook
 from serving.gateway.limits import next_start
 from serving.protocol.errors import ApiError
@@ -23,9 +24,9 @@ Price = Callable[[int, int, int], float]
 _RETRY_SECONDS = 1
 
 
-def prices_of(models: Iterable[RemoteModel]) -> dict[str, Price]:
-    """The prices of those models that cost money, by name. Raises ``UnknownModel``."""
-    return {model.name: _price_of(model) for model in models if model.costs_money}
+def prices_of(models: Iterable[RemoteModel], data: PriceData | None = None) -> dict[str, Price]:
+    """The prices of those models that cost money, by name; ``data`` None is genai-prices' own. Raises ``UnknownModel``."""
+    return {model.name: _price_of(model, data) for model in models if model.costs_money}
 
 
 @dataclass(slots=True)
@@ -143,12 +144,12 @@ class Spending:
         return spent
 
 
-def _price_of(model: RemoteModel) -> Price:
+def _price_of(model: RemoteModel, data: PriceData | None) -> Price:
     if model.usd_per_million is not None:
         return _flat(model.usd_per_million)
     assert model.price_of is not None
     reference = model.price_of
-    book = PriceBook((reference,), key=f"{model.name}: price_of")
+    book = PriceBook((reference,), key=f"{model.name}: price_of", data=data)
     return lambda prompt, cached, completion: book.usd(reference, prompt, cached, completion)
 
 

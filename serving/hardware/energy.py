@@ -12,17 +12,24 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
 import pynvml
 
 from serving.config import PowerConfig
+from serving.hardware.wall import MeterError, WallMeter
 
 _log = logging.getLogger(__name__)
 
 _SAMPLE_SECONDS = 0.2
 _HISTORY_SECONDS = 900.0
+# A window is measured if samples reach within so many sampling intervals of its ends, and at least so many seconds.
+_REACH_INTERVALS = 5
+_REACH_SECONDS = 2.0
+# What the rig draws without work is the least mean over so long.
+_IDLE_SECONDS = 5.0
 _POWERCAP = Path("/sys/class/powercap")
 
 _NOT_SUPPORTED = pynvml.nvmlExceptionClass(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -33,62 +40,104 @@ ESTIMATED = "estimated"
 Counter = Callable[[], float]
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The rig's mean draw in a window of time, and what of it is drawn without work, too."""
+
+    watts: float
+    idle_watts: float
+    source: str
+
+
 class EnergyMeter:
     """Samples a counter in the background and answers for any window of the last 15 minutes.
 
-    ``source`` names who measures: ``nvml``, ``rapl``, or ``estimated`` when there is no counter, or none
-    that still works. Opening takes one sampling interval; close it to end its thread.
+    A window that samples do not reach (the meter failed, a plug was off the network) has the configured
+    watts, as ``estimated``; the meter is tried again all the time. Opening takes one sampling interval;
+    close it to end its thread.
     """
 
-    def __init__(self, source: str, counter: Counter | None, fallback_watts: float) -> None:
+    def __init__(
+        self,
+        source: str,
+        counter: Counter | None,
+        power: PowerConfig,
+        interval_seconds: float = _SAMPLE_SECONDS,
+    ) -> None:
         self.source = source if counter else ESTIMATED
-        self._fallback_watts = fallback_watts
-        kept = int(_HISTORY_SECONDS / _SAMPLE_SECONDS)
+        self._power = power
+        self._interval_seconds = interval_seconds
+        self._reach_seconds = max(_REACH_INTERVALS * interval_seconds, _REACH_SECONDS)
+        kept = int(_HISTORY_SECONDS / interval_seconds)
         self._samples: deque[tuple[float, float]] = deque(maxlen=kept)
+        self._least_watts = float("inf")
+        self._is_failing = False
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         if counter:
             # Two samples make a power: from the start, what is called measured is.
             self._sample(counter)
-            time.sleep(_SAMPLE_SECONDS)
+            time.sleep(interval_seconds)
             self._sample(counter)
             self._thread = threading.Thread(
                 target=self._run, args=(counter,), name="energy", daemon=True
             )
             self._thread.start()
 
-    def mean_watts(self, started_monotonic: float, ended_monotonic: float) -> float:
-        """Mean draw between two moments of ``time.monotonic()``; the configured watts if not measured.
+    def draw(self, started_monotonic: float, ended_monotonic: float) -> Draw:
+        """The draw between two moments of ``time.monotonic()``; of the configured watts if it was not measured.
 
         Where no sample reaches, as in the last fifth of a second, the nearest ones speak for it.
         """
-        if self.source == ESTIMATED:
-            return self._fallback_watts
         with self._lock:
-            samples = list(self._samples)
-        return mean_watts_of(samples, started_monotonic, ended_monotonic)
+            samples, least_watts = list(self._samples), self._least_watts
+        if not self._covers(samples, started_monotonic, ended_monotonic):
+            return Draw(self._power.load_watts, self._power.idle_watts, ESTIMATED)
+        watts = mean_watts_of(samples, started_monotonic, ended_monotonic)
+        idle_watts = self._power.idle_watts if least_watts == float("inf") else least_watts
+        return Draw(watts, min(idle_watts, watts), self.source)
+
+    def _covers(self, samples: Sequence[tuple[float, float]], begin: float, end: float) -> bool:
+        if len(samples) < 2:
+            return False
+        # Of what lies beyond the history, the rest speaks.
+        is_full = len(samples) == self._samples.maxlen
+        begins_in_time = is_full or samples[0][0] <= begin + self._reach_seconds
+        return begins_in_time and samples[-1][0] >= end - self._reach_seconds
 
     def _sample(self, counter: Counter) -> None:
-        if self.source == ESTIMATED:
-            return
         try:
-            sample = (time.monotonic(), counter())
-            if self._samples and sample[1] < self._samples[-1][1]:
-                raise ValueError("its counter went backwards")
-        except (OSError, ValueError, pynvml.NVMLError) as error:
-            _log.warning(
-                "the %s energy meter failed (%s); energy is estimated from now on",
-                *(self.source, error),
-            )
-            self.source = ESTIMATED
-            self._closing.set()
-        else:
-            with self._lock:
-                self._samples.append(sample)
+            now, joules = time.monotonic(), counter()
+        except (MeterError, OSError, ValueError, pynvml.NVMLError) as error:
+            if not self._is_failing:
+                _log.warning(
+                    "the %s energy meter fails (%s); energy is estimated until it works again",
+                    *(self.source, error),
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            self._is_failing = False
+            _log.warning("the %s energy meter works again", self.source)
+        with self._lock:
+            if self._samples and joules < self._samples[-1][1]:
+                _log.warning(
+                    "the counter of the %s energy meter went backwards: what was before is forgotten",
+                    self.source,
+                )
+                self._samples.clear()
+            self._samples.append((now, joules))
+            self._see_idle(now, joules)
+
+    def _see_idle(self, now: float, joules: float) -> None:
+        back = round(_IDLE_SECONDS / self._interval_seconds)
+        if len(self._samples) > back:
+            begin, then_joules = self._samples[-1 - back]
+            self._least_watts = min(self._least_watts, (joules - then_joules) / (now - begin))
 
     def _run(self, counter: Counter) -> None:
-        while not self._closing.wait(_SAMPLE_SECONDS):
+        while not self._closing.wait(self._interval_seconds):
             self._sample(counter)
 
     def close(self) -> None:
@@ -129,12 +178,18 @@ def mean_watts_of(
 
 
 def open_meter(power: PowerConfig, powercap: Path = _POWERCAP) -> EnergyMeter:
-    """The best meter this machine has: NVML, else RAPL, else the configured ``load_watts``."""
+    """The configured meter at the wall, else the best that this machine has: NVML, RAPL, or ``load_watts``.
+
+    Raises :class:`MeterError` if the one at the wall does not answer now.
+    """
+    if power.meter is not None:
+        wall = WallMeter(power.meter)
+        return EnergyMeter(power.meter.kind, wall.joules, power, power.meter.interval_seconds)
     if counter := _nvml_counter():
-        return EnergyMeter("nvml", counter, power.load_watts)
+        return EnergyMeter("nvml", counter, power)
     if counter := _rapl_counter(powercap):
-        return EnergyMeter("rapl", counter, power.load_watts)
-    return EnergyMeter(ESTIMATED, None, power.load_watts)
+        return EnergyMeter("rapl", counter, power)
+    return EnergyMeter(ESTIMATED, None, power)
 
 
 def _nvml_counter() -> Counter | None:

@@ -339,7 +339,8 @@ def test_stopped_killed_expired_and_not_run_twice(tmp_path: Path, cache_dir: Pat
     assert 2 <= len(stopped) < len(names)
     with closing(sqlite3.connect(server.ledger_path)) as ledger:
         # What was under way when it was told to stop is finished, paid and kept.
-        assert ledger.execute("SELECT status FROM usage").fetchall() == [(200,)] * len(stopped)
+        written = ledger.execute("SELECT status, service_tier FROM usage").fetchall()
+        assert written == [(200, "batch")] * len(stopped)
     with RigServer(path) as server:
         server.wait_until_ready()
         wait_for(lambda: done(server, batch.id) >= len(stopped) + 2, "more lines are done")

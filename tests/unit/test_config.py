@@ -59,6 +59,7 @@ def test_the_default_config_loads_and_shows_every_key() -> None:
             for key in ("server", "storage", "logging", "tracing", "memory", "cost")
         ),
         (type(config.cost.power), written["cost"]["power"]),
+        (type(config.cost.ranges), written["cost"]["ranges"]),
     ]
     for model, keys in sections:
         assert set(keys) == set(model.model_fields)
@@ -101,6 +102,14 @@ def test_the_schema_accepts_the_default_config() -> None:
         ("8001", "${NOT_SET_ANYWHERE}", "rig.yaml:2: server.port: the environment variable NOT_SET_ANYWHERE is not set"),
         ("Q8_0", "Q8_0\ncost:\n  compare_to: [gpt]", "rig.yaml:9: cost.compare_to: 'gpt' is not of the form"),
         ("Q8_0", "Q8_0\ncost:\n  power: {idle_watts: 9, load_watts: 3}", "below idle_watts"),
+        ("Q8_0", "Q8_0\ncost:\n  resale_usd: 900", "resale_usd (900) is above hardware_price_usd (800)"),
+        ("Q8_0", "Q8_0\ncost:\n  hardware_price_usd: 729 EUR", "hardware_price_usd: '729 EUR': currencies has no rate for EUR"),
+        ("Q8_0", "Q8_0\ncost:\n  currency: EUR", "currency: EUR has no rate; add it to currencies"),
+        ("Q8_0", "Q8_0\ncost:\n  currencies: {euro: 1.1}", "no rate; write a code of three letters"),
+        ("Q8_0", "Q8_0\ncost:\n  ranges: {utilization: [0.3, 0.5]}", "must be the least and the most, and hold 0.25"),
+        ("Q8_0", "Q8_0\ncost:\n  ranges: {utilization: [0.1, 1.5]}", "no more than 1 is possible"),
+        ("Q8_0", "Q8_0\ncost:\n  tariff: [{begin: '25:00', end: '06:00', usd_per_kwh: 1}]", "no time of day"),
+        ("Q8_0", "Q8_0\ncost:\n  power: {meter: {kind: shelly, url: 'http://a', query: up}}", "a query go together"),
         ("Q8_0", "Q8_0\n    filters: {force: {seed: 1}}", "rig.yaml:8: models[0].filters.force: unknown key; did you mean 'forced'?"),
         ("Q8_0", "Q8_0\n    filters: {max_tokens_default: 9, max_tokens_ceiling: 8}", "rig.yaml:8: models[0].filters: max_tokens_default (9) is above"),
         ("models:", "models: {", "rig.yaml:"),

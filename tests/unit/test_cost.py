@@ -6,9 +6,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from genai_prices import Usage, calc_price
 from genai_prices.data_snapshot import get_snapshot
@@ -19,9 +23,16 @@ from rich.console import Console
 from serving.config import CostConfig, PowerConfig, load_config
 from serving.cost.comparison import CostReport, compare
 from serving.cost.model import CostModel
+from serving.cost.money import USD, Currency, saving_text
+from serving.cost.peers import suggest_peers
+from serving.cost.price_data import PriceDataError, installed, price_data, update
 from serving.cost.prices import PriceBook, UnknownModel
-from serving.cost.render import render, saving_text, usd_text, verdict
-from serving.cost.traffic import Traffic
+from serving.cost.render import render
+from serving.cost.traffic import TokenGroup, Traffic
+from serving.cost.uncertainty import Figure, combined, figures_of, swings, varied
+from serving.cost.verdict import usd_here, usd_there, verdict_on
+from serving.cost.words import computation, computation_there, verdict_text
+from tests.unit.test_wall import device
 
 COST_MODEL = Path(__file__).parents[2] / "docs" / "cost-model.md"
 CONFIG = CostConfig(
@@ -32,11 +43,32 @@ CONFIG = CostConfig(
     power=PowerConfig(idle_watts=25, load_watts=95),
     compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"),
 )
-TRAFFIC = Traffic(
-    requests=100, prompt_tokens=7_800, cached_tokens=0, completion_tokens=12_800,
-    prefill_busy_seconds=5.0, decode_busy_seconds=70.0, energy_joules=7_125.0,
-    energy_source="estimated", timing_source="engine",
-)  # fmt: skip
+BEGIN = 1_790_000_000.0
+
+
+def traffic(
+    *,
+    requests: int = 100,
+    prompt: int = 7_800,
+    cached: int = 0,
+    completion: int = 12_800,
+    **more: Any,
+) -> Traffic:
+    """So many requests, all alike."""
+    fields: dict[str, Any] = {
+        "prefill_busy_seconds": 5.0, "decode_busy_seconds": 70.0, "energy_joules": 7_125.0,
+        "idle_joules": 1_875.0, "energy_source": "estimated", "timing_source": "engine",
+    }  # fmt: skip
+    group = TokenGroup(
+        BEGIN, prompt // requests - 1, "default", requests, prompt, cached, completion
+    )
+    return Traffic(
+        requests=requests, prompt_tokens=prompt, cached_tokens=cached, completion_tokens=completion,
+        groups=(group,), **(fields | more),
+    )  # fmt: skip
+
+
+TRAFFIC = traffic()
 
 
 def worked_example() -> dict[str, float]:
@@ -46,44 +78,67 @@ def worked_example() -> dict[str, float]:
     return {name.replace("`", ""): float(value) for name, value in rows}
 
 
+GIVEN = (
+    "hardware_price_usd", "resale_usd", "lifetime_years", "maintenance_share_per_year", "utilization",
+    "electricity_usd_per_kwh", "cooling_overhead",
+)  # fmt: skip
+
+
 def test_the_worked_example_of_the_docs() -> None:
     stated = worked_example()
-    config = CostConfig(
-        hardware_price_usd=stated["hardware_price_usd"],
-        lifetime_years=stated["lifetime_years"],
-        utilization=stated["utilization"],
-        electricity_usd_per_kwh=stated["electricity_usd_per_kwh"],
-        power=PowerConfig(idle_watts=stated["idle_watts"], load_watts=stated["load_watts"]),
+    reference = "ours/example"
+    config = CostConfig.model_validate(
+        {name: stated[name] for name in GIVEN}
+        | {
+            "power": {"idle_watts": stated["idle_watts"], "load_watts": stated["load_watts"]},
+            "prices": {reference: {"input": 0.15, "output": 0.60}},
+            "ranges": {"utilization": [0.125, 0.5], "electricity_usd_per_kwh": [0.24, 0.375]},
+        }
     )
-    prompt, completion = int(stated["prompt_tokens"]), int(stated["completion_tokens"])
     prefill, decode = stated["prefill_busy_seconds"], stated["decode_busy_seconds"]
     joules = (prefill + decode) * stated["load_watts"]
-    parts = CostModel(config).parts(prefill + decode, joules)
-    traffic = dataclasses.replace(
-        TRAFFIC, prompt_tokens=prompt, completion_tokens=completion,
+    measured = traffic(
+        prompt=int(stated["prompt_tokens"]), completion=int(stated["completion_tokens"]),
         prefill_busy_seconds=prefill, decode_busy_seconds=decode, energy_joules=joules,
+        idle_joules=(prefill + decode) * stated["idle_watts"],
     )  # fmt: skip
-    report = compare(traffic, config, PriceBook(()))
-    usd_there = (prompt * 0.15 + completion * 0.60) / 1e6
+    report = compare(measured, config, PriceBook([reference], overrides=config.prices))
+    parts, row, verdict = report.parts, report.rows[0], report.verdict
+    assert verdict is not None
     computed = {
         "joules": joules,
+        "idle_joules": measured.idle_joules,
         "energy_usd": parts.energy_usd,
+        "marginal_usd": report.here_marginal.traffic_usd,
         "hardware_usd": parts.hardware_usd,
         "idle_usd": parts.idle_usd,
-        "all costs": parts.total_usd,
-        "usd_there": usd_there,
+        "all costs": report.here_fully_loaded.traffic_usd,
+        "usd_there": row.traffic_usd,
+        "as run, saving_percent": row.saving_percent_as_run,
+        "all costs, saving_percent": row.saving_percent_fully_loaded,
+        "break_even_utilization": verdict.break_even_utilization,
+        "break_even_tokens_per_day": verdict.break_even_tokens_per_day,
+        "payback_months": verdict.payback_months,
     }
     for name, here in (
-        ("energy only", report.here_energy_only),
+        ("marginal", report.here_marginal),
+        ("as run", report.here_as_run),
         ("all costs", report.here_fully_loaded),
     ):
-        assert here.input_usd_per_million is not None
-        assert here.output_usd_per_million is not None
         computed[f"{name}, input_usd_per_million"] = here.input_usd_per_million
         computed[f"{name}, output_usd_per_million"] = here.output_usd_per_million
-        computed[f"{name}, saving_percent"] = 100 * (1 - here.traffic_usd / usd_there)
-    assert {name: stated[name] for name in computed} == pytest.approx(computed, rel=2e-5)
-    assert len(stated) == len(computed) + 10  # and nothing stands there that is not checked
+    figures = {each.name: each for each in figures_of(config, "nvml")}
+    ranged = [figures["utilization"], figures["electricity_usd_per_kwh"]]
+    moved = swings(ranged, lambda figure, value: usd_here(measured, varied(config, figure, value)))
+    for name, figure in (("utilization", ranged[0]), ("electricity", ranged[1])):
+        swing = next(each for each in moved if each.figure == figure)
+        computed[f"usd_here, {name} {figure.low:g}"] = swing.at_low
+        computed[f"usd_here, {name} {figure.high:g}"] = swing.at_high
+    interval = combined(report.here_fully_loaded.traffic_usd, moved)
+    computed["low end of both ranges"] = interval.low
+    computed["high end of both ranges"] = interval.high
+    assert {name: stated[name] for name in computed} == pytest.approx(computed, rel=5e-5)
+    assert len(stated) == len(computed) + 13  # and nothing stands there that is not checked
 
 
 def test_savings_are_against_the_same_tokens_at_list_prices() -> None:
@@ -129,12 +184,12 @@ def test_a_life_of_work_costs_the_hardware_and_its_idle_energy() -> None:
 def test_input_and_output_prices_add_up_to_the_cost(
     prefill: float, decode: float, prompt: int, completion: int, joules: float
 ) -> None:
-    traffic = dataclasses.replace(
-        TRAFFIC, prefill_busy_seconds=prefill, decode_busy_seconds=decode,
-        prompt_tokens=prompt, completion_tokens=completion, energy_joules=joules,
+    measured = traffic(
+        prefill_busy_seconds=prefill, decode_busy_seconds=decode, prompt=prompt,
+        completion=completion, energy_joules=joules, idle_joules=joules / 3,
     )  # fmt: skip
-    report = compare(traffic, CONFIG, PriceBook(()))
-    for price in (report.here_energy_only, report.here_fully_loaded):
+    report = compare(measured, CONFIG, PriceBook(()))
+    for price in (report.here_marginal, report.here_as_run, report.here_fully_loaded):
         assert price.input_usd_per_million is not None
         assert price.output_usd_per_million is not None
         total = (
@@ -144,8 +199,8 @@ def test_input_and_output_prices_add_up_to_the_cost(
 
 
 def test_traffic_without_output_has_no_output_price() -> None:
-    report = compare(dataclasses.replace(TRAFFIC, completion_tokens=0), CONFIG, PriceBook(()))
-    assert report.here_energy_only.output_usd_per_million is None
+    report = compare(traffic(completion=0), CONFIG, PriceBook(()))
+    assert report.here_as_run.output_usd_per_million is None
 
 
 def test_cached_tokens_cost_less_where_the_api_says_so() -> None:
@@ -162,7 +217,7 @@ def test_long_prompts_are_priced_at_their_context_tier() -> None:
     short, long = (book.usd("google/gemini-2.5-pro", n, 0, 0) / n for n in (1_000, 300_000))
     assert long > short
     # Many short requests are not one long one.
-    many = dataclasses.replace(TRAFFIC, requests=1000, prompt_tokens=300_000, completion_tokens=0)
+    many = traffic(requests=1000, prompt=300_000, completion=0)
     row = compare(many, CONFIG, book).rows[0]
     assert row.traffic_usd == pytest.approx(300_000 * short)
 
@@ -195,12 +250,142 @@ def test_every_name_that_genai_prices_lists_can_be_looked_up() -> None:
 def test_the_verdict_can_say_that_the_api_is_cheaper() -> None:
     book = PriceBook(CONFIG.compare_to)
     dear = CONFIG.model_copy(update={"hardware_price_usd": 1e7})
-    assert "every compared API is cheaper than this rig" in verdict(compare(TRAFFIC, dear, book))
+    report = compare(TRAFFIC, dear, book)
+    assert report.verdict is not None
+    assert (report.verdict.cheaper_here, report.verdict.claim_holds) == ("no", "no")
+    assert report.verdict.payback_months is None or report.verdict.payback_months > 36
+    text = verdict_text(report)
+    assert "The API is cheaper" in text
+    assert "does not hold here" in text
     cheap = CONFIG.model_copy(update={"hardware_price_usd": 0.0, "electricity_usd_per_kwh": 1e-9})
-    text = verdict(compare(TRAFFIC, cheap, book))
-    assert "cheaper than every compared API" in text
-    assert "95 % cheaper, holds against all" in text
-    assert "nothing to compare" in verdict(compare(TRAFFIC, CONFIG, PriceBook(())))
+    text = verdict_text(compare(TRAFFIC, cheap, book))
+    assert "This rig is cheaper" in text
+    assert "95 % cheaper, holds" in text
+    energy_alone = CONFIG.model_copy(update={"electricity_usd_per_kwh": 1e4})
+    text = verdict_text(compare(TRAFFIC, energy_alone, book))
+    assert "There is no break-even" in text
+    assert "would not at any utilization" in text
+    assert "nothing to compare" in verdict_text(compare(TRAFFIC, CONFIG, PriceBook(())))
+
+
+def test_what_is_too_uncertain_is_said_so() -> None:
+    even = verdict_on(TRAFFIC, CONFIG, PriceBook(CONFIG.compare_to), CONFIG.compare_to[0])
+    assert even is not None
+    assert even.break_even_utilization is not None
+    config = CONFIG.model_copy(update={"utilization": even.break_even_utilization})
+    report = compare(TRAFFIC, config, PriceBook(CONFIG.compare_to))
+    assert report.verdict is not None
+    assert report.verdict.saving_percent.value == pytest.approx(0, abs=1e-6)
+    assert report.verdict.cheaper_here == "open"
+    assert "too close to tell" in verdict_text(report)
+
+
+def test_at_break_even_both_cost_the_same() -> None:
+    book, reference = PriceBook(CONFIG.compare_to), CONFIG.compare_to[0]
+    verdict = verdict_on(TRAFFIC, CONFIG, book, reference)
+    assert verdict is not None
+    for share, wanted in ((verdict.break_even_utilization, 1.0), (verdict.claim_utilization, 0.05)):
+        if share is None or share > 1:
+            continue
+        config = CONFIG.model_copy(update={"utilization": share})
+        there = usd_there(TRAFFIC, config, book, reference)
+        assert usd_here(TRAFFIC, config) == pytest.approx(wanted * there)
+    assert verdict.break_even_tokens_per_day is not None
+    # A day of so many tokens: its API bill is the day's share of the hardware, idle energy and work.
+    times = verdict.break_even_tokens_per_day / TRAFFIC.tokens
+    api_usd = times * usd_there(TRAFFIC, CONFIG, book, reference)
+    idle_seconds = 86_400 - times * TRAFFIC.busy_seconds
+    energy_joules = times * TRAFFIC.energy_joules + idle_seconds * 25
+    assert api_usd == pytest.approx(800 / (3 * 365.25) + energy_joules / 3.6e6 * 0.30)
+
+
+def test_payback_is_when_the_saved_bills_have_paid_for_the_rig() -> None:
+    book, reference = PriceBook(("openai/gpt-4o",)), "openai/gpt-4o"
+    config = CONFIG.model_copy(update={"maintenance_share_per_year": 0.1})
+    verdict = verdict_on(TRAFFIC, config, book, reference)
+    assert verdict is not None
+    assert verdict.payback_months is not None
+    seconds = verdict.payback_months / 12 * 365.25 * 86_400
+    times = 0.25 * seconds / TRAFFIC.busy_seconds
+    bills = times * usd_there(TRAFFIC, config, book, reference)
+    joules = times * TRAFFIC.energy_joules + 0.75 * seconds * 25
+    running = joules / 3.6e6 * 0.30 + 80 * verdict.payback_months / 12
+    assert bills - running == pytest.approx(800)
+
+
+def test_a_range_is_moved_through_by_itself() -> None:
+    config = CostConfig.model_validate(
+        {"compare_to": ["openai/gpt-4o"], "ranges": {"utilization": [0.2, 0.5]}}
+    )
+    verdict = verdict_on(TRAFFIC, config, PriceBook(config.compare_to), "openai/gpt-4o")
+    assert verdict is not None
+    swing = next(each for each in verdict.tornado if each.figure.name == "utilization")
+    assert swing.figure.basis == "yours"
+    for share, percent in ((0.2, swing.at_low), (0.5, swing.at_high)):
+        moved = config.model_copy(update={"utilization": share})
+        there = usd_there(TRAFFIC, moved, PriceBook(config.compare_to), "openai/gpt-4o")
+        assert percent == pytest.approx(100 * (1 - usd_here(TRAFFIC, moved) / there))
+    assert [each.width for each in verdict.tornado] == sorted(
+        (each.width for each in verdict.tornado), reverse=True
+    )
+
+
+def test_intervals_are_nearly_those_of_a_monte_carlo_simulation() -> None:
+    """GUM's law of propagation, in logarithms, against its Supplement 1: the same figures, drawn at random."""
+    config = CONFIG.model_copy(update={"compare_to": ("openai/gpt-4o-mini",)})
+    book, reference = PriceBook(config.compare_to), config.compare_to[0]
+    verdict = verdict_on(TRAFFIC, config, book, reference)
+    assert verdict is not None
+    figures = figures_of(config, TRAFFIC.energy_source)
+    chance = np.random.default_rng(0)
+
+    def drawn(figure: Figure) -> float:
+        # Half of the draws on each side, by a normal law whose 90 % are the range; shares end at 1.
+        side = figure.low if chance.random() < 0.5 else figure.high
+        away = abs(float(chance.standard_normal())) / 1.645
+        if figure.value and figure.low > 0:
+            value = figure.value * (side / figure.value) ** away
+        else:
+            value = figure.value + (side - figure.value) * away
+        most = 1.0 if figure.name in ("utilization", "cache_hits_there") else math.inf
+        return float(min(max(value, 0.0), most))
+
+    ratios = []
+    for _ in range(4_000):
+        moved, factor = config, 1.0
+        for figure in figures:
+            value = drawn(figure)
+            moved, factor = (
+                varied(moved, figure, value),
+                value if figure.name == "energy" else factor,
+            )
+        here = usd_here(TRAFFIC, moved, factor)
+        ratios.append(here / usd_there(TRAFFIC, moved, book, reference))
+    low, high = np.percentile(ratios, [5, 95])
+    saving = verdict.saving_percent
+    assert 1 - saving.high / 100 == pytest.approx(low, rel=0.12)
+    assert 1 - saving.low / 100 == pytest.approx(high, rel=0.12)
+
+
+@given(st.floats(0.02, 1), st.floats(0.001, 1e4), st.floats(0.0, 2.0))
+@settings(max_examples=40)
+def test_an_interval_holds_its_value_and_widens_with_each_range(
+    share: float, price: float, electricity: float
+) -> None:
+    config = CONFIG.model_copy(
+        update={
+            "utilization": share, "hardware_price_usd": price, "electricity_usd_per_kwh": electricity,
+        }
+    )  # fmt: skip
+    verdict = verdict_on(TRAFFIC, config, PriceBook(CONFIG.compare_to), CONFIG.compare_to[0])
+    assert verdict is not None
+    saving = verdict.saving_percent
+    assert saving.low <= saving.value + 1e-9
+    assert saving.value <= saving.high + 1e-9
+    assert saving.high <= 100
+    for swing in verdict.tornado:
+        for end in (swing.at_low, swing.at_high):
+            assert saving.low - 1e-6 <= end <= saving.high + 1e-6
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -210,19 +395,18 @@ def test_the_printed_report_holds_what_a_person_needs(width: int) -> None:
     for figure in (
         "100 requests", "7,800 prompt tokens (0 cached)", "12,800 generated",
         "5.0 s prefill, 70.0 s decode", "7,125 J", "$800 over 3 years at 25% utilization", "$0.30/kWh",
-        "25 W idle", "this rig, energy only", "this rig, all costs", "openai/gpt-4o-mini",
-        "$0.031", "$0.26", "$0.00059", "Verdict:",
+        "25 W idle", "this rig, marginal", "this rig, as run", "this rig, all costs", "openai/gpt-4o-mini",
+        "$0.031", "$0.26", "$0.00059", "Verdict:", "What the saving hangs on",
     ):  # fmt: skip
         assert figure in " ".join(text.split()), figure
 
 
 def test_estimates_are_labelled() -> None:
     book = PriceBook(CONFIG.compare_to)
-    measured = dataclasses.replace(TRAFFIC, energy_source="nvml")
-    for traffic, labelled in ((TRAFFIC, True), (measured, False)):
-        text = printed(compare(traffic, CONFIG, book), 100)
+    for each, labelled in ((TRAFFIC, True), (traffic(energy_source="nvml"), False)):
+        text = printed(compare(each, CONFIG, book), 100)
         assert ("this rig: estimated" in text) == labelled
-        assert ("rest on estimates" in text) == labelled
+        assert ("rest on estimates" in " ".join(text.split())) == labelled
 
 
 def printed(report: CostReport, width: int) -> str:
@@ -239,7 +423,7 @@ def printed(report: CostReport, width: int) -> str:
     ],
 )  # fmt: skip
 def test_prices_read_as_prices(value: float | None, text: str) -> None:
-    assert usd_text(value) == text
+    assert USD.text(value) == text
 
 
 @pytest.mark.parametrize(
@@ -268,3 +452,139 @@ def test_prices_are_those_of_the_package(prompt: int, cached_share: float, compl
         provider, _, model = reference.partition("/")
         expected = float(calc_price(usage, model, provider_id=provider).total_price)
         assert book.usd(reference, prompt, cached, completion) == pytest.approx(expected)
+
+
+def test_every_amount_can_be_computed_from_what_is_printed() -> None:
+    """A reviewer with a calculator: the formulas, as they are printed, give the amounts beside them."""
+    config = CostConfig.model_validate(
+        {
+            "hardware_price_usd": "900 EUR", "currencies": {"EUR": 1.08}, "currency": "EUR", "resale_usd": 100,
+            "maintenance_share_per_year": 0.02, "cooling_overhead": 1.2, "tokens_there_per_token": 1.1,
+            "cache_hits_there": 0.5, "compare_to": ["openai/gpt-4o", "google/gemini-2.5-pro"],
+            "tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}],
+        }
+    )  # fmt: skip
+    assert config.hardware_price_usd == pytest.approx(972)
+    report = compare(traffic(cached=2_000, prompt=30_000_000), config, PriceBook(config.compare_to))
+    texts: dict[str, float] = {}
+    steps = [
+        *computation(report),
+        *(step for row in report.rows for step in computation_there(row, report)),
+    ]
+    assert len(steps) == 10
+    for step in steps:
+        formula = step.formula
+        for name, value in texts.items():
+            formula = formula.replace(name, repr(value))
+        for text, meaning in (
+            ("×", "*"),
+            ("−", "-"),
+            (" s", ""),
+            (" W", ""),
+            (" J", ""),
+            (" prefill", ""),
+            (" decode", ""),
+            (" USD", ""),
+        ):
+            formula = formula.replace(text, meaning)
+        assert re.fullmatch(r"[\d.e+*/() -]+", formula), formula
+        result = float(re.sub("[^0-9.e-]", "", step.result))
+        assert eval(formula) == pytest.approx(result, rel=1e-4), step
+        texts[step.name] = result
+    assert report.here_fully_loaded.traffic_usd / 1.08 == pytest.approx(
+        texts["all costs"], rel=1e-5
+    )
+
+
+def test_night_power_is_cheaper_at_night() -> None:
+    config = CostConfig.model_validate(
+        {"tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}]}
+    )
+    model = CostModel(config)
+    midnight = time.mktime((2026, 6, 1, 0, 0, 0, 0, 0, -1))
+    for hours, usd_per_kwh in ((0, 0.1), (5.99, 0.1), (6.01, 0.3), (21.9, 0.3), (22.1, 0.1)):
+        energy = model.parts(1.0, 3.6e6, midnight + hours * 3600).energy_usd
+        assert energy == pytest.approx(usd_per_kwh)
+    assert model.mean_usd_per_kwh == pytest.approx((8 * 0.1 + 16 * 0.3) / 24)
+
+
+def test_an_operators_own_price_counts() -> None:
+    own = CostConfig.model_validate(
+        {
+            "compare_to": ["openai/gpt-4o", "ours/negotiated"],
+            "prices": {"ours/negotiated": {"input": 1, "cached_input": 0.5, "output": 2}},
+        }
+    )
+    book = PriceBook(own.compare_to, overrides=own.prices)
+    assert book.usd("ours/negotiated", 1_000_000, 500_000, 1_000_000) == pytest.approx(2.75)
+    assert "your own for ours/negotiated" in book.source
+
+
+def test_batches_and_flex_cost_less_where_they_do() -> None:
+    book = PriceBook(["openai/gpt-5", "openai/gpt-4o-mini"])
+    full, flex, batch = (
+        book.usd("openai/gpt-5", 1000, 0, 1000, tier) for tier in ("default", "flex", "batch")
+    )
+    assert flex == batch == pytest.approx(full / 2)
+    # It is not sold as flex.
+    assert book.usd("openai/gpt-4o-mini", 1000, 0, 0, "flex") == book.usd(
+        "openai/gpt-4o-mini", 1000, 0, 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "peer", "why"),
+    [
+        ("llama-3.1-8b", "llama", "the same weights"),
+        ("Llama-3.3-70B-Instruct-Q4_K_M", "llama", "the same weights"),
+        ("smollm2-135m", "openai/gpt-5-nano", "0.135 billion"),
+        ("our-32b-tune", "openai/gpt-5-mini", "32 billion"),
+        ("support-bot", "openai/gpt-5-nano", "does not tell its size"),
+    ],
+)
+def test_peers_are_suggested_by_what_a_model_is(model: str, peer: str, why: str) -> None:
+    references, basis = suggest_peers(model, installed())
+    assert peer in references[0].lower()
+    assert why in basis
+    PriceBook(references)  # all of them have prices
+
+
+def test_prices_are_updated_only_when_asked(tmp_path: Path) -> None:
+    raw = [
+        {
+            "id": "acme", "name": "Acme", "api_pattern": "https://acme\\.example",
+            "models": [
+                {
+                    "id": "big", "match": {"equals": "big"},
+                    "prices": {"input_mtok": {"base": 1, "tiers": [{"start": 1000, "price": 2}]}, "output_mtok": 3},
+                }
+            ],
+        }
+    ]  # fmt: skip
+    assert price_data(tmp_path) is installed()
+    with device({"/data.json": raw, "/wrong.json": {"no": "list"}}) as url:
+        data = update(tmp_path, f"{url}/data.json")
+        for bad in ("wrong.json", "gone.json"):
+            with pytest.raises(PriceDataError, match="the ones in use stay"):
+                update(tmp_path, f"{url}/{bad}")
+    assert "fetched 20" in data.source
+    book = PriceBook(["acme/big"], data=price_data(tmp_path))
+    assert book.usd("acme/big", 1_000, 0, 0) == pytest.approx(0.001)
+    assert book.usd("acme/big", 1_001, 0, 0) == pytest.approx(2 * 0.001001)
+    assert book.cuts.prompt_tokens == (1_000,)
+    (tmp_path / "prices.json").write_text("{}")
+    with pytest.raises(PriceDataError, match="fetch it again"):
+        price_data(tmp_path)
+
+
+def test_amounts_are_shown_in_the_operators_currency() -> None:
+    euro = Currency("EUR", 1.08)
+    assert euro.text(1.08) == "EUR 1.00"
+    assert euro.text(-0.0108) == "EUR -0.010"
+    assert [USD.rate(price) for price in (None, 0.125, 10.0, 0.05, 0.0028)] == [
+        "-",
+        "$0.125",
+        "$10.00",
+        "$0.05",
+        "$0.0028",
+    ]

@@ -60,31 +60,30 @@ def no_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_meter_the_configured_watts_are_an_estimate(tmp_path: Path) -> None:
     meter = open_meter(POWER, powercap=tmp_path)
-    assert meter.source == "estimated"
-    assert meter.mean_watts(0, 10) == 123
+    draw = meter.draw(0, 10)
+    assert (draw.source, draw.watts, draw.idle_watts) == ("estimated", 123, 10)
     meter.close()
 
 
 def test_rapl_counts_packages_and_survives_the_counters_wrap(tmp_path: Path) -> None:
     meter = open_meter(POWER, powercap=powercap(tmp_path, 900, wrap_at=1000))
     assert meter.source == "rapl"
-    started = time.monotonic()
     samples = meter._samples
     before = samples[-1][1]
     powercap(tmp_path, 99, wrap_at=1000)  # 900 -> 1000 -> 99: 200 microjoules
     wait_for(lambda: samples[-1][1] > before, "a new sample")
     assert samples[-1][1] - before == pytest.approx(200e-6)
-    assert meter.mean_watts(started - 10, time.monotonic() + 10) > 0
+    assert meter.draw(time.monotonic() - 1, time.monotonic()).watts > 0
     meter.close()
 
 
 def test_mean_watts_is_energy_over_time() -> None:
     begun = time.monotonic()
-    meter = EnergyMeter("rapl", lambda: (time.monotonic() - begun) * 50, fallback_watts=1)
+    meter = EnergyMeter("rapl", lambda: (time.monotonic() - begun) * 50, POWER)
     wait_for(lambda: len(meter._samples) >= 4, "some samples")
-    assert meter.mean_watts(begun, time.monotonic()) == pytest.approx(50, rel=0.2)
+    assert meter.draw(begun, time.monotonic()).watts == pytest.approx(50, rel=0.2)
     # A request shorter than the sampling interval gets the draw around it.
-    assert meter.mean_watts(begun + 0.25, begun + 0.26) == pytest.approx(50, rel=0.2)
+    assert meter.draw(begun + 0.25, begun + 0.26).watts == pytest.approx(50, rel=0.2)
     meter.close()
 
 
@@ -151,19 +150,23 @@ def test_power_is_summed_up_where_a_card_counts_no_energy() -> None:
     assert 200 * 0.1 <= rising <= 200 * (time.monotonic() - before_reading)
 
 
-def test_a_counter_that_goes_backwards_is_not_believed() -> None:
-    readings = iter([5.0, 6.0, 1.0])
-    meter = EnergyMeter("rapl", lambda: next(readings), fallback_watts=77)
-    wait_for(lambda: meter.source == "estimated", "the failure is noticed")
-    assert meter.mean_watts(0, time.monotonic()) == 77
+def test_what_was_before_a_counter_began_anew_is_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    readings = iter([500.0, 600.0, 1.0, 2.0, 3.0])
+    meter = EnergyMeter("shelly", lambda: next(readings, 3.0), POWER)
+    wait_for(lambda: len(meter._samples) >= 3 and meter._samples[0][1] == 1.0, "the new count")
+    assert "went backwards" in caplog.text
+    # Nothing is made of the difference between the two counts.
+    assert 0 <= meter.draw(time.monotonic() - 0.5, time.monotonic()).watts < 20
     meter.close()
 
 
 def test_what_is_measured_is_so_from_the_start() -> None:
     begun = time.monotonic()
-    meter = EnergyMeter("rapl", lambda: (time.monotonic() - begun) * 50, fallback_watts=1)
+    meter = EnergyMeter("rapl", lambda: (time.monotonic() - begun) * 50, POWER)
     now = time.monotonic()
-    assert meter.mean_watts(now, now) == pytest.approx(50, rel=0.2)
+    assert meter.draw(now, now).watts == pytest.approx(50, rel=0.2)
     meter.close()
 
 
@@ -173,20 +176,52 @@ def test_counters_that_cannot_be_read_are_said_so(
     powercap(tmp_path, 1)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     meter = open_meter(POWER, powercap=tmp_path)
-    assert meter.source == "estimated"
+    assert meter.draw(0, 1).source == "estimated"
     assert "energy_uj" in caplog.text
     meter.close()
 
 
-def test_a_meter_that_fails_becomes_an_estimate() -> None:
-    readings = iter([0.0, 1.0])
+def test_a_meter_that_fails_is_an_estimate_until_it_works_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serving.hardware.energy._REACH_SECONDS", 0.0)
+    monkeypatch.setattr("serving.hardware.energy._REACH_INTERVALS", 2)
+    works, begun = [True], time.monotonic()
 
     def counter() -> float:
-        for value in readings:
-            return value
+        if works[0]:
+            return (time.monotonic() - begun) * 50
         raise OSError("gone")
 
-    meter = EnergyMeter("rapl", counter, fallback_watts=77)
-    wait_for(lambda: meter.source == "estimated", "the failure is noticed")
-    assert meter.mean_watts(0, time.monotonic()) == 77
+    meter = EnergyMeter("rapl", counter, POWER, interval_seconds=0.05)
+
+    def source() -> str:
+        now = time.monotonic()
+        return meter.draw(now - 0.05, now).source
+
+    assert source() == "rapl"
+    works[0] = False
+    wait_for(lambda: source() == "estimated", "the failure is noticed")
+    now = time.monotonic()
+    assert meter.draw(now, now).watts == 123
+    works[0] = True
+    wait_for(lambda: source() == "rapl", "it works again")
+    assert caplog.text.count("gone") == 1  # said once, not twenty times a second
     meter.close()
+
+
+def test_idle_draw_is_the_least_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.hardware.energy._IDLE_SECONDS", 0.2)
+    begun = time.monotonic()
+
+    def counter() -> float:
+        # 40 W for half a second, then 200 W.
+        seconds = time.monotonic() - begun
+        return 40 * min(seconds, 0.5) + 200 * max(seconds - 0.5, 0.0)
+
+    meter = EnergyMeter("rapl", counter, POWER, interval_seconds=0.05)
+    wait_for(lambda: time.monotonic() - begun > 1.0, "a second")
+    draw = meter.draw(time.monotonic() - 0.2, time.monotonic())
+    meter.close()
+    assert draw.watts == pytest.approx(200, rel=0.2)
+    assert draw.idle_watts == pytest.approx(40, rel=0.2)

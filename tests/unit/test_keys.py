@@ -249,7 +249,10 @@ def test_the_bound_is_above_what_can_be_used() -> None:
     assert bound(RerankRequest, query="q" * 100, documents=documents) >= 50 * 110
 
 
-NEWER = ("key_id", "tenant", "api_usd", "route", "served_as")
+NEWER = (
+    *("key_id", "tenant", "api_usd", "route", "served_as"),
+    *("base_model", "service_tier", "idle_joules"),
+)
 OLD_COLUMNS = ", ".join(
     f"{name} NOT NULL" for name in RECORD.__dataclass_fields__ if name not in NEWER
 )

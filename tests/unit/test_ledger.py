@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from serving.cost.ledger import Ledger, LedgerError, UsageRecord, read_spending, read_traffic
+from serving.cost.rollup import Selection
 from serving.cost.spool import Spool
 from tests.processes import wait_for
 
@@ -123,10 +124,10 @@ def test_what_is_appended_can_be_read_and_summed(tmp_path: Path) -> None:
     assert both.energy_joules == pytest.approx(6.0)
     assert both.energy_source == "mixed"
     assert both.timing_source == "engine"
-    assert read_traffic(path, model="m").energy_source == "nvml"
-    assert read_traffic(path, since=1500.0).requests == 1
+    assert read_traffic(path, Selection(model="m")).energy_source == "nvml"
+    assert read_traffic(path, Selection(since=1500.0)).requests == 1
     with pytest.raises(LedgerError, match="no such requests"):
-        read_traffic(path, model="nobody")
+        read_traffic(path, Selection(model="nobody"))
     ledger.close()
     assert rows(path) == 2  # each was written once
 
@@ -292,25 +293,34 @@ def test_a_ledger_that_must_close_unwritten_says_what_is_lost(
     assert "2 usage records could not be written and are lost" in caplog.text
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_ledger_of_the_format_before_is_taken_on(tmp_path: Path, version: int) -> None:
     path = tmp_path / "l.sqlite"
     with closing(Ledger(path)) as ledger:
         ledger.append(RECORD)
     with closing(sqlite3.connect(path)) as connection:
-        for column in ("api_usd", "route", "served_as"):
+        connection.execute("DROP TRIGGER usage_rolled_up")
+        connection.execute("DROP TABLE usage_daily")
+        newer = ["base_model", "service_tier", "idle_joules"]
+        if version < 4:
+            newer += ["api_usd", "route", "served_as"]
+        for column in newer:
             connection.execute(f"ALTER TABLE usage DROP COLUMN {column}")
         if version == 2:
             connection.execute("DROP INDEX usage_uid")
             connection.execute("ALTER TABLE usage DROP COLUMN uid")
         connection.execute(f"PRAGMA user_version={version}")
+    # Whoever comes first, a report or a server, takes it on; what was there is rolled up, too.
+    assert read_traffic(path).requests == 1
     with closing(Ledger(path)) as ledger:
         ledger.append(RECORD)
     assert rows(path) == 2
+    assert read_traffic(path).requests == 2
 
 
 def test_what_an_older_version_has_spooled_is_written(tmp_path: Path) -> None:
-    *old, _, _, _ = astuple(RECORD)
+    # The columns since then: api_usd, route, served_as, base_model, service_tier, idle_joules.
+    old = astuple(RECORD)[:-6]
     Spool(tmp_path / "l.spool").add([(*old, "uid")])
     with closing(Ledger(tmp_path / "l.sqlite")) as ledger:
         ledger.append(replace(RECORD, api_usd=0.5, model="m"))
