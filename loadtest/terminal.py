@@ -186,7 +186,7 @@ def _knee_share(report: Report) -> float:
 def _stages_table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("load", no_wrap=True)
-    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "goodput"):
+    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "SLO"):
         sub = "\np50 / p95" if heading.endswith("ms") else ""
         table.add_column(heading + sub, justify="right", no_wrap=True)
     for one in report.stages:
@@ -200,16 +200,16 @@ def _stages_table(report: Report) -> Table:
             number(summary.completion_tokens_per_second_per_user),
             pair(summary.ttft_seconds),
             pair(summary.itl_seconds),
-            f"{summary.totals.errors} of {summary.totals.requests}",
+            f"{summary.totals.errors}/{summary.totals.requests}",
             goodput(summary),
         )
     return table
 
 
 def _latency_table(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("milliseconds")
-    for heading in ("mean", "p50", "p95", "p99", "p95 lies between (95 %)"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("milliseconds", no_wrap=True)
+    for heading in ("mean", "p50", "p95", "p99", "p95 in (95 %)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, key in LATENCIES:
         found = getattr(report.headline.summary, key)
