@@ -9,6 +9,7 @@ find is known: an inter-token latency of one turn. Engine and client have a core
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -77,15 +78,19 @@ def _row(case: Case, cores: Cores, seconds: float) -> tuple[str, ...]:
     port = free_port()
     module = "loadtest.benchmarks.gateway.engine"
     engine = [sys.executable, "-m", module, str(port), "-", str(case.turn_seconds)]
-    # Answers so long that the streams stay open nearly all the time, and short enough for several each.
-    tokens = round(seconds / 8 / case.turn_seconds)
+    # Answers of two to six seconds, so that streams do not all end in the same moment.
+    lengths = {"kind": "uniform", "min": 2 / case.turn_seconds, "max": 6 / case.turn_seconds}
+    load = {"kind": "closed", "users": case.streams}
+    scenario = {"load": load, "traffic": [{"output_tokens": lengths}], "warm_up": 0.3}
     with (
         running(cores.pinned(engine), f"http://127.0.0.1:{port}/ready"),
         tempfile.TemporaryDirectory() as folder,
     ):
+        file = Path(folder) / "streams.yaml"
+        file.write_text(json.dumps(scenario))
         report = bench(
-            Path(folder) / "bench", f"http://127.0.0.1:{port}/v1", "--model", "fake-0",
-            "--users", str(case.streams), "--duration", f"{seconds:g}s", "--output-tokens", str(tokens),
+            Path(folder) / "bench", f"http://127.0.0.1:{port}/v1", str(file), "--model", "fake-0",
+            "--duration", f"{seconds:g}s",
             "--workers", str(case.workers),
         )  # fmt: skip
     stage = report["stages"][0]
