@@ -96,8 +96,10 @@ class Progress:
         self._seen = len(records)
 
     def _line(self, stage: Stage, doing: str) -> str:
-        left = max(stage.end - self._clock(), 0.0)
-        state = "finishing" if doing == "finishing" else f"{left:.0f} s left"
+        left = stage.end - self._clock()
+        state = doing if doing == "finishing" else f"{max(left, 0.0):.0f} s left"
+        if stage.end == float("inf"):
+            state = "until Ctrl-C"
         return (
             f"{stage.label}, {state}: {self._seen} requests, {self._errors} errors, "
             f"{self._collector.in_flight} in flight, {self._per_second(stage):.0f} tokens/s"
