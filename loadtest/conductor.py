@@ -19,7 +19,7 @@ _HEAD_START_SECONDS = 0.3
 _LOOK_SECONDS = 0.2
 # A stage of a sweep that measures fewer is repeated, up to so many times as long.
 _FEWEST_REQUESTS = 6
-_LONGEST = 4
+_LONGEST = 2
 
 
 @dataclass(frozen=True, slots=True)
