@@ -112,9 +112,7 @@ class Progress:
     def _view(self, stage: Stage, doing: str) -> Group:
         now = self._clock()
         done = min(max((now - stage.begin) / max(stage.end - stage.begin, 1e-9), 0.0), 1.0)
-        head = Text.assemble(
-            (f"stage {stage.index + 1}: {stage.label}", "bold"), "   ", self._line(stage, doing)
-        )
+        head = Text.assemble((f"stage {stage.index + 1}: ", "bold"), self._line(stage, doing))
         parts: list[Text | ProgressBar] = [head, ProgressBar(total=1.0, completed=done, width=60)]
         for name, series, how in (
             ("tokens/s", self._tokens, "sum"),
