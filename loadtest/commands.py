@@ -65,7 +65,8 @@ def add_bench_command(commands: Any, *, default_config: Path) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.join is not None:
-        return run_worker(Join(*args.join, args.api_key))
+        host, port = args.join
+        return run_worker(Join(host, port, args.api_key))
     name, scenario = load_scenario(args.scenario)
     scenario = overridden(
         scenario,

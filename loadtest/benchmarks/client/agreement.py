@@ -97,7 +97,8 @@ def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
     lines = [["users", *(f"{name}: rigserve / vLLM" for name in _FIGURES), "most apart"]]
     lines.append(["---"] * len(lines[0]))
     for users in args.users:
-        ours, theirs = defaultdict(list), defaultdict(list)
+        ours: dict[str, list[float]] = defaultdict(list)
+        theirs: dict[str, list[float]] = defaultdict(list)
         requests = 0
         for number in range(args.rounds):
             print(
