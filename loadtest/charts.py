@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -54,33 +54,6 @@ def log_bars(bars: Sequence[Bar], unit: str) -> str:
     return (
         f'<div class="bars">{rows}<div class="bar-label"></div><div class="bar-ticks">{ticks}</div>'
         f'<div class="bar-value"></div><div class="bar-unit">{escape(unit)}, logarithmic scale</div></div>'
-    )
-
-
-def cumulative(values: Sequence[float], marks: Mapping[int, float], x_unit: str) -> str:
-    """The share of values at or below each value; ``marks`` puts dots at percentiles."""
-    ordered = sorted(values)
-    if not ordered:
-        return ""
-    # Where values lie far from zero and close together, the axis begins near them.
-    start = ordered[0] if ordered[0] > ordered[-1] / 3 else 0.0
-    ticks = scale(start, ordered[-1])
-    frame = Frame(ticks, ticks[-1], scale(0.0, 1.0))
-    points = [(frame.x_ticks[0], 0.0)]
-    for position, value in enumerate(ordered):
-        points.append((value, position / len(ordered)))
-        points.append((value, (position + 1) / len(ordered)))
-    # Thousands of steps look the same as some hundreds.
-    step = max(len(points) // 800, 1)
-    points = [*points[::step], points[-1]]
-    dots = "".join(
-        f'<circle class="mark" cx="{frame.x(value):.1f}" cy="{frame.y(percent / 100):.1f}" r="4"/>'
-        for percent, value in marks.items()
-    )
-    return (
-        frame.open("cumulative")
-        + frame.axes(x_unit, "share of values", percent=True)
-        + f'<polyline class="curve" points="{frame.path(points)}"/>{dots}</svg>'
     )
 
 

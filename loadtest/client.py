@@ -192,7 +192,7 @@ class Client:
 
     def _connection(self) -> socket.socket:
         """The open connection, or a new one if the server has hung up on it."""
-        if self._socket is not None and select.select([self._socket], [], [], 0)[0]:
+        if self._socket is not None and _readable(self._socket):
             self.close()
         if self._socket is None:
             self._socket = socket.create_connection((self._host, self._port), _TIMEOUT_SECONDS)
@@ -200,6 +200,13 @@ class Client:
             if self._tls:
                 self._socket = _tls().wrap_socket(self._socket, server_hostname=self._host)
         return self._socket
+
+
+def _readable(connection: socket.socket) -> bool:
+    """Whether something has come though nothing was asked for: the end."""
+    poll = select.poll()  # unlike select(), of any number of files
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 @cache

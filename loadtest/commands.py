@@ -8,7 +8,7 @@ from typing import Any
 
 from loadtest.options import BenchOptions, Join, overridden
 from loadtest.run import run_bench, run_worker
-from loadtest.scenario import DEFAULT, ScenarioError, load_scenario, names, parse_duration
+from loadtest.scenario import DEFAULT, load_scenario, names, parse_duration
 from serving.config import load_config
 
 
@@ -45,13 +45,17 @@ def add_bench_command(commands: Any, *, default_config: Path) -> None:
     many = command.add_argument_group("more than one process")
     many.add_argument(
         "--workers",
-        type=int,
+        type=_number,
         default=0,
         help="processes of this machine that send (default: this one)",
     )
-    many.add_argument("--remote-workers", type=int, default=0, help="wait for so many --join")
-    many.add_argument("--bind", metavar="HOST:PORT", help="where they join (default: loopback)")
-    many.add_argument("--join", metavar="HOST:PORT", help="be a worker of the bench there")
+    many.add_argument("--remote-workers", type=_number, default=0, help="wait for so many --join")
+    many.add_argument(
+        "--bind", type=_address, metavar="HOST:PORT", help="where they join (default: loopback)"
+    )
+    many.add_argument(
+        "--join", type=_address, metavar="HOST:PORT", help="be a worker of the bench there"
+    )
     command.add_argument("--web", action="store_true", help="steer the users from Locust's web UI")
     command.add_argument(
         "--config", type=Path, default=default_config, help="its cost section prices the tokens"
@@ -61,10 +65,8 @@ def add_bench_command(commands: Any, *, default_config: Path) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.join is not None:
-        host, _, port = args.join.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ScenarioError(f"--join {args.join!r} is not of the form HOST:PORT")
-        return run_worker(Join(host, int(port), args.api_key))
+        host, port = args.join
+        return run_worker(Join(host, port, args.api_key))
     name, scenario = load_scenario(args.scenario)
     scenario = overridden(
         scenario,
@@ -94,11 +96,24 @@ def _bench(args: argparse.Namespace) -> int:
     )
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"must be of the form HOST:PORT, not {text!r}")
+    return host, int(port)
+
+
 def _duration(text: str) -> float:
     try:
         return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

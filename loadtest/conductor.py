@@ -17,6 +17,9 @@ from loadtest.stages import Stage, fixed_stages, sweep_stage
 # Until all processes have heard of a stage, and users are there.
 _HEAD_START_SECONDS = 0.3
 _LOOK_SECONDS = 0.2
+# A stage of a sweep that measures fewer is repeated, up to so many times as long.
+_FEWEST_REQUESTS = 6
+_LONGEST = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,12 @@ class Conductor:
 
     def _sweep(self, sweep: Sweep) -> None:
         search = KneeSearch(sweep)
-        while (load := search.next_load()) is not None and not self._orders.end.is_set():
-            stage = sweep_stage(self._scenario, sweep, len(self.stages), self._begin(), load)
-            self._play([stage])
+        seconds = self._scenario.duration
+        longest = seconds * _LONGEST
+        load = search.next_load()
+        while load is not None:
+            begin, index = self._begin(), len(self.stages)
+            self._play([sweep_stage(self._scenario, sweep, index, begin, load, seconds)])
             stage = self.stages[-1]
             records = [
                 record for record in marked(self._crowd.collector.records, self.stages)
@@ -75,9 +81,13 @@ class Conductor:
             summary = summarize(records, stage.window, self._scenario.slo)
             requests = max(summary.totals.requests, 1)
             throughput = summary.completion_tokens_per_second or summary.requests_per_second
-            search.saw(stage.load, throughput, summary.totals.errors / requests)
             if self._orders.end.is_set():
                 return
+            if summary.totals.requests < _FEWEST_REQUESTS and seconds < longest:
+                seconds *= 2  # nothing can be concluded from so few: once more, and longer
+                continue
+            search.saw(stage.load, throughput, summary.totals.errors / requests)
+            load = search.next_load()
         self.knee = search.knee
 
     def _begin(self) -> float:

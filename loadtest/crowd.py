@@ -226,16 +226,14 @@ def _shape(crowd: Crowd, clock: Callable[[], float]) -> LoadTestShape:
     class StagesShape(LoadTestShape):
         """As many users as the stage wants that is on, or was last; of arrivals, one for each process."""
 
-        def __init__(self) -> None:
-            super().__init__()
-
         def tick(self) -> tuple[int, float]:
             now = clock()
             stage = stage_at(crowd.stages, now) or crowd.stages[-1]
             users = crowd.workers if stage.users is None else stage.users
             return users, float(max(users, 1))
 
-    return StagesShape()
+    shape: LoadTestShape = StagesShape()  # type: ignore[no-untyped-call]
+    return shape
 
 
 def _obey(runner: Any, post: Post) -> None:

@@ -108,13 +108,15 @@ def histogram(values: Sequence[float], marks: Mapping[int, float], x_unit: str) 
             parts.append(
                 f'<rect class="stream" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{floor - y:.1f}"/>'
             )
-    for percent, value in marks.items():
+    for number, (percent, value) in enumerate(marks.items()):
         if value <= x_ticks[-1]:
             x, top = frame.x(value), frame.y(frame.y_ticks[-1])
             parts.append(
                 f'<line class="knee" x1="{x:.1f}" y1="{top:.1f}" x2="{x:.1f}" y2="{floor:.1f}"/>'
             )
-            parts.append(f'<text class="tick" x="{x + 3:.1f}" y="{top + 10:.1f}">p{percent}</text>')
+            # One below the other, as they may be close together.
+            low = top + 10 + 13 * number
+            parts.append(f'<text class="tick" x="{x + 3:.1f}" y="{low:.1f}">p{percent}</text>')
     return "".join(parts) + "</svg>"
 
 

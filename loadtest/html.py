@@ -60,7 +60,7 @@ pre { overflow-x: auto; font-size: .82rem; margin: 0; }
   .bar-track b { top: 2px; height: 13px; } .bar-label { grid-column: 1 / -1; text-align: left; padding: 4px 0 0; }
   table, th { font-size: .78rem; } th, td { padding: 6px 3px; } th { white-space: normal; } td:first-child { white-space: normal; }
   .prices :is(td, th):nth-child(4), .latencies :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(7)) { display: none; }
-  .stages :is(td, th):is(:nth-child(4), :nth-child(7)), .tenants :is(td, th):is(:nth-child(3), :nth-child(7)) { display: none; }
+  .stages :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(6)), .tenants :is(td, th):is(:nth-child(3), :nth-child(7)) { display: none; }
   td small { font-size: .66rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
   --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
@@ -73,12 +73,12 @@ def render_html(report: Report) -> str:
     cost, head = report.cost, report.headline
     title = f"{escape(report.model)}: load and cost"
     stages = len(report.stages)
+    seconds = sum(one.stage.end - one.stage.begin for one in report.stages)
     body = [
         f"<h1>{title}</h1>",
         f'<p class="soft">{report.started:%Y-%m-%d %H:%M %Z} · {escape(report.options.url)} · scenario '
         f"{escape(report.options.scenario_name)} · "
-        f"{escape(head.stage.label) if stages == 1 else f'{stages} stages'} of "
-        f"{head.stage.end - head.stage.begin:.0f} s</p>",
+        f"{escape(head.stage.label) if stages == 1 else f'{stages} stages'}, {seconds:.0f} s</p>",
         f'<p class="card verdict">{sections.summary_text(report)}</p>',
     ]
     if cost is not None:

@@ -6,8 +6,9 @@ import math
 
 from loadtest.scenario import Sweep
 
-# Less than this from twice the load, and it is saturated.
+# Less than this from twice the load, twice in succession (once may be noise), and it is saturated.
 _LEAST_GAIN = 1.05
+_FRUITLESS = 2
 _MOST_FAILURES = 0.1
 _CLOSE_ENOUGH = 1.3
 
@@ -22,15 +23,15 @@ class KneeSearch:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._throughputs: dict[float, float] = {}
+        self._fruitless = 0
         self.saturated = False
 
     def saw(self, load: float, throughput: float, failed_share: float) -> None:
         """Take in what a stage showed. Throughput is of anything, but always of the same."""
-        earlier = [value for known, value in self._throughputs.items() if known < load]
-        if load >= max(self._throughputs, default=0) and (
-            failed_share > _MOST_FAILURES or (earlier and throughput < max(earlier) * _LEAST_GAIN)
-        ):
-            self.saturated = True
+        if not self.saturated:
+            gained = throughput >= max(self._throughputs.values(), default=0.0) * _LEAST_GAIN
+            self._fruitless = 0 if gained else self._fruitless + 1
+            self.saturated = failed_share > _MOST_FAILURES or self._fruitless == _FRUITLESS
         self._throughputs[load] = throughput
 
     @property

@@ -29,7 +29,7 @@ class BenchOptions:
 
     ``url`` ends in ``/v1``. ``model`` None is the first that the server lists, ``api_key`` None is
     ``$OPENAI_API_KEY``, ``out`` None a new folder named after the time. ``workers`` more processes of this
-    machine send the load, 0: this one; ``remote_workers`` more join at ``bind`` (HOST:PORT). ``slo`` are
+    machine send the load, 0: this one; ``remote_workers`` more join at ``bind`` (host, port). ``slo`` are
     conditions as of :func:`loadtest.gate.parse_objective`, ``baseline`` an earlier ``report.json``.
     """
 
@@ -44,7 +44,7 @@ class BenchOptions:
     seed: int = 0
     workers: int = 0
     remote_workers: int = 0
-    bind: str | None = None
+    bind: tuple[str, int] | None = None
     slo: tuple[str, ...] = ()
     baseline: Path | None = None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -80,14 +79,6 @@ class RequestRecord:
         """Waiting before any work: in the client for a free place, and in the engine if it tells."""
         in_engine = (self.timings or {}).get("queue_seconds", 0.0)
         return max(self.sent_at - self.started_at, 0.0) + in_engine
-
-    def chunks(self) -> Iterator[tuple[float, float]]:
-        """(moment, tokens) of each chunk with text; tokens are 1 where nothing better is known."""
-        if self.first_token_at is None:
-            return
-        tokens = self.chunk_tokens or itertools.repeat(1.0)
-        moments = itertools.accumulate(self.chunk_gaps_seconds, initial=self.first_token_at)
-        yield from zip(moments, tokens, strict=False)
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, moments to the microsecond."""

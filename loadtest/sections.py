@@ -70,9 +70,11 @@ def verdicts_section(report: Report) -> str:
 
 def load_section(report: Report) -> str:
     """All stages: the curves, and the table."""
-    stages = sorted(report.stages, key=lambda one: one.stage.load)
+    # Of a load that was tried again, the last time counts.
+    last = {one.stage.label: one for one in report.stages}
+    stages = sorted(last.values(), key=lambda one: one.stage.load)
     figures = ""
-    if len(stages) > 1 and len({one.stage.label for one in stages}) == len(stages):
+    if len(stages) > 1:
         figures = _curves(report, stages)
     rows = "".join(_stage_row(report, one) for one in report.stages)
     return (

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import gevent
+from locust.exception import RPCError
 from rich.console import Console
 
 from loadtest.client import Client, ServerError
@@ -92,7 +93,11 @@ def run(options: BenchOptions) -> int:
     except OSError as error:
         print(f"error: --out {out}: {error.strerror}", file=sys.stderr)
         return BAD_INPUT
-    report = _report_of(options, found, trace, epoch, leash, console, prices)
+    try:
+        report = _report_of(options, found, trace, epoch, leash, console, prices)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
     if report is None:
         return INTERRUPTED
     report = _judged(report, objectives)
@@ -249,21 +254,23 @@ def _crowd(
     if not options.workers + options.remote_workers:
         yield Crowd(api_key, None, 1)
         return
-    host, _, port = (options.bind or "").rpartition(":")
-    host, number = host or "127.0.0.1", int(port) if port else free_port()
-    crowd = Crowd(api_key, (host, number), setup.workers)
+    host, port = options.bind or ("127.0.0.1", free_port())
+    try:
+        crowd = Crowd(api_key, (host, port), setup.workers)
+    except RPCError as error:
+        raise ServerError(f"--bind {host}:{port}: {error}") from error
     if options.remote_workers:
         console.print(
             f"waiting for {options.remote_workers} workers; start each with: "
-            f"rigserve bench --join {host}:{number}"
+            f"rigserve bench --join {host}:{port}"
         )
     joined = "127.0.0.1" if host in ("0.0.0.0", "*", "::") else host  # noqa: S104 - compared, not bound
-    with local_workers(options.workers, joined, number, api_key) as lost:
+    with local_workers(options.workers, joined, port, api_key) as lost:
         crowd.lost = lost
         deadline = time.monotonic() + _JOIN_SECONDS
         while crowd.connected < setup.workers and not leash.end.is_set():
             if lost() or (time.monotonic() > deadline and not options.remote_workers):
-                raise RuntimeError("the worker processes do not start; see above")
+                raise ServerError("the worker processes do not start; what they said is above")
             gevent.sleep(0.1)
         yield None if leash.end.is_set() else crowd
 

@@ -85,12 +85,14 @@ def fixed_stages(scenario: Scenario, begin: float, trace_seconds: float) -> list
             raise TypeError("a sweep chooses each stage by what the one before it showed")
 
 
-def sweep_stage(scenario: Scenario, sweep: Sweep, index: int, begin: float, load: float) -> Stage:
+def sweep_stage(
+    scenario: Scenario, sweep: Sweep, index: int, begin: float, load: float, seconds: float
+) -> Stage:
     """One stage of a sweep."""
     shares = (scenario.warm_up, scenario.cool_down)
     if sweep.over == "users":
-        return _stage(index, begin, scenario.duration, shares, users=round(load))
-    return _stage(index, begin, scenario.duration, shares, requests_per_second=load)
+        return _stage(index, begin, seconds, shares, users=round(load))
+    return _stage(index, begin, seconds, shares, requests_per_second=load)
 
 
 def _stage(

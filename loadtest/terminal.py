@@ -96,8 +96,10 @@ class Progress:
         self._seen = len(records)
 
     def _line(self, stage: Stage, doing: str) -> str:
-        left = max(stage.end - self._clock(), 0.0)
-        state = "finishing" if doing == "finishing" else f"{left:.0f} s left"
+        left = stage.end - self._clock()
+        state = doing if doing == "finishing" else f"{max(left, 0.0):.0f} s left"
+        if stage.end == float("inf"):
+            state = "until Ctrl-C"
         return (
             f"{stage.label}, {state}: {self._seen} requests, {self._errors} errors, "
             f"{self._collector.in_flight} in flight, {self._per_second(stage):.0f} tokens/s"
@@ -110,9 +112,7 @@ class Progress:
     def _view(self, stage: Stage, doing: str) -> Group:
         now = self._clock()
         done = min(max((now - stage.begin) / max(stage.end - stage.begin, 1e-9), 0.0), 1.0)
-        head = Text.assemble(
-            (f"stage {stage.index + 1}: {stage.label}", "bold"), "   ", self._line(stage, doing)
-        )
+        head = Text.assemble((f"stage {stage.index + 1}: ", "bold"), self._line(stage, doing))
         parts: list[Text | ProgressBar] = [head, ProgressBar(total=1.0, completed=done, width=60)]
         for name, series, how in (
             ("tokens/s", self._tokens, "sum"),
@@ -186,7 +186,7 @@ def _knee_share(report: Report) -> float:
 def _stages_table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("load", no_wrap=True)
-    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "goodput"):
+    for heading in ("req/s", "tok/s", "a user", "TTFT ms", "ITL ms", "failed", "SLO"):
         sub = "\np50 / p95" if heading.endswith("ms") else ""
         table.add_column(heading + sub, justify="right", no_wrap=True)
     for one in report.stages:
@@ -200,16 +200,16 @@ def _stages_table(report: Report) -> Table:
             number(summary.completion_tokens_per_second_per_user),
             pair(summary.ttft_seconds),
             pair(summary.itl_seconds),
-            f"{summary.totals.errors} of {summary.totals.requests}",
+            f"{summary.totals.errors}/{summary.totals.requests}",
             goodput(summary),
         )
     return table
 
 
 def _latency_table(report: Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("milliseconds")
-    for heading in ("mean", "p50", "p95", "p99", "p95 lies between (95 %)"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("milliseconds", no_wrap=True)
+    for heading in ("mean", "p50", "p95", "p99", "p95 in (95 %)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, key in LATENCIES:
         found = getattr(report.headline.summary, key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import re
 import sysconfig
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ _CODE_WORDS = 8000
 _TOKENS_PER_WORD = {"prose": 1.4, "code": 3.0}
 # What a server counts moves the estimate by this much, until it has said so a hundred times.
 _LEARNT_AT_MOST = 100
+# Who counts fewer does not count words of these texts; believing it, prompts would grow without end.
+_LEAST_TOKENS_PER_WORD = 0.8
 
 
 @cache
@@ -36,9 +37,12 @@ def words_of(kind: str) -> tuple[str, ...]:
 def excerpt(kind: str, start: int, words: int) -> str:
     """So many words from a place in the text on; at its end it begins again."""
     text = words_of(kind)
-    return "".join(
-        itertools.islice(itertools.cycle(text), start % len(text), start % len(text) + words)
-    )
+    begin = start % len(text)
+    # By slices: walking to a place in the text would cost more than sending it.
+    parts = [*text[begin : begin + words]]
+    while len(parts) < words:
+        parts += text[: words - len(parts)]
+    return "".join(parts)
 
 
 @dataclass
@@ -79,7 +83,8 @@ class Gauge:
     def calibrate(self, few: tuple[int, int], many: tuple[int, int]) -> None:
         """Learn from two prompts, (words, tokens as the server counted)."""
         if not self.counted:
-            self.tokens_per_word = max((many[1] - few[1]) / (many[0] - few[0]), 0.1)
+            seen = (many[1] - few[1]) / (many[0] - few[0])
+            self.tokens_per_word = max(seen, _LEAST_TOKENS_PER_WORD)
         self.overhead_tokens = max(few[1] - few[0] * self.tokens_per_word, 0.0)
 
     def learn(self, words: int, tokens: int) -> None:
@@ -87,7 +92,7 @@ class Gauge:
         if self.counted or words < 1 or tokens <= self.overhead_tokens:
             return
         self._learnt = min(self._learnt + 1, _LEARNT_AT_MOST)
-        seen = (tokens - self.overhead_tokens) / words
+        seen = max((tokens - self.overhead_tokens) / words, _LEAST_TOKENS_PER_WORD)
         self.tokens_per_word += (seen - self.tokens_per_word) / (self._learnt + 1)
 
     def words_for(self, tokens: float, start: int) -> int:

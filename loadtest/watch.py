@@ -118,12 +118,11 @@ def health(
     return ClientHealth(len(workers), cpu, lag, worst, late, tuple(limits))
 
 
-def raise_file_limit() -> int:
-    """As many open files as the system lets this process have; returns how many that is."""
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,12 +18,11 @@ from openapi_spec_validator import validate
 from playwright.sync_api import Page, Request, sync_playwright
 
 from serving.gateway.api_document import EMBEDDING_MODEL, RERANKER
+from tests.browser import browser
 from tests.lora_files import random_lora, write_lora
 from tests.models import write_minilm
 from tests.processes import RigServer, write_config
 
-# Debian's and Google's; where there is none, RIGSERVE_BROWSER may name another.
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _LINE = {
     "custom_id": "1",
     "method": "POST",
@@ -162,15 +159,6 @@ def test_errors_are_as_told(rig: DocumentedRig) -> None:
         answer = requests.post(rig.base_url + path, json={}, headers=rig.headers, timeout=30)
         assert answer.status_code == 400
         check(rig.document, {"$ref": f"#/components/schemas/{schema}"}, answer.json())
-
-
-def browser() -> str:
-    """A browser's program; the test is skipped where there is none."""
-    named = os.environ.get("RIGSERVE_BROWSER")
-    found = named or next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if found is None:
-        pytest.skip("NO BROWSER: /docs is not tested; install chromium or set RIGSERVE_BROWSER")
-    return found
 
 
 def test_the_page_works_in_a_browser_and_asks_no_other_host(

@@ -253,6 +253,14 @@ def test_a_sweep_finds_the_knee_of_a_server_that_has_one(capacity: int) -> None:
     assert len(tried) == len(set(tried)) <= 12
 
 
+def test_a_sweep_is_not_ended_by_one_bad_stage() -> None:
+    search = KneeSearch(Sweep(kind="sweep", most=64, max_stages=12))
+    while (load := search.next_load()) is not None:
+        search.saw(load, min(load, 16) * (0.4 if load == 2 else 1.0), 0.0)
+    assert search.knee is not None
+    assert 14 <= search.knee <= 16
+
+
 def test_a_sweep_that_never_saturates_has_no_knee() -> None:
     search = KneeSearch(Sweep(kind="sweep", most=8))
     while (load := search.next_load()) is not None:

@@ -253,6 +253,14 @@ def test_an_estimate_is_corrected_by_what_the_server_counts() -> None:
     assert gauge.words_for(100, 0) == pytest.approx(50, abs=2)
 
 
+def test_a_server_that_counts_nonsense_gets_no_endless_prompts() -> None:
+    gauge = Gauge.of("prose")
+    gauge.calibrate((10, 10), (60, 10))
+    for _ in range(1000):
+        gauge.learn(gauge.words_for(80, 0), 10)
+    assert gauge.words_for(80, 0) <= 100
+
+
 def workload(traffic: Traffic, seed: int = 0, *, ignore_eos: bool = True) -> Workload:
     gauges = {gauge_key(traffic): Gauge.of(traffic.text)}
     return Workload([traffic], "tiny", gauges, seed, ignore_eos=ignore_eos)

@@ -3,7 +3,7 @@
     python -m loadtest.benchmarks.gateway.engine PORT [CORE [TURN_SECONDS]]
 
 A stream has ``max_tokens`` chunks of text, each written by itself, in turns with the other streams, as fast as
-can be or one turn each ``TURN_SECONDS``; asked to ``wait``, it stays open after the first. Uses nothing of serving's.
+can be or one turn each ``TURN_SECONDS`` (after a CORE, or ``-``); asked to ``wait``, it stays open after the first. Uses nothing of serving's.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ async def _serve(port: int, turn_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 2 and sys.argv[2] != "-":
         os.sched_setaffinity(0, {int(sys.argv[2])})
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         turn_seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
