@@ -47,6 +47,7 @@ _SLOTS = 16
 _START_SECONDS = 600.0
 # A server that was stopped for as long must not take its engine for stuck.
 _PATIENCE_SECONDS = 3600.0
+_WAKING_SECONDS = 1.0
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -146,7 +147,8 @@ async def _wave(of: Rig, prompts: Sequence[list[int]], tokens: int) -> list[Repl
     streams = [of.stream(prompt, tokens) for prompt in prompts]
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT) as session:
-        # What was stopped for a minute may have lost pages and caches.
+        # What was stopped for a minute drops old connections first, and may have lost pages and caches.
+        await asyncio.sleep(_WAKING_SECONDS)
         await of.stream(prompts[0][::-1], 8).run(session)
         await asyncio.gather(*(stream.run(session) for stream in streams))
     return [require_full(stream.reply(), tokens) for stream in streams]
