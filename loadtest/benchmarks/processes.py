@@ -21,7 +21,11 @@ _LOG_TAIL_BYTES = 2000
 
 @contextmanager
 def running(
-    command: Sequence[str], ready_url: str, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    ready_url: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    start_seconds: float = _START_SECONDS,
 ) -> Iterator[int]:
     """Run a server until the block ends; yields its process group once ``ready_url`` answers 200.
 
@@ -36,7 +40,7 @@ def running(
             start_new_session=True,
         )
         try:
-            if not asyncio.run(_becomes_ready(process, ready_url)):
+            if not asyncio.run(_becomes_ready(process, ready_url, start_seconds)):
                 raise RuntimeError("the server did not start")
             yield process.pid
         except RuntimeError as error:
@@ -51,8 +55,8 @@ def running(
             process.wait()
 
 
-async def _becomes_ready(process: subprocess.Popen[bytes], url: str) -> bool:
-    deadline = time.monotonic() + _START_SECONDS
+async def _becomes_ready(process: subprocess.Popen[bytes], url: str, start_seconds: float) -> bool:
+    deadline = time.monotonic() + start_seconds
     async with aiohttp.ClientSession() as session:
         while process.poll() is None and time.monotonic() < deadline:
             try:

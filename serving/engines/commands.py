@@ -46,7 +46,7 @@ def add_engines_command(commands: Any, *, default_config: Path) -> None:
         "install", help="make an environment with an engine, or use another version"
     )
     action.add_argument("engine", metavar="ENGINE", choices=[_VLLM], help=_VLLM)
-    action.add_argument("--version", dest="wanted", help="default: the newest")
+    action.add_argument("--version", dest="wanted", metavar="VERSION", help="default: the newest")
     action.add_argument(
         "--build",
         choices=["cuda", "cpu"],
@@ -57,7 +57,7 @@ def add_engines_command(commands: Any, *, default_config: Path) -> None:
 
     action = actions.add_parser("remove", help="remove what install has made")
     action.add_argument("engine", metavar="ENGINE", choices=[_VLLM], help=_VLLM)
-    action.add_argument("--version", dest="wanted", help="default: all versions")
+    action.add_argument("--version", dest="wanted", metavar="VERSION", help="default: all versions")
     _add_config(action, default_config)
     action.set_defaults(run=_remove)
 

@@ -24,7 +24,8 @@ class Device:
 class Need:
     """What a model takes: ``gpu_mib`` on one GPU or split over several, ``host_mib`` in main memory.
 
-    ``may_use`` names the GPUs it may go to; without any, all of it is in main memory.
+    ``may_use`` names the GPUs it may go to; without any, all of it is in main memory. With ``gpu_count`` it is
+    on exactly so many, in equal shares.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Need:
     gpu_mib: int = 0
     may_use: tuple[str, ...] = ()
     group: str | None = None
+    gpu_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ def _candidates(need: Need, devices: Sequence[Device]) -> Iterator[dict[str, int
     gpus = [device for device in devices if device.id in need.may_use]
     if not need.gpu_mib or not gpus:
         yield {HOST: need.host_mib + need.gpu_mib}
+        return
+    if need.gpu_count is not None:
+        for chosen in combinations(gpus, need.gpu_count):
+            share_mib = -(-need.gpu_mib // need.gpu_count)
+            yield host | {device.id: share_mib for device in chosen}
         return
     for count in range(1, len(gpus) + 1):
         for chosen in combinations(gpus, count):

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from serving.config import Config, MemoryConfig, ModelConfig
+from serving.config import Config, MemoryConfig, ModelConfig, VllmModel
 from serving.engines.engine import Endpoint, Engine, EngineStartError, EngineState
 from serving.engines.fitting import Fitting
 from serving.engines.launch import Footprint, Launcher
@@ -244,6 +244,8 @@ class Supervisor:
             gpu_mib=footprint.gpu_mib,
             may_use=tuple(gpu.uuid for gpu in self._gpus_for(engine)),
             group=engine.model.group,
+            # vLLM is told on how many, and splits evenly.
+            gpu_count=engine.model.cards if isinstance(engine.model, VllmModel) else None,
         )
 
     def _resident(self, engine: Engine, may_leave: bool) -> Resident:

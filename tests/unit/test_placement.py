@@ -86,6 +86,16 @@ def test_a_model_too_big_for_a_card_is_split() -> None:
     assert plan.shares_mib["GPU-b"] > plan.shares_mib["GPU-a"]
 
 
+def test_one_for_so_many_cards_has_an_equal_share_of_each() -> None:
+    pair = Need("new", host_mib=10, gpu_mib=6000, may_use=("GPU-a", "GPU-b"), gpu_count=2)
+    plan = place(pair, CARDS, [])
+    assert plan == Plan({HOST: 10, "GPU-a": 3000, "GPU-b": 3000})
+    # On one card there is no room for it, and the other has too little for half.
+    single = Need("new", host_mib=10, gpu_mib=17000, may_use=("GPU-a", "GPU-b"), gpu_count=1)
+    assert place(single, CARDS, []) is None
+    assert place(Need("new", 10, 17000, ("GPU-a", "GPU-b"), gpu_count=2), CARDS, []) is None
+
+
 def test_only_the_cards_that_were_named_are_used() -> None:
     assert place(card_need(12000, "GPU-a"), CARDS, []) is None
     assert place(card_need(100, "GPU-b"), CARDS, []) == Plan({HOST: 10, "GPU-b": 100})
