@@ -88,33 +88,45 @@ def write_byte_tokenizer(folder: Path, *, merges: Sequence[str] = ("Ġ t", "h e"
     )
 
 
-def write_space_tokenizer(folder: Path, *, prefix: bool = True) -> None:
-    """A tokenizer of Llama 2's kind, or without the prefix of Gemma's: bytes, letters, a few merges."""
+def write_space_tokenizer(folder: Path, *, prefix: bool = True, phi3: bool = False) -> None:
+    """A tokenizer of Llama 2's kind, without the prefix of Gemma's, or of Phi-3's: bytes, letters, a few merges."""
     special = ["<unk>", "<s>", "</s>"]
+    swallowing = ["</s>", "<|user|>"] if phi3 else []
     raw = [f"<0x{byte:02X}>" for byte in range(256)]
     letters = list("▁abcdefghinorstuw")
     merges = ["▁ t", "h e", "▁t he", "i n", "▁ a"]
     tokens = [*special, *raw, *letters, *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    names = ["<|endoftext|>", "<|user|>"] if phi3 else []
+    late = {token: len(tokens) + index for index, token in enumerate(names)}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     steps = [{"type": "Prepend", "prepend": "▁"}, replace] if prefix else [replace]
     write_tokenizer(
         folder,
         {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True,
          "unk_token": "<unk>", "fuse_unk": True},
-        added={token: index for index, token in enumerate(special)},
+        added={token: index for index, token in enumerate(special)} | late,
+        swallowing=swallowing,
         normalizer={"type": "Sequence", "normalizers": steps},
     )  # fmt: skip
 
 
 def write_tokenizer(
-    folder: Path, model: Mapping[str, Any], *, added: Mapping[str, int], **steps: Any
+    folder: Path,
+    model: Mapping[str, Any],
+    *,
+    added: Mapping[str, int],
+    swallowing: Sequence[str] = (),
+    **steps: Any,
 ) -> None:
-    """A ``tokenizer.json`` whose added tokens are special, and a chat template."""
+    """A ``tokenizer.json`` whose added tokens are special, and a chat template.
+
+    Those that are ``swallowing`` take the spaces after them away.
+    """
     names = list(added)
     extra = [
         {"id": index, "content": token, "special": True, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
+         "rstrip": token in swallowing, "normalized": False}
         for token, index in added.items()
     ]  # fmt: skip
     content = {"version": "1.0", "added_tokens": extra, "model": model, **steps}

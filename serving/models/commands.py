@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.models.checksums import digest_of
+from serving.models.huggingface import resolve_folder
 from serving.models.peft import convert_adapter
 from serving.models.requantize import TYPES
 from serving.models.sources import ModelError, resolve
@@ -18,7 +19,9 @@ def add_convert_action(actions: Any) -> None:
         "convert", help="make a GGUF file of a Hugging Face model, or of a LoRA that PEFT has saved"
     )
     action.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="with config.json, or adapter_config.json"
+        "folder",
+        metavar="FOLDER",
+        help="with config.json, or adapter_config.json; or a model on the Hub, hf://ORG/REPO",
     )
     action.add_argument(
         "--base", metavar="SOURCE", help="of a LoRA: its base model, as 'source' in a config"
@@ -29,7 +32,12 @@ def add_convert_action(actions: Any) -> None:
         metavar="TYPE",
         help="of a model: its quantization, as Q4_K_M (default: as the weights are)",
     )
-    action.add_argument("--out", metavar="FILE", type=Path, help="default: FOLDER.gguf")
+    action.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="default: FOLDER.gguf; of hf://ORG/REPO: REPO.gguf here",
+    )
     action.set_defaults(run=_convert)
 
 
@@ -57,7 +65,11 @@ def _checksum(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    folder = args.folder.absolute()
+    if args.folder.startswith("hf://"):
+        folder = resolve_folder(args.folder)
+        beside = Path(args.folder.rpartition("/")[2].partition("@")[0]).absolute()
+    else:
+        beside = folder = Path(args.folder).expanduser().absolute()
     if (folder / "adapter_config.json").exists():
         return _convert_adapter(args, folder)
     if not (folder / "config.json").exists():
@@ -68,7 +80,7 @@ def _convert(args: argparse.Namespace) -> int:
     from serving.models.checkpoint import convert_checkpoint
 
     type_suffix = f"-{args.type}" if args.type else ""
-    out = args.out or folder.with_name(f"{folder.name}{type_suffix}.gguf")
+    out = args.out or beside.with_name(f"{beside.name}{type_suffix}.gguf")
     made = convert_checkpoint(folder, out, args.type)
     print(f"{out}: {made.tensors} tensors, {made.quantization}, {out.stat().st_size / 1e6:.0f} MB")
     if made.left_out:

@@ -165,7 +165,8 @@ def test_weights_in_several_files_and_in_16_bits(tmp_path: Path) -> None:
 
 def test_of_a_model_that_sees_the_text_part_is_taken(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "gemma3")
-    convert_checkpoint(folder, tmp_path / "text.gguf", None)
+    (tmp_path / "text").mkdir()
+    convert_checkpoint(folder, tmp_path / "text" / "out.gguf", None)
     text = recorded("gemma3")
     tensors = {name: values(name, shape) for name, shape in text.shapes.items()}
     seeing = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -173,8 +174,8 @@ def test_of_a_model_that_sees_the_text_part_is_taken(tmp_path: Path) -> None:
     write_safetensors(folder / "model.safetensors", seeing)
     config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text.config}
     (folder / "config.json").write_text(json.dumps(config))
-    convert_checkpoint(folder, tmp_path / "seeing.gguf", None)
-    assert (tmp_path / "text.gguf").read_bytes() == (tmp_path / "seeing.gguf").read_bytes()
+    convert_checkpoint(folder, tmp_path / "out.gguf", None)
+    assert (tmp_path / "text" / "out.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
 
 
 def test_a_window_that_llama_cpp_does_not_have_bounds_the_context(tmp_path: Path) -> None:
@@ -225,3 +226,14 @@ def test_a_vocabulary_from_tokenizer_model(tmp_path: Path) -> None:
     path.write_bytes(pieces[:-3])
     with pytest.raises(Exception, match="is damaged"):
         read_vocabulary(tmp_path, 5)
+
+
+def test_phi_3_is_named_as_llama_cpp_knows_its_tokenizer_by(tmp_path: Path) -> None:
+    """Its special tokens swallow the spaces after them; llama.cpp tells so by the name, in both directions."""
+    folder = save(tmp_path / "model", "phi3")
+    write_space_tokenizer(folder, phi3=True)
+    convert_checkpoint(folder, tmp_path / "support.gguf", None)
+    assert read_header(tmp_path / "support.gguf").text("general.name") == "support (Phi-3)"
+    write_space_tokenizer(folder)
+    convert_checkpoint(folder, tmp_path / "my-Phi-3.gguf", None)
+    assert read_header(tmp_path / "my-Phi-3.gguf").text("general.name") == "my-phi"

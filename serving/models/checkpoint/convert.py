@@ -45,7 +45,8 @@ def convert_checkpoint(folder: Path, target: Path, quantization: str | None) -> 
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     quantized = target.with_name(f"{target.name}.{os.getpid()}.quantized.partial")
     try:
-        plain, tensors, left_out = _write(folder, partial)
+        name = target.stem.removesuffix(f"-{quantization}")
+        plain, tensors, left_out = _write(folder, partial, name)
         prove(partial, folder)
         if quantization is None or quantization == plain:
             partial.replace(target)
@@ -63,7 +64,7 @@ def convert_checkpoint(folder: Path, target: Path, quantization: str | None) -> 
     return Converted(tensors, quantization or plain, left_out)
 
 
-def _write(folder: Path, path: Path) -> tuple[str, int, tuple[str, ...]]:
+def _write(folder: Path, path: Path, name: str) -> tuple[str, int, tuple[str, ...]]:
     """The file with the weights as they are: its type, how many tensors it has, and tokens that were left out."""
     config = Config.read(folder)
     family = family_of(config)
@@ -76,7 +77,7 @@ def _write(folder: Path, path: Path) -> tuple[str, int, tuple[str, ...]]:
     tensors = extra_tensors(rope.tensors) + tensors
 
     writer = gguf.GGUFWriter(path, family.architecture)
-    writer.add_name(_name(folder, vocabulary))
+    writer.add_name(_name(name, vocabulary))
     write_parameters(config, family, rope, count, writer)
     writer.add_file_type(kind)
     vocabulary.write(writer, folder)
@@ -97,9 +98,8 @@ def _write(folder: Path, path: Path) -> tuple[str, int, tuple[str, ...]]:
     return type_name(kind) or "", len(tensors), tuple(vocabulary.left_out)
 
 
-def _name(folder: Path, vocabulary: Vocabulary) -> str:
-    """The folder's, made to have or not to have what llama.cpp knows Phi-3's tokenizer by (src/llama-vocab.cpp)."""
-    name = folder.resolve().name
+def _name(name: str, vocabulary: Vocabulary) -> str:
+    """The file's, made to have or not to have what llama.cpp knows Phi-3's tokenizer by (src/llama-vocab.cpp)."""
     if vocabulary.strips_like_phi3:
         return name if _PHI3.search(name) else f"{name} (Phi-3)"
     return _PHI3.sub("phi", name)
