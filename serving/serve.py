@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import aiohttp
 import uvloop
 
-from serving.config import Config, ServerConfig, TracingConfig
+from serving.config import Config, ServerConfig, StorageConfig, TracingConfig
 from serving.cost.ledger import (
     Ledger,
     read_requests_of_keys,
@@ -56,6 +56,7 @@ from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
 from serving.hardware.energy import open_meter
+from serving.hardware.telemetry import Telemetry
 from serving.keys.ring import KeyRing
 from serving.keys.store import KeyStore
 from serving.metrics import Metrics
@@ -102,11 +103,13 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(open_meter(config.cost.power)) as power,
+        closing(_telemetry(config.storage)) as telemetry,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
         metrics.ledger_waiting.set_function(lambda: ledger.waiting)
+        metrics.watch_machine(telemetry)
         certificate = _certificate(config.server, metrics)
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power, tracing)
         for period in ("day", "month"):
@@ -125,6 +128,10 @@ def serve(config: Config, file: Path) -> None:
                 *(certificate, tracing, spending),
             )
         )
+
+
+def _telemetry(storage: StorageConfig) -> Telemetry:
+    return Telemetry({"data": Path(storage.data_dir), "cache": Path(storage.cache_dir)})
 
 
 def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:
