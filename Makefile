@@ -11,7 +11,7 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-overload setup setup-dev python clean
+.PHONY: help serve test programs soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-overload setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
@@ -30,8 +30,12 @@ help:
 serve: setup
 	@exec .venv/bin/rigserve serve '$(CONFIG)'
 
-test: setup-dev
+test: setup-dev programs
 	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# Prometheus, promtool, hadolint and others, which tests of the deployment run.
+programs: setup-dev
+	@.venv/bin/python -m tools.programs
 
 # Thousands of requests of all kinds; `make test` has a short one.
 soak: setup-dev
