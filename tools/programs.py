@@ -29,7 +29,9 @@ _FETCH_SECONDS = 300
 
 def find(name: str) -> Path | None:
     """Where a program is; None if it is neither installed nor fetched."""
-    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, _PLACES)]))
+    found = shutil.which(
+        name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, _PLACES)])
+    )
     return Path(found) if found else None
 
 

@@ -1,0 +1,103 @@
+"""A real Prometheus, with the rules that are deployed, on the rigs of a test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from serving.engines.launch import free_port
+from tests.processes import Program, wait_for
+from tests.programs import program
+
+DEPLOYED = Path(__file__).parents[2] / "docker" / "prometheus"
+_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+
+
+class Prometheus(Program):
+    """Scrapes every second, so that a test need not wait; else as deployed. ``key`` opens the rigs' metrics."""
+
+    def __init__(self, folder: Path, targets: list[str], key: str) -> None:
+        config = yaml.safe_load((DEPLOYED / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["rule_files"] = [str(DEPLOYED / name) for name in config["rule_files"]]
+        del config["alerting"]
+        [rigs] = [each for each in config["scrape_configs"] if each["job_name"] == "rigserve"]
+        (folder / "key").write_text(key)
+        rigs["authorization"]["credentials_file"] = str(folder / "key")
+        rigs["static_configs"] = [{"targets": targets}]
+        config["scrape_configs"] = [rigs]
+        file = folder / "prometheus.yml"
+        file.write_text(yaml.safe_dump(config))
+        port = free_port()
+        super().__init__(
+            [
+                program("prometheus"),
+                f"--config.file={file}",
+                f"--storage.tsdb.path={folder / 'tsdb'}",
+            ]
+            + [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"],
+            f"http://127.0.0.1:{port}",
+            {},
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers queries."""
+        wait_for(lambda: self.answers("/-/ready"), "Prometheus is ready")
+
+    def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """The value now of each series, by its labels; fails if Prometheus does not understand it."""
+        answer = self._api("query", query=expression)
+        if answer["resultType"] == "scalar":
+            return {(): float(answer["result"][1])}
+        return {
+            tuple(sorted(each["metric"].items())): float(each["value"][1])
+            for each in answer["result"]
+        }
+
+    def query_range(
+        self, expression: str, start: float, end: float, step: float
+    ) -> list[tuple[Mapping[str, str], list[tuple[float, float]]]]:
+        """The labels and the values over time of each series."""
+        answer = self._api("query_range", query=expression, start=start, end=end, step=step)
+        return [
+            (each["metric"], [(at, float(value)) for at, value in each["values"]])
+            for each in answer["result"]
+        ]
+
+    def value(self, expression: str) -> float:
+        """The value of the only series."""
+        [value] = self.query(expression).values()
+        return value
+
+    def names(self) -> set[str]:
+        """Of all metrics that it has seen."""
+        return set(self._api("label/__name__/values"))
+
+    def failing_rules(self) -> list[Any]:
+        """Rules that were not evaluated, or could not be."""
+        groups = self._api("rules")["groups"]
+        rules = [rule for group in groups for rule in group["rules"]]
+        assert len(rules) > 50
+        return [rule for rule in rules if rule["health"] != "ok"]
+
+    def _api(self, path: str, **parameters: Any) -> Any:
+        answer = requests.get(f"{self.base_url}/api/v1/{path}", params=parameters, timeout=30)
+        told = answer.json()
+        assert told["status"] == "success", (parameters, told)
+        return told["data"]
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics that a PromQL expression names: those of rigserve, and those that rules record."""
+    without_labels = re.sub(r"\{[^}]*\}", "", expression)
+    return {name for name in _NAME.findall(without_labels) if "rigserve_" in name}
+
+
+def as_asked(expression: str) -> str:
+    """A dashboard's expression with its variables as Grafana fills them in, for all rigs and the last hour."""
+    return expression.replace("$instance", ".*").replace("$model", ".*").replace("$__range", "1h")
