@@ -40,8 +40,8 @@ def main() -> int:
     if packages := _missing(_DEBIAN_PACKAGES):
         _fetch_packages(packages)
     if wheels := _missing(_WHEELS):
-        _run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-             + ["--target", str(_FOLDER / "wheels"), *wheels])  # fmt: skip
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        _run([*pip, "--target", str(_FOLDER / "wheels"), *wheels])
     lacking = [name for name in (*_DEBIAN_PACKAGES, *_WHEELS) if find(name) is None]
     if lacking:
         print(f"TESTS SKIPPED: cannot get {', '.join(lacking)} here", file=sys.stderr)

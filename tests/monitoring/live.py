@@ -36,11 +36,12 @@ class Prometheus(Program):
         port = free_port()
         super().__init__(
             [
-                program("prometheus"),
-                f"--config.file={file}",
-                f"--storage.tsdb.path={folder / 'tsdb'}",
-            ]
-            + [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"],
+                *(program("prometheus"), f"--config.file={file}", "--log.level=warn"),
+                *(
+                    f"--storage.tsdb.path={folder / 'tsdb'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                ),
+            ],
             f"http://127.0.0.1:{port}",
             {},
         )
