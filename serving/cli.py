@@ -27,6 +27,8 @@ from serving.database import DatabaseError
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
+from serving.maintenance.backup import BackupError
+from serving.maintenance.commands import add_maintenance_commands
 from serving.models.commands import add_convert_action
 from serving.models.sources import ModelError
 from serving.protocol.errors import ApiError
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
     except (
         ApiError,
+        BackupError,
         ConfigError,
         DatabaseError,
         LedgerError,
@@ -115,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_logs)
 
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
+
+    add_maintenance_commands(commands, default_config=_DEFAULT_CONFIG)
 
     actions = add_models_command(commands)
     add_convert_action(actions)

@@ -29,6 +29,8 @@ from tools import dashboards
 
 MODEL = "smollm2-135m"
 LOAD_SECONDS = 12.0
+# Goes on like this, so that what it has can be guessed from.
+PROMPT = "one, two, three, four, five, " * 4
 # What only a remote with a budget, a route that passes requests on, a key that is refused or HTTPS shows.
 NEEDS_OTHER_RIGS = {
     "rigserve_breaker_state",
@@ -64,7 +66,7 @@ class LoadedRig(RigServer):
         self.keys = keys
 
     def ask(self, tenant: str, max_tokens: int = 16, **fields: Any) -> requests.Response:
-        body = {"model": MODEL, "prompt": "The sea", "max_tokens": max_tokens, "ignore_eos": True}
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": max_tokens, "ignore_eos": True}
         headers = {"authorization": f"Bearer {self.keys[tenant]}"}
         return requests.post(
             f"{self.base_url}/v1/completions", json={**body, **fields}, headers=headers, timeout=60
@@ -74,7 +76,9 @@ class LoadedRig(RigServer):
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[LoadedRig]:
     folder = tmp_path_factory.mktemp("rig")
-    path = write_config(folder, cache_dir, max_sequences=2, max_queue=2)
+    path = write_config(
+        folder, cache_dir, max_sequences=2, max_queue=2, speculation="prompt_lookup"
+    )
     config = yaml.safe_load(path.read_text())
     config["server"]["metrics_access"] = "key"
     path.write_text(yaml.safe_dump(config))
@@ -82,7 +86,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[L
         keys = {
             "prometheus": store.create(NewKey(name="prometheus"))[1],
             "alice": store.create(NewKey(name="alice"))[1],
-            "spent": store.create(NewKey(name="spent", budget_tokens=40))[1],
+            "spent": store.create(NewKey(name="spent", budget_tokens=300))[1],
         }
     with LoadedRig(path, keys) as server:
         server.wait_until_ready()
