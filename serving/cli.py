@@ -24,6 +24,7 @@ from serving.cost.ledger import LedgerError, read_traffic
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.database import DatabaseError
+from serving.deployment.commands import InitError, add_init_command
 from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.logs import LogError, lines_of, set_up
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         BackupError,
         ConfigError,
         DatabaseError,
+        InitError,
         LedgerError,
         LogError,
         ModelError,
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
 
+    add_init_command(commands)
     add_maintenance_commands(commands, default_config=_DEFAULT_CONFIG)
 
     actions = add_models_command(commands)
