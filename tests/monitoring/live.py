@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pynvml
+import pytest
 import requests
 import yaml
+from prometheus_client import start_http_server
 
 from serving.engines.launch import free_port
-from tests.processes import Program, wait_for
+from serving.hardware.telemetry import Telemetry
+from serving.keys.store import KeyStore
+from serving.metrics import Metrics
+from serving.protocol.keys import NewKey
+from tests.processes import Program, RigServer, wait_for, write_config
 from tests.programs import program
+from tests.unit.test_telemetry import Cards
 
+MODEL = "smollm2-135m"
+# Goes on like this, so that what it has can be guessed from.
+_PROMPT = "one, two, three, four, five, " * 4
 DEPLOYED = Path(__file__).parents[2] / "docker" / "prometheus"
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
@@ -91,6 +106,75 @@ class Prometheus(Program):
         told = answer.json()
         assert told["status"] == "success", (parameters, told)
         return told["data"]
+
+
+class LoadedRig(RigServer):
+    """A rig that needs keys, also for its metrics: ``keys`` has their secrets, by name."""
+
+    def __init__(self, folder: Path, cache_dir: Path) -> None:
+        path = write_config(
+            folder, cache_dir, max_sequences=2, max_queue=2, speculation="prompt_lookup"
+        )
+        config = yaml.safe_load(path.read_text())
+        config["server"]["metrics_access"] = "key"
+        path.write_text(yaml.safe_dump(config))
+        with closing(KeyStore(Path(config["storage"]["data_dir"]))) as store:
+            self.keys = {
+                key.name: store.create(key)[1]
+                for key in (
+                    NewKey(name="prometheus"),
+                    NewKey(name="alice"),
+                    NewKey(name="bob"),
+                    NewKey(name="spent", budget_tokens=300),
+                )
+            }
+        super().__init__(path)
+
+    @property
+    def target(self) -> str:
+        """Where to scrape it: its name as an instance."""
+        return self.base_url.removeprefix("http://")
+
+    def ask(self, tenant: str, max_tokens: int = 16, **fields: Any) -> None:
+        """A request, whatever becomes of it."""
+        body = {"model": MODEL, "prompt": _PROMPT, "max_tokens": max_tokens, "ignore_eos": True}
+        headers = {"authorization": f"Bearer {self.keys[tenant]}"}
+        requests.post(
+            f"{self.base_url}/v1/completions", json={**body, **fields}, headers=headers, timeout=60
+        )
+
+    def put_under_load(self, seconds: float) -> None:
+        """More clients than there is room for; some stream, and some are refused."""
+        done = threading.Event()
+
+        def client(number: int) -> None:
+            while not done.is_set():
+                self.ask("bob" if number == 0 else "alice", stream=bool(number % 2))
+                self.ask("spent", max_tokens=30)
+
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(client, number) for number in range(8)]
+            time.sleep(seconds)
+            done.set()
+            for each in clients:
+                each.result()
+
+
+@contextmanager
+def scraped_cards() -> Iterator[str]:
+    """A rig's series of two cards, from NVIDIA's library as it would answer; where to scrape them."""
+    answering = Cards()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, answer in answering.answers.items():
+            patch.setattr(pynvml, name, answer)
+        with closing(Telemetry({}, interval_seconds=0.2)) as telemetry:
+            metrics, port = Metrics(), free_port()
+            metrics.watch_machine(telemetry)
+            server, thread = start_http_server(port, "127.0.0.1", metrics.registry)
+            yield f"127.0.0.1:{port}"
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 def metrics_in(expression: str) -> set[str]:

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import pynvml
 import pytest
-import requests
 import yaml
-from prometheus_client import start_http_server
 
-from serving.engines.launch import free_port
-from serving.hardware.telemetry import Telemetry
-from serving.keys.store import KeyStore
 from serving.metrics import Metrics
-from serving.protocol.keys import NewKey
-from tests.monitoring.live import DEPLOYED, Prometheus, as_asked, metrics_in
-from tests.processes import RigServer, wait_for, write_config
-from tests.unit.test_telemetry import Cards
+from tests.monitoring.live import (
+    DEPLOYED,
+    MODEL,
+    LoadedRig,
+    Prometheus,
+    as_asked,
+    metrics_in,
+    scraped_cards,
+)
+from tests.processes import wait_for
 from tools import dashboards
 
-MODEL = "smollm2-135m"
 LOAD_SECONDS = 12.0
-# Goes on like this, so that what it has can be guessed from.
-PROMPT = "one, two, three, four, five, " * 4
 # What only a remote with a budget, a route that passes requests on, a key that is refused or HTTPS shows.
 NEEDS_OTHER_RIGS = {
     "rigserve_breaker_state",
@@ -43,52 +36,13 @@ NEEDS_OTHER_RIGS = {
 
 @pytest.fixture(scope="module")
 def cards() -> Iterator[str]:
-    """A rig's series of two cards, from NVIDIA's library as it would answer; where to scrape them."""
-    answering = Cards()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, answer in answering.answers.items():
-            patch.setattr(pynvml, name, answer)
-        with closing(Telemetry({}, interval_seconds=0.2)) as telemetry:
-            metrics, port = Metrics(), free_port()
-            metrics.watch_machine(telemetry)
-            server, thread = start_http_server(port, "127.0.0.1", metrics.registry)
-            yield f"127.0.0.1:{port}"
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-
-class LoadedRig(RigServer):
-    """A rig that needs keys, also for its metrics."""
-
-    def __init__(self, config_path: Path, keys: dict[str, str]) -> None:
-        super().__init__(config_path)
-        self.keys = keys
-
-    def ask(self, tenant: str, max_tokens: int = 16, **fields: Any) -> requests.Response:
-        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": max_tokens, "ignore_eos": True}
-        headers = {"authorization": f"Bearer {self.keys[tenant]}"}
-        return requests.post(
-            f"{self.base_url}/v1/completions", json={**body, **fields}, headers=headers, timeout=60
-        )
+    with scraped_cards() as target:
+        yield target
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[LoadedRig]:
-    folder = tmp_path_factory.mktemp("rig")
-    path = write_config(
-        folder, cache_dir, max_sequences=2, max_queue=2, speculation="prompt_lookup"
-    )
-    config = yaml.safe_load(path.read_text())
-    config["server"]["metrics_access"] = "key"
-    path.write_text(yaml.safe_dump(config))
-    with closing(KeyStore(Path(config["storage"]["data_dir"]))) as store:
-        keys = {
-            "prometheus": store.create(NewKey(name="prometheus"))[1],
-            "alice": store.create(NewKey(name="alice"))[1],
-            "spent": store.create(NewKey(name="spent", budget_tokens=300))[1],
-        }
-    with LoadedRig(path, keys) as server:
+    with LoadedRig(tmp_path_factory.mktemp("rig"), cache_dir) as server:
         server.wait_until_ready()
         yield server
 
@@ -98,40 +52,23 @@ def prometheus(
     tmp_path_factory: pytest.TempPathFactory, rig: LoadedRig, cards: str
 ) -> Iterator[Prometheus]:
     """After some seconds of load."""
-    targets = [rig.base_url.removeprefix("http://"), cards]
+    targets = [rig.target, cards]
     with Prometheus(tmp_path_factory.mktemp("prometheus"), targets, rig.keys["prometheus"]) as it:
         it.wait_until_ready()
-        put_under_load(rig)
+        rig.put_under_load(LOAD_SECONDS)
         wait_for(lambda: not it.failing_rules(), "all rules were evaluated")
         # Twice the interval: what the last rules see is recorded.
         time.sleep(3)
         yield it
 
 
-def put_under_load(rig: LoadedRig) -> None:
-    """More clients than there is room for; some stream, and some are refused."""
-    done = threading.Event()
-
-    def client(number: int) -> None:
-        while not done.is_set():
-            rig.ask("alice", stream=bool(number % 2))
-            rig.ask("spent", max_tokens=30)
-
-    with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(client, number) for number in range(8)]
-        time.sleep(LOAD_SECONDS)
-        done.set()
-        for each in clients:
-            each.result()
-
-
 def here(prometheus: Prometheus, rig: LoadedRig, record: str) -> float:
-    instance = rig.base_url.removeprefix("http://")
+    instance = rig.target
     return prometheus.value(f'{record}{{instance="{instance}", model="{MODEL}"}}')
 
 
 def test_rules_tell_what_the_rig_did(prometheus: Prometheus, rig: LoadedRig) -> None:
-    assert prometheus.value(f'up{{instance="{rig.base_url.removeprefix("http://")}"}}') == 1
+    assert prometheus.value(f'up{{instance="{rig.target}"}}') == 1
     generated = here(prometheus, rig, "instance_model:rigserve_completion_tokens:rate5m")
     ledger_tokens = here(prometheus, rig, "rigserve_completion_tokens_total")
     # Rates see all but the first scrape's share, and reach beyond both ends of the samples.
