@@ -148,7 +148,7 @@ def _drawn(panel: Panel, prometheus: Prometheus, began: float, ended: float) -> 
         if math.isfinite(value)
     ]
     if panel.kind == "number":
-        return f'<div class="number">{show(values[0][1]) if values else "–"}</div>'
+        return f'<div class="number">{show(values[0][1]) if values else "no data"}</div>'
     most = max((abs(value) for _, value in values), default=1.0) or 1.0
     return "".join(
         f'<div class="row"><span>{escape(name)}</span><span>{show(value)}</span>'
