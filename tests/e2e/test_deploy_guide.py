@@ -240,7 +240,15 @@ def test_backup_and_upgrade(scratch: Scratch, cache_dir: Path) -> None:
 def test_images_and_profiles(name: str) -> None:
     run("hadolint", "--failure-threshold", "info", ROOT / "docker" / f"{name}.Dockerfile")
     folder = ROOT / "docker"
-    words = ["--project-directory", folder, "--profile", name, "--profile", "monitoring", "config"]
+    words: list[str | Path] = [
+        "--project-directory",
+        folder,
+        "--profile",
+        name,
+        "--profile",
+        "monitoring",
+        "config",
+    ]
     services = yaml.safe_load(run("docker-compose", *words))["services"]
     # All are inside; what others reach is the gateway, and Grafana from this machine.
     ports = {

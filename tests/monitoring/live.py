@@ -137,7 +137,12 @@ class LoadedRig(RigServer):
 
     def ask(self, tenant: str, max_tokens: int = 16, **fields: Any) -> None:
         """A request, whatever becomes of it."""
-        body = {"model": MODEL, "prompt": _PROMPT, "max_tokens": max_tokens, "ignore_eos": True}
+        body: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": _PROMPT,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+        }
         headers = {"authorization": f"Bearer {self.keys[tenant]}"}
         requests.post(
             f"{self.base_url}/v1/completions", json={**body, **fields}, headers=headers, timeout=60

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from html import escape
@@ -81,13 +80,9 @@ def main() -> int:
             prometheus.wait_until_ready()
             began = time.time()
             # It comes, goes, and comes again.
-            load = threading.Thread(
-                target=lambda: [
-                    (rig.put_under_load(seconds / 4), time.sleep(seconds / 4)) for _ in range(2)
-                ]
-            )
-            load.start()
-            load.join()
+            for _ in range(2):
+                rig.put_under_load(seconds / 4)
+                time.sleep(seconds / 4)
             for board in BOARDS:
                 page = Path(folder) / f"{board.name}.html"
                 page.write_text(_page(board, prometheus, began, time.time()))
@@ -129,7 +124,7 @@ def _page(board: Board, prometheus: Prometheus, began: float, ended: float) -> s
 
 
 def _drawn(panel: Panel, prometheus: Prometheus, began: float, ended: float) -> str:
-    show = _SHOWN.get(panel.unit, lambda value: f"{value:,.4g}")
+    show = _SHOWN.get(panel.unit, _plain)
     if panel.kind == "lines":
         step = max((ended - began) / 120, 1.0)
         series = [
@@ -155,6 +150,10 @@ def _drawn(panel: Panel, prometheus: Prometheus, began: float, ended: float) -> 
         f'<b style="width: {max(100 * value / most, 0.5):.1f}%"></b></div>'
         for name, value in values
     )
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.4g}"
 
 
 def _name(query: Query, labels: Mapping[str, str]) -> str:
