@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from shutil import copytree, which
 
 import pytest
 import requests
 import yaml
 
+from serving.deployment import systemd
 from serving.engines.launch import free_port
 from tests.e2e.test_handover import ActivatedServer
 from tests.processes import RigServer
@@ -130,7 +130,9 @@ def completes(base_url: str, secret: str) -> int:
 
 
 def test_with_containers(scratch: Scratch, cache_dir: Path) -> None:
-    copytree(ROOT / "docker", scratch.folder / "docker", ignore=lambda *_: ["secrets", ".env"])
+    shutil.copytree(
+        ROOT / "docker", scratch.folder / "docker", ignore=lambda *_: ["secrets", ".env"]
+    )
     for name in ("LICENSE", "README.md"):
         (scratch.folder / name).touch()
     # The image has the config at /etc/rigserve.
@@ -197,10 +199,8 @@ def test_with_systemd(scratch: Scratch, cache_dir: Path) -> None:
 
 
 def test_units_are_units_and_as_hard_as_the_guide_says(scratch: Scratch) -> None:
-    if which("systemd-analyze") is None:
+    if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze")
-    from serving.deployment import systemd
-
     scores = {}
     for has_gpu in (False, True):
         unit = scratch.folder / "rigserve.service"
@@ -287,6 +287,6 @@ def test_init_takes_flags_and_overwrites_nothing(scratch: Scratch, kind: str) ->
     failing = scratch.do(f"{words} 2>&1 && exit 1 || true", scratch.folder)
     assert "is there already" in failing
     assert "not ADDRESS:PORT" in scratch.do(
-        f"rigserve init {kind} --listen {shlex.quote('9000')} --out new 2>&1 || true",
+        f"rigserve init {kind} --listen 9000 --out new 2>&1 || true",
         scratch.folder,
     )
