@@ -11,7 +11,7 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test vllm test-vllm soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-engines bench-overload bench-ledger setup setup-dev python clean
+.PHONY: help serve test programs image-steps vllm test-vllm soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-engines bench-overload bench-ledger setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
@@ -19,6 +19,7 @@ help:
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
 	@echo 'make fuzz    wrong requests by the thousand (FUZZ_REQUESTS=100000, FUZZ_SEED=1)'
+	@echo 'make image-steps   take the steps of the CPU image in a folder of their own'
 	@echo 'make lint    set up, then check style, types and import rules'
 	@echo 'make audit   look for known weaknesses, in the code and in what it depends on'
 	@echo 'make api-docs   write docs/api.md from the code'
@@ -33,8 +34,12 @@ help:
 serve: setup
 	@exec .venv/bin/rigserve serve '$(CONFIG)'
 
-test: setup-dev
+test: setup-dev programs
 	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# Prometheus, promtool, hadolint and others, which tests of the deployment run.
+programs: setup-dev
+	@.venv/bin/python -m tools.programs
 
 # The newest that rigserve is tested with, in an environment of its own below the data folder; repeats take a minute.
 vllm: setup-dev
@@ -64,6 +69,10 @@ lint: setup-dev
 # Known weaknesses: of the code (bandit), of what it depends on (pip-audit, which asks the network).
 audit: setup-dev
 	.venv/bin/python -m tools.audit
+
+# The steps of the CPU image in a folder of their own; compiles, so it takes ten minutes.
+image-steps: setup-dev
+	RIGSERVE_IMAGE_STEPS=$(or $(IMAGE_STEPS),full) .venv/bin/python -m pytest tests/e2e/test_image_steps.py
 
 api-docs: setup-dev
 	.venv/bin/python -m tools.api_docs

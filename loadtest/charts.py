@@ -115,6 +115,26 @@ def log_curve(
     return "".join(parts) + f'<polyline class="curve" points="{path}"/></svg>'
 
 
+def lines(
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_unit: str, y_unit: str
+) -> str:
+    """Lines over time, from zero on; each is named below, in its colour (the page's ``series-0`` and on)."""
+    points = [point for _, line in series for point in line]
+    if not points:
+        return ""
+    frame = _Frame.over_time(max(x for x, _ in points), _scale(0.0, max(y for _, y in points)))
+    drawn = "".join(
+        f'<polyline class="curve series-{number}" points="{frame.path(line)}"/>'
+        for number, (_, line) in enumerate(series)
+    )
+    names = "".join(
+        f'<span class="series-{number}">{escape(name)}</span>'
+        for number, (name, _) in enumerate(series)
+    )
+    chart = frame.open("lines") + frame.axes(x_unit, y_unit) + drawn + "</svg>"
+    return f'{chart}<div class="names">{names}</div>'
+
+
 def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x_unit: str) -> str:
     """Requests as lines, one row a user: (row, start, first token, end, failed).
 

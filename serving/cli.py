@@ -24,6 +24,7 @@ from serving.cost.price_data import PriceDataError
 from serving.cost.prices import UnknownModel
 from serving.cost.usage_report import Budget
 from serving.database import DatabaseError
+from serving.deployment.commands import InitError, add_init_command
 from serving.doctor.commands import add_doctor_command
 from serving.engines.commands import add_engines_command
 from serving.engines.fitting import Fitting
@@ -32,6 +33,8 @@ from serving.gateway.filters import filters_of
 from serving.keys.commands import add_keys_command
 from serving.keys.store import KeyStore
 from serving.logs import LogError, lines_of, set_up
+from serving.maintenance.backup import BackupError
+from serving.maintenance.commands import add_maintenance_commands
 from serving.models.commands import add_checksum_action, add_convert_action
 from serving.models.download_commands import add_download_actions
 from serving.models.sources import ModelError
@@ -51,10 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
     except (
         ApiError,
+        BackupError,
         ConfigError,
         CostCommandError,
         DatabaseError,
         InstallError,
+        InitError,
         LedgerError,
         LogError,
         ModelError,
@@ -105,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_logs)
 
     add_keys_command(commands, default_config=_DEFAULT_CONFIG, duration=_duration)
+
+    add_init_command(commands)
+    add_maintenance_commands(commands, default_config=_DEFAULT_CONFIG)
 
     actions = add_models_command(commands)
     add_download_actions(actions, default_config=_DEFAULT_CONFIG, fit_warning=fit_warning)

@@ -2,14 +2,15 @@
 
 Labels are bounded: ``model`` is a name of the config (or ``unknown``), ``endpoint`` a route, ``status`` an HTTP
 status, ``compared_to`` a model of ``cost.compare_to``; ``priority``, ``phase``, ``part`` and ``state`` are the engine's own words;
-``adapter`` is a LoRA adapter's name, ``tenant`` is one that the operator gave a key, ``reason`` one of a few codes of errors.
+``adapter`` is a LoRA adapter's name, ``tenant`` is one that the operator gave a key, ``reason`` one of a few codes of errors;
+``gpu`` is NVML's index of a card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +24,7 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 
@@ -140,6 +142,105 @@ class EngineSeries:
                     up_to = list(zip(steps, accumulate(steps.values()), strict=True))
                     family.add_metric((model, phase), up_to, answer[f"{phase}_tokens"])
         return family
+
+
+# Fields of a card's reading, and of the host's, as above.
+_GPU_GAUGES: tuple[tuple[str, ...], ...] = (
+    ("utilization", "rigserve_gpu_utilization_ratio", "Share of time in which the card computed."),
+    (
+        "memory_utilization",
+        "rigserve_gpu_memory_utilization_ratio",
+        "Share of time in which the card's memory was read or written.",
+    ),
+    ("memory_used_bytes", "rigserve_gpu_memory_used_bytes", "Memory in use, by any process."),
+    ("memory_total_bytes", "rigserve_gpu_memory_total_bytes", "Memory of the card."),
+    ("power_watts", "rigserve_gpu_power_watts", "What the card draws."),
+    ("power_limit_watts", "rigserve_gpu_power_limit_watts", "What it may draw."),
+    ("temperature_celsius", "rigserve_gpu_temperature_celsius", "Temperature of the chip."),
+    (
+        "slowdown_celsius",
+        "rigserve_gpu_slowdown_celsius",
+        "Temperature from which on the card lowers its clocks.",
+    ),
+    ("clock_hertz", "rigserve_gpu_clock_hertz", "Clocks: sm, memory.", "domain"),
+    (
+        "throttled",
+        "rigserve_gpu_throttled",
+        "1 while the clocks are held down: power_cap, thermal, hardware_thermal, hardware_power_brake.",
+        "reason",
+    ),
+    ("fan_ratio", "rigserve_gpu_fan_ratio", "Speed of the fan, of its highest."),
+    ("processes", "rigserve_gpu_processes", "Processes that compute on the card."),
+)
+_GPU_COUNTERS: tuple[tuple[str, ...], ...] = (
+    ("energy_joules", "rigserve_gpu_energy_joules", "Energy since the driver was loaded."),
+    ("pcie_replays", "rigserve_gpu_pcie_replays", "Packets that PCIe had to send again: errors."),
+)
+_HOST_GAUGES: tuple[tuple[str, ...], ...] = (
+    ("memory_total_bytes", "rigserve_host_memory_total_bytes", "Main memory."),
+    (
+        "memory_available_bytes",
+        "rigserve_host_memory_available_bytes",
+        "Main memory that programs can still have.",
+    ),
+    ("disk_free_bytes", "rigserve_disk_free_bytes", "Free disk space below a folder.", "folder"),
+    ("disk_total_bytes", "rigserve_disk_total_bytes", "Size of that disk.", "folder"),
+)
+_HOST_COUNTERS: tuple[tuple[str, ...], ...] = (
+    ("cpu_seconds", "rigserve_host_cpu_seconds", "Time of all CPUs, by what it went to.", "mode"),
+)
+
+
+class Readings(Protocol):
+    """What is read of the machine; see ``serving.hardware.telemetry``."""
+
+    @property
+    def gpus(self) -> Mapping[str, Any]:
+        """Each card's reading, by its index; none where there is no card."""
+
+    @property
+    def host(self) -> Any:
+        """The machine's."""
+
+
+class MachineSeries:
+    """The cards' and the host's. What is not told has no series, nor has a card that is not there."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        """All series, for the registry."""
+        gpus, host = self._readings.gpus, self._readings.host
+        if gpus:
+            info = InfoMetricFamily("rigserve_gpu", "A card, and its driver.", labels=("gpu",))
+            for index, gpu in gpus.items():
+                info.add_metric((index,), dict(gpu.info))
+            yield info
+        by_gpu = [((index,), gpu) for index, gpu in gpus.items()]
+        yield from _families(_GPU_GAUGES, GaugeMetricFamily, ("gpu",), by_gpu)
+        yield from _families(_GPU_COUNTERS, CounterMetricFamily, ("gpu",), by_gpu)
+        yield from _families(_HOST_GAUGES, GaugeMetricFamily, (), [((), host)])
+        yield from _families(_HOST_COUNTERS, CounterMetricFamily, (), [((), host)])
+
+
+def _families(
+    rows: tuple[tuple[str, ...], ...],
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    labels: tuple[str, ...],
+    readings: Sequence[tuple[tuple[str, ...], Any]],
+) -> Iterator[Metric]:
+    for field, name, text, *label in rows:
+        family = kind(name, text, labels=(*labels, *label))
+        for values, reading in readings:
+            told = getattr(reading, field)
+            if isinstance(told, Mapping):
+                for each, value in told.items():
+                    family.add_metric((*values, each), value)
+            elif told is not None:
+                family.add_metric(values, told)
+        if family.samples:
+            yield family
 
 
 class Metrics:
@@ -326,6 +427,10 @@ class Metrics:
             "When a config was last taken up.",
             registry=self.registry,
         )
+
+    def watch_machine(self, readings: Readings) -> None:
+        """Show the last of ``readings`` from now on."""
+        self.registry.register(MachineSeries(readings))
 
     def reloaded(self, *, ok: bool, at_unix: float) -> None:
         """The config was read again; ``ok`` if it is in use now."""

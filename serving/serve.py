@@ -20,7 +20,7 @@ import uvloop
 from serving.adapter_admin import AdapterAdmin, usable
 from serving.adapters.added import with_added
 from serving.adapters.store import AdapterStore
-from serving.config import Config, PowerConfig, ServerConfig, TracingConfig
+from serving.config import Config, PowerConfig, ServerConfig, StorageConfig, TracingConfig
 from serving.cost.ledger import (
     Ledger,
     read_requests_of_keys,
@@ -62,6 +62,7 @@ from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
 from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.telemetry import Telemetry
 from serving.hardware.wall import MeterError
 from serving.keys.ring import KeyRing
 from serving.keys.store import KeyStore
@@ -124,11 +125,13 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(_store(AdapterStore, _data_dir(config))) as adapters,
         closing(_meter(config.cost.power)) as power,
+        closing(_telemetry(config.storage)) as telemetry,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         metrics = Metrics()
         metrics.ledger_waiting.set_function(lambda: ledger.waiting)
+        metrics.watch_machine(telemetry)
         certificate = _certificate(config.server, metrics)
         meter = Meter(ledger, metrics, CostModel(config.cost), prices, power, tracing)
         for period in ("day", "month"):
@@ -160,6 +163,10 @@ def _meter(power: PowerConfig) -> EnergyMeter:
         return open_meter(power)
     except MeterError as error:
         raise ServeError(f"cost.power.meter: {error}") from error
+
+
+def _telemetry(storage: StorageConfig) -> Telemetry:
+    return Telemetry({"data": Path(storage.data_dir), "cache": Path(storage.cache_dir)})
 
 
 def _certificate(server: ServerConfig, metrics: Metrics) -> Certificate | None:

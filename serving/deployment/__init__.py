@@ -1,0 +1,1 @@
+"""What `rigserve init` writes: a config, and what starts the server on this machine."""

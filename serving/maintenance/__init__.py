@@ -1,0 +1,1 @@
+"""Backups of a server's data, and what an upgrade will do to it."""
