@@ -122,7 +122,7 @@ def lines(
     points = [point for _, line in series for point in line]
     if not points:
         return ""
-    frame = _Frame.over_time(max(x for x, _ in points), _scale(0.0, max(y for _, y in points)))
+    frame = Frame.over_time(max(x for x, _ in points), scale(0.0, max(y for _, y in points)))
     drawn = "".join(
         f'<polyline class="curve series-{number}" points="{frame.path(line)}"/>'
         for number, (_, line) in enumerate(series)

@@ -71,7 +71,7 @@ def run(options: BenchOptions) -> int:
     api_key = options.api_key or os.environ.get("OPENAI_API_KEY")
     epoch = time.time()
     try:
-        prices = PriceBook(options.cost.compare_to)
+        prices = PriceBook(options.cost.compare_to, overrides=options.cost.prices)
         objectives = [parse_objective(text) for text in options.slo]
         baseline = None
         if options.baseline is not None:

@@ -30,7 +30,7 @@ from tests.tiny_checkpoints import (
 def save(folder: Path, name: str, **config: Any) -> Path:
     """A recorded model with other settings; a value of ``...`` is left out."""
     model = recorded(name)
-    settings = {key: value for key, value in (model.config | config).items() if value is not ...}
+    settings = {key: value for key, value in {**model.config, **config}.items() if value is not ...}
     dataclasses.replace(model, config=settings).write(folder)
     if name.startswith(("gemma", "mistral")):
         write_space_tokenizer(folder)

@@ -8,18 +8,18 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from loadtest import cost_section
-from loadtest.html import _STYLE
+from loadtest.html import STYLE
 from serving.cost.comparison import compare
 from serving.cost.prices import PriceBook
 from serving.cost.words import computation, computation_there, verdict_sentences
-from tests.gateway.test_docs import browser
+from tests.browser import browser
 from tests.unit.test_cost import CONFIG, TRAFFIC, traffic
 
 
 def page(section: str) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><style>{_STYLE}{cost_section.STYLE}</style><main>{section}</main></html>'
+        f'initial-scale=1"><style>{STYLE}{cost_section.STYLE}</style><main>{section}</main></html>'
     )
 
 

@@ -29,7 +29,7 @@ from loadtest.measures import (
     summarize,
     tokens_over_time,
 )
-from loadtest.pricing import traffic_of
+from loadtest.pricing import EnergyReading, traffic_of
 from loadtest.records import RequestRecord, read_records, write_records
 from loadtest.scenario import Slo, Sweep
 from loadtest.stages import Stage
@@ -218,14 +218,19 @@ def test_records_come_back_from_their_file(tmp_path: Path) -> None:
     assert read_records(tmp_path / "records.jsonl") == records
 
 
+def meter(joules: float, idle_joules: float = 0.0) -> EnergyReading:
+    return EnergyReading({"nvml": joules}, {"nvml": idle_joules})
+
+
 def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
     timings = {"prefill_busy_seconds": 0.25, "decode_busy_seconds": 1.0}
-    measured = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 25.0}, COST)
+    measured = traffic_of([record(timings=timings)], meter(5.0), meter(25.0, 8.0), COST)
     assert measured is not None
     assert (measured.prefill_busy_seconds, measured.decode_busy_seconds) == (0.25, 1.0)
     assert (measured.energy_joules, measured.energy_source) == (20.0, "nvml")
+    assert measured.idle_joules == 8.0
     assert not measured.estimated
-    stood_still = traffic_of([record(timings=timings)], {"nvml": 5.0}, {"nvml": 5.0}, COST)
+    stood_still = traffic_of([record(timings=timings)], meter(5.0), meter(5.0), COST)
     assert stood_still is not None
     assert stood_still.energy_source == "estimated"
     assert stood_still.energy_joules == pytest.approx(1.25 * COST.power.load_watts)
