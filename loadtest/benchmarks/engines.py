@@ -47,7 +47,7 @@ _SLOTS = 16
 _START_SECONDS = 600.0
 # A server that was stopped for as long must not take its engine for stuck.
 _PATIENCE_SECONDS = 3600.0
-_WAKING_SECONDS = 1.0
+_WAKING_SECONDS = 2.5
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
