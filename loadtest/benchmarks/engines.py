@@ -47,7 +47,8 @@ _SLOTS = 16
 _START_SECONDS = 600.0
 # A server that was stopped for as long must not take its engine for stuck.
 _PATIENCE_SECONDS = 3600.0
-_WAKING_SECONDS = 1.0
+_WAKING_SECONDS = 2.5
+_MOST_TRIES = 5
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
 
 
@@ -154,6 +155,17 @@ async def _wave(of: Rig, prompts: Sequence[list[int]], tokens: int) -> list[Repl
     return [require_full(stream.reply(), tokens) for stream in streams]
 
 
+def _answered(of: Rig, prompts: Sequence[list[int]], tokens: int) -> list[Reply]:
+    """The replies to all prompts. A server that was stopped may have dropped connections that its gateway still has: then again."""
+    for _ in range(_MOST_TRIES - 1):
+        try:
+            return asyncio.run(_wave(of, prompts, tokens))
+        except RuntimeError as error:
+            print(f"  again, as {error}", file=sys.stderr, flush=True)
+            time.sleep(_WAKING_SECONDS)
+    return asyncio.run(_wave(of, prompts, tokens))
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """What one wave of requests was like."""
@@ -201,7 +213,7 @@ def measure(args: argparse.Namespace) -> str:
             rigs.append(one)
             if number == 0:
                 corpus = asyncio.run(_tokens_of_corpus(one))
-            asyncio.run(_wave(one, [corpus[:8]], 8))
+            _answered(one, [corpus[:8]], 8)
             one.signal(signal.SIGSTOP)
         for round_number in range(args.rounds):
             first = round_number % len(rigs)
@@ -212,8 +224,9 @@ def measure(args: argparse.Namespace) -> str:
                 one.signal(signal.SIGCONT)
                 for clients in args.clients:
                     batch = [prompts.new(_PROMPT_TOKENS) for _ in range(clients)]
-                    replies = asyncio.run(_wave(one, batch, args.output_tokens))
+                    replies = _answered(one, batch, args.output_tokens)
                     figures = Figures.of(replies, args.output_tokens)
+                    print(f"  {clients} clients: {figures}", file=sys.stderr, flush=True)
                     found.setdefault((name, clients), []).append(figures)
                 memory[name] = one.resident_mib
                 one.signal(signal.SIGSTOP)
