@@ -433,6 +433,28 @@ class TestAdapters:
         with pytest.raises(ModelError, match="rank is 1000"):
             adapters.rank_of((large,), 8)
 
+    def test_one_that_is_not_what_its_checksum_says_is_not_served(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "podman").touch(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        adapter = self.write(tmp_path / "a").model_copy(update={"scale": 0.5})
+        model = a_model(
+            source=str(a_folder(tmp_path / "m")),
+            image="i",
+            container_runtime="podman",
+            adapters=(adapter,),
+        )
+        launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
+        files = launcher.prepare(model)
+        assert files.adapters["tuned"].scale == 1.0
+        command = launcher.launch(model, files, 81, "secret", ()).command
+        [module] = [word for word in command if "base_model_name" in word]
+        assert json.loads(module)["path"] == str(files.adapters["tuned"].path)
+        other = adapter.model_copy(update={"sha256": "0" * 64})
+        with pytest.raises(ModelError, match="'tuned'.*sha256"):
+            launcher.prepare(model.model_copy(update={"adapters": (other,)}))
+
     def test_what_is_none_is_told(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="folders as PEFT saves them"):
             adapters.folder_of(AdapterConfig(name="t", path=str(tmp_path / "x.gguf")), tmp_path)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import filelock
 
-from serving.config import VllmModel
-from serving.engines.launch import Files, Footprint, Launch
+from serving.config import AdapterConfig, VllmModel
+from serving.engines.adapters import adapter_file
+from serving.engines.launch import AdapterFile, Files, Footprint, Launch
 from serving.engines.vllm import adapters, command, containers
 from serving.engines.vllm.environment import INSIDE, Environments
 from serving.engines.vllm.failures import explain
@@ -58,19 +59,25 @@ class VllmLauncher:
         if model.image is not None:
             _require_runtime(model)
             self._images.add(model.image)
-        for adapter in model.adapters:
-            adapters.folder_of(adapter, self._cache_dir)
+        loras = {each.name: self._adapter(each) for each in model.adapters}
         if not is_gguf(model.source):
-            return Files(resolve_folder(model.source))
+            return Files(resolve_folder(model.source), adapters=loras)
         file = resolve(model.source)
         if model.quantization == "gguf":
-            return Files(file)
+            return Files(file, adapters=loras)
         if python is None:
             raise ModelError(
                 "a GGUF file is made into a folder with an environment's Python, and image has none; name a folder "
                 "(source), or set quantization: gguf"
             )
-        return Files(_converted(file, python.path, self._cache_dir))
+        return Files(_converted(file, python.path, self._cache_dir), adapters=loras)
+
+    def _adapter(self, adapter: AdapterConfig) -> AdapterFile:
+        file = adapter_file(
+            adapter, self._cache_dir, lambda _: adapters.folder_of(adapter, self._cache_dir)
+        )
+        # It is in the folder.
+        return replace(file, scale=1.0)
 
     @property
     def uses_gpus(self) -> bool:
@@ -134,7 +141,7 @@ class VllmLauncher:
         python = None if model.image is not None else self._python(model)
         on_gpu = gpus != () and not model.is_for_cpu
         on_gpu = on_gpu and (python is None or python.has_cuda)
-        loras = {each.name: adapters.folder_of(each, self._cache_dir) for each in model.adapters}
+        loras = {name: each.path for name, each in files.adapters.items()}
         words = command.arguments(
             *(model, files.model, _description(files), loras),
             rank=adapters.rank_of(model.adapters, model.adapter_rank),
