@@ -175,6 +175,7 @@ def scraped_cards() -> Iterator[str]:
         with closing(Telemetry({}, interval_seconds=0.2)) as telemetry:
             metrics, port = Metrics(), free_port()
             metrics.watch_machine(telemetry)
+            metrics.reloaded(ok=True, at_unix=time.time())
             server, thread = start_http_server(port, "127.0.0.1", metrics.registry)
             yield f"127.0.0.1:{port}"
             server.shutdown()

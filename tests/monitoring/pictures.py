@@ -39,22 +39,25 @@ h3 { font-size: .95rem; margin: 0 0 4px; } .number { font-size: 1.7rem; font-wei
     f".chart .series-{number} {{ stroke: {colour}; }} .names .series-{number} {{ color: {colour}; }}\n"
     for number, colour in enumerate(_COLOURS)
 )
+_NOT_REAL = " The figures of this picture are made up by a test: no card was there."
 _SHOWN: Mapping[str, Callable[[float], str]] = {
     "percentunit": lambda value: f"{value:.1%}",
     "currencyUSD": lambda value: f"${value:.3g}",
     "s": lambda value: f"{value:.3g} s",
     "kwatth": lambda value: f"{value:.3g} kWh",
 }
+# What axes show instead of numbers that are too long for them.
+_SCALES = {"bytes": 1e9, "hertz": 1e9}
 _UNITS = {
     "percentunit": "share",
     "currencyUSD": "USD",
     "s": "seconds",
     "reqps": "per second",
     "joule": "joules",
-    "bytes": "bytes",
+    "bytes": "GB",
     "watt": "watts",
     "celsius": "°C",
-    "hertz": "hertz",
+    "hertz": "GHz",
     "short": "",
 }
 
@@ -119,16 +122,20 @@ def _page(board: Board, prometheus: Prometheus, began: float, ended: float) -> s
     )
     return (
         f"<!doctype html><meta charset=utf-8><style>{_STYLE}</style><main><h1>{escape(board.title)}</h1>"
-        f'<p class="soft">{escape(board.text)}</p><div class="board">{cards}</div></main>'
+        f'<p class="soft">{escape(board.text)}{_NOT_REAL if board.name == "gpu" else ""}</p><div class="board">{cards}</div></main>'
     )
 
 
 def _drawn(panel: Panel, prometheus: Prometheus, began: float, ended: float) -> str:
     show = _SHOWN.get(panel.unit, _plain)
     if panel.kind == "lines":
+        scale = _SCALES.get(panel.unit, 1.0)
         step = max((ended - began) / 120, 1.0)
         series = [
-            (_name(query, labels), [(at - began, value) for at, value in points if value == value])
+            (
+                _name(query, labels),
+                [(at - began, value / scale) for at, value in points if value == value],
+            )
             for query in panel.queries
             for labels, points in prometheus.query_range(
                 as_asked(query.expression), began, ended, step
@@ -153,7 +160,7 @@ def _drawn(panel: Panel, prometheus: Prometheus, began: float, ended: float) -> 
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.4g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def _name(query: Query, labels: Mapping[str, str]) -> str:
