@@ -100,7 +100,7 @@ class Rig:
     def resident_mib(self) -> float:
         """What its engines hold in main memory; pages that several share count for each."""
         children = psutil.Process(self.process).children(recursive=True)
-        return sum(child.memory_info().rss for child in children) / 2**20
+        return float(sum(child.memory_info().rss for child in children)) / 2**20
 
     def stream(self, prompt: Sequence[int], tokens: int) -> Stream:
         """A greedy completion of exactly so many tokens."""
