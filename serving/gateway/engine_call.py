@@ -48,7 +48,7 @@ class EngineCall:
     async def open(self) -> aiohttp.ClientResponse:
         """Send the request; returns once the response's headers are there."""
         try:
-            return await self._session.post(self._url, data=self._body, headers=self._headers)
+            return await self._post()
         except aiohttp.ServerTimeoutError as error:
             name = self.engine.model.name
             raise ApiError(
@@ -56,6 +56,17 @@ class EngineCall:
             ) from error
         except aiohttp.ClientError as error:
             raise engine_gone(self.engine) from error
+
+    async def _post(self) -> aiohttp.ClientResponse:
+        for is_last in (False, True):
+            try:
+                return await self._session.post(self._url, data=self._body, headers=self._headers)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                # Most likely it was an idle connection, which the engine closed in that moment. An engine that
+                # has died over the request takes no second one.
+                if is_last or isinstance(error, aiohttp.ClientConnectorError):
+                    raise
+        raise AssertionError("unreachable")
 
     async def answer(self) -> tuple[aiohttp.ClientResponse, bytes]:
         """Send the request and read the whole response."""
