@@ -58,15 +58,14 @@ class EngineCall:
             raise engine_gone(self.engine) from error
 
     async def _post(self) -> aiohttp.ClientResponse:
-        for is_last in (False, True):
-            try:
-                return await self._session.post(self._url, data=self._body, headers=self._headers)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                # Most likely it was an idle connection, which the engine closed in that moment. An engine that
-                # has died over the request takes no second one.
-                if is_last or isinstance(error, aiohttp.ClientConnectorError):
-                    raise
-        raise AssertionError("unreachable")
+        try:
+            return await self._session.post(self._url, data=self._body, headers=self._headers)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            # Most likely it was an idle connection, which the engine closed in that moment. One that has died
+            # over the request takes no second one.
+            return await self._session.post(self._url, data=self._body, headers=self._headers)
 
     async def answer(self) -> tuple[aiohttp.ClientResponse, bytes]:
         """Send the request and read the whole response."""

@@ -61,6 +61,7 @@ GARBAGE: dict[str, tuple[int, str, str]] = {
     "failure": (500, "application/json", _FAILURE),
 }
 DIES = "die once: "  # and the file by which it knows that it has
+HANGS_UP = "hang up once: "  # likewise
 BREAKS_OFF = "break off"
 GOES_DEAF = "go deaf"
 TAKES_ITS_TIME = "take your time"
@@ -110,6 +111,13 @@ class _BadEngine:
             said = "fine"
         elif said == TAKES_ITS_TIME:
             await asyncio.sleep(1.5)
+            said = "fine"
+        elif said.startswith(HANGS_UP):
+            marker = Path(said.removeprefix(HANGS_UP))
+            if not marker.exists():
+                marker.touch()
+                assert request.transport is not None
+                request.transport.abort()
             said = "fine"
         elif said.startswith(DIES):
             _die_once(Path(said.removeprefix(DIES)))

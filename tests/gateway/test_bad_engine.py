@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.gateway.bad_engine import GARBAGE
+from tests.gateway.bad_engine import GARBAGE, HANGS_UP
 from tests.processes import Program, RigServer, wait_for, write_config
 
 MODEL = "smollm2-135m"
@@ -63,6 +63,14 @@ def test_usage_that_is_none_is_estimated(rig: BadRig, said: str) -> None:
     answer = ask(rig, "/v1/chat/completions", said)
     assert answer.status_code == 200
     assert answer.headers["x-rigserve-cost-basis"] == "estimated"
+
+
+def test_a_connection_that_is_dropped_before_the_answer_is_made_anew(
+    rig: BadRig, tmp_path: Path
+) -> None:
+    answer = ask(rig, "/v1/chat/completions", HANGS_UP + str(tmp_path / "once"))
+    assert (tmp_path / "once").exists()
+    assert answer.status_code == 200
 
 
 def test_a_stream_that_makes_no_sense_ends(rig: BadRig) -> None:
