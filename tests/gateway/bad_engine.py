@@ -80,9 +80,14 @@ class _Launcher(LlamaCppLauncher):
 
 
 def _die_once(marker: Path) -> None:
-    if not marker.exists():
-        marker.touch()
+    if _is_first(marker):
         os._exit(1)
+
+
+def _is_first(marker: Path) -> bool:
+    is_first = not marker.exists()
+    marker.touch()
+    return is_first
 
 
 class _BadEngine:
@@ -113,9 +118,7 @@ class _BadEngine:
             await asyncio.sleep(1.5)
             said = "fine"
         elif said.startswith(HANGS_UP):
-            marker = Path(said.removeprefix(HANGS_UP))
-            if not marker.exists():
-                marker.touch()
+            if _is_first(Path(said.removeprefix(HANGS_UP))):
                 assert request.transport is not None
                 request.transport.abort()
             said = "fine"

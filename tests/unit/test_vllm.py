@@ -452,7 +452,7 @@ class TestAdapters:
         [module] = [word for word in command if "base_model_name" in word]
         assert json.loads(module)["path"] == str(files.adapters["tuned"].path)
         other = adapter.model_copy(update={"sha256": "0" * 64})
-        with pytest.raises(ModelError, match="'tuned'.*sha256"):
+        with pytest.raises(ModelError, match=r"'tuned'.*sha256"):
             launcher.prepare(model.model_copy(update={"adapters": (other,)}))
 
     def test_what_is_none_is_told(self, tmp_path: Path) -> None:
