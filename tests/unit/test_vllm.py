@@ -39,6 +39,7 @@ from serving.protocol.embeddings import EmbeddingRequest, TokenizeRequest
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 from tests.contract.strictness import strictly
+from tests.processes import wait_for
 
 RECORDINGS = Path(__file__).parent / "recordings" / "vllm"
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
@@ -761,7 +762,8 @@ class TestEnvironments:
         environments = Environments(tmp_path)
         made = an_environment(environments)
         with subprocess.Popen([made.python, "-c", "input()"], stdin=subprocess.PIPE) as user:
-            assert users_of(made.folder) == [user.pid]
+            # Its command line is there moments after it has been started.
+            wait_for(lambda: users_of(made.folder) == [user.pid], "it is seen")
             with pytest.raises(InstallError, match=f"in use by process {user.pid}"):
                 remove(environments, None)
             user.terminate()
