@@ -132,8 +132,8 @@ def test_models_come_and_go_one_by_one(tmp_path: Path, cache_dir: Path) -> None:
         # What cannot be started does not end the server, and says why.
         failed = post(rig, "/admin/models/broken/load")
         assert failed.status_code == 502
-        assert "cannot load" in failed.json()["error"]["message"]
-        assert "cannot load" in models(rig)["broken"]["failure"]
+        assert "has no general.architecture" in failed.json()["error"]["message"]
+        assert "has no general.architecture" in models(rig)["broken"]["failure"]
         assert states(rig)["broken"] == "unloaded"
 
         table = cli(rig, "models", "ps")

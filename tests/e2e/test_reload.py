@@ -115,7 +115,7 @@ def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigSer
         ({**quiet, "models": [{**first, "contxt": 1}]}, "did you mean 'context_length'"),
         ({**moved, "models": [renamed]}, "only a restart can change server.port"),
         ({**quiet, "models": [{**renamed, "filters": {"forced": {"nonsense": 1}}}]}, "nonsense"),
-        ({**quiet, "models": [renamed, unstartable]}, "cannot load"),
+        ({**quiet, "models": [renamed, unstartable]}, "has no general.architecture"),
         ({**quiet, "memory": {"budget_mib": 1}, "models": [renamed]}, "does not fit"),
     ]
     for config, reason in mistakes:

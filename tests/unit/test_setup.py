@@ -150,7 +150,7 @@ def test_pip_gets_the_pins_also_from_a_folder_with_a_space(tmp_path: Path) -> No
 
 def test_constraints_are_pins_without_addresses() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+]+", line)] == []
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
 
 
 def test_constraints_pin_every_requirement() -> None:
