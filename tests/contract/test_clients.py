@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.contract.engines import ContractServer
 from tests.contract.environments import run_node, run_python
 from tests.processes import RigServer
 
@@ -44,10 +45,12 @@ class TestJavaScript:
         assert javascript["whole"]
         assert javascript["streamed"] == javascript["responses"] == javascript["whole"]
 
-    def test_usage(self, javascript: Any) -> None:
+    def test_usage(self, contract: ContractServer, javascript: Any) -> None:
         assert javascript["usage"]["completion_tokens"] == TOKENS
         assert javascript["streamed_usage"]["prompt_tokens"] == javascript["usage"]["prompt_tokens"]
-        assert javascript["streamed_usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        cached_tokens = javascript["streamed_usage"]["prompt_tokens_details"]["cached_tokens"]
+        # vLLM's prefix cache has whole blocks, which are longer than this prompt.
+        assert cached_tokens > 0 or contract.engine.name == "vllm"
 
     def test_run_tools_calls_the_function_and_hands_back_its_result(self, javascript: Any) -> None:
         assert javascript["call"]["city"] in PLACES

@@ -138,6 +138,8 @@ class Events(CanonicalEvents):
         self._fingerprint = fingerprint_of(model)
         # What was last said of the work so far, by choice.
         self._so_far: dict[int, Usage] = {}
+        # The choices that have called tools.
+        self._calling: set[int] = set()
 
     def so_far(self) -> bytes:
         """The event that would have ended a stream which is broken off now; nothing if nothing is known."""
@@ -180,6 +182,11 @@ class Events(CanonicalEvents):
                 chunk["timings"] = timings
         for choice in choices:
             _revise_chunk(self._asked, choice)
+            if choice.get("delta", {}).get("tool_calls"):
+                self._calling.add(choice["index"])
+            # vLLM says "stop" of a call that it was told to make.
+            if choice["finish_reason"] == "stop" and choice["index"] in self._calling:
+                choice["finish_reason"] = "tool_calls"
         if self._asked.wants_usage_chunk:
             chunk.setdefault("usage", None)
 
