@@ -76,12 +76,13 @@ def _bench(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         output_tokens=args.output_tokens,
     )
+    config = load_config(args.config)
     return run_bench(
         BenchOptions(
             url=args.url,
             scenario_name=name,
             scenario=scenario,
-            cost=load_config(args.config).cost,
+            cost=config.cost,
             model=args.model,
             api_key=args.api_key,
             out=args.out,
@@ -92,6 +93,7 @@ def _bench(args: argparse.Namespace) -> int:
             bind=args.bind,
             slo=tuple(args.slo),
             baseline=args.baseline,
+            prices_dir=Path(config.storage.data_dir),
         )
     )
 

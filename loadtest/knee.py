@@ -31,7 +31,9 @@ class KneeSearch:
         if not self.saturated:
             gained = throughput >= max(self._throughputs.values(), default=0.0) * _LEAST_GAIN
             self._fruitless = 0 if gained else self._fruitless + 1
-            self.saturated = failed_share > _MOST_FAILURES or self._fruitless == _FRUITLESS
+            # Beyond the greatest load that may be tried there is no second.
+            enough = 1 if load >= self._sweep.most else _FRUITLESS
+            self.saturated = failed_share > _MOST_FAILURES or self._fruitless >= enough
         self._throughputs[load] = throughput
 
     @property

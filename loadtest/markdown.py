@@ -103,7 +103,11 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def pair(found: Distribution | None) -> str:
     """Median and 95th percentile in milliseconds."""
-    return "-" if found is None else f"{found.p50 * 1e3:,.1f} / {found.p95 * 1e3:,.1f}"
+    return "-" if found is None else f"{_milliseconds(found.p50)} / {_milliseconds(found.p95)}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{0 if seconds >= 1 else 1}f}"
 
 
 def goodput(summary: Summary) -> str:

@@ -31,6 +31,7 @@ class BenchOptions:
     ``$OPENAI_API_KEY``, ``out`` None a new folder named after the time. ``workers`` more processes of this
     machine send the load, 0: this one; ``remote_workers`` more join at ``bind`` (host, port). ``slo`` are
     conditions as of :func:`loadtest.gate.parse_objective`, ``baseline`` an earlier ``report.json``.
+    ``prices_dir`` has commercial prices, if ``rigserve cost prices --update`` has fetched some.
     """
 
     url: str
@@ -47,6 +48,7 @@ class BenchOptions:
     bind: tuple[str, int] | None = None
     slo: tuple[str, ...] = ()
     baseline: Path | None = None
+    prices_dir: Path | None = None
 
     def to_json(self) -> str:
         """For the process that runs the bench."""

@@ -44,6 +44,7 @@ from loadtest.traces import TraceRequest, read_trace
 from loadtest.watch import health, raise_file_limit
 from loadtest.web import WEB_HOST, WEB_PORT, serve_web
 from serving.cost.comparison import compare
+from serving.cost.price_data import PriceDataError, price_data
 from serving.cost.prices import PriceBook, UnknownModel
 
 _METERING_SECONDS = 0.3
@@ -71,7 +72,11 @@ def run(options: BenchOptions) -> int:
     api_key = options.api_key or os.environ.get("OPENAI_API_KEY")
     epoch = time.time()
     try:
-        prices = PriceBook(options.cost.compare_to, overrides=options.cost.prices)
+        prices = PriceBook(
+            options.cost.compare_to,
+            overrides=options.cost.prices,
+            data=price_data(options.prices_dir) if options.prices_dir else None,
+        )
         objectives = [parse_objective(text) for text in options.slo]
         baseline = None
         if options.baseline is not None:
@@ -87,7 +92,7 @@ def run(options: BenchOptions) -> int:
         if isinstance(found, ServerError):
             raise found
         out.mkdir(parents=True, exist_ok=True)
-    except (GateError, ScenarioError, ServerError, UnknownModel) as error:
+    except (GateError, ScenarioError, PriceDataError, ServerError, UnknownModel) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:

@@ -157,7 +157,7 @@ def show_report(console: Console, report: Report, out: Path) -> None:
     console.print(_stages_table(report))
     if report.knee is not None:
         console.print(
-            f"The knee is at {head.stage.label}: more load brings less than "
+            f"The knee (*) is at {head.stage.label}: more load brings less than "
             f"{1 / _knee_share(report) - 1:.0%} more."
         )
     for kind, count in head.summary.error_classes.items():
@@ -191,7 +191,7 @@ def _stages_table(report: Report) -> Table:
         table.add_column(heading + sub, justify="right", no_wrap=True)
     for one in report.stages:
         summary = one.summary
-        knee = " (knee)" if report.knee is not None and one is report.headline else ""
+        knee = " *" if report.knee is not None and one is report.headline else ""
         doubt = " !" if one.client.limits else ""
         table.add_row(
             one.stage.label + knee + doubt,

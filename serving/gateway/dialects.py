@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from serving.config import AnyModel, LlamaServerModel, RemoteModel, VllmModel
+from serving.gateway.foreign_words import impossible_images
 from serving.gateway.llama_server.fields import impossible, unhonoured
 from serving.gateway.vllm import fields as of_vllm
 from serving.protocol.embeddings import EmbeddingRequest
@@ -89,7 +90,7 @@ def only_llama_server(
 
 def only_vllm(_model: VllmModel, asked: Asked, *, lenient: bool) -> tuple[Asked, list[str]]:
     """A request without what vLLM does not honour, and the names of that; raises as :func:`only_openai`."""
-    found = of_vllm.impossible(asked)
+    found = impossible_images(asked)
     if found is not None:
         raise _refusal(*found)
     return _without(asked, dict(of_vllm.unhonoured(asked)), lenient=lenient)

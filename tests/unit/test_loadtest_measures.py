@@ -266,6 +266,19 @@ def test_a_sweep_is_not_ended_by_one_bad_stage() -> None:
     assert 14 <= search.knee <= 16
 
 
+def test_at_the_greatest_load_that_may_be_tried_one_stage_that_brings_nothing_is_enough() -> None:
+    search = KneeSearch(Sweep(kind="sweep", most=64, max_stages=9))
+    # As measured once: the gain before the last was just enough.
+    seen = {1: 128.0, 2: 110.0, 4: 138.0, 8: 198.0, 16: 278.0, 32: 294.0, 64: 292.0, 11: 240.0}
+    tried = []
+    while (load := search.next_load()) is not None:
+        tried.append(load)
+        search.saw(load, seen.get(int(load), 270.0), 0.0)
+    assert tried[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert search.knee is not None
+    assert 11 < search.knee <= 16
+
+
 def test_a_sweep_that_never_saturates_has_no_knee() -> None:
     search = KneeSearch(Sweep(kind="sweep", most=8))
     while (load := search.next_load()) is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving.config import LlamaServerModel
+from serving.gateway.foreign_words import rerank_result
 from serving.gateway.remote_call import NotStarted
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.protocol.embeddings import DetokenizeRequest, RerankRequest, TokenizeRequest
@@ -67,7 +68,7 @@ def whole(model: LlamaServerModel, asked: ModelRequest, body: dict[str, Any]) ->
         body = {
             "id": new_id("rerank"),
             "model": asked.model,
-            "results": [_result(asked, each) for each in body["results"]],
+            "results": [rerank_result(asked, each) for each in body["results"]],
         }
     elif isinstance(asked, GenerationRequest):
         body["id"] = _id(asked, body["id"])
@@ -179,16 +180,6 @@ def _logprob(token: Mapping[str, Any], alternatives: int) -> dict[str, Any]:
 
 def _piece(token: Mapping[str, Any]) -> dict[str, Any]:
     return {name: token[name] for name in ("token", "logprob", "bytes")}
-
-
-def _result(asked: RerankRequest, told: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "index": told["index"],
-        "relevance_score": told["relevance_score"],
-    }
-    if asked.return_documents:
-        result["document"] = {"text": asked.documents[told["index"]]}
-    return result
 
 
 def _tokenized(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serving.config import LlamaServerModel
+from serving.gateway.foreign_words import image_urls, impossible_images
 from serving.gateway.llama_server.schemas import reason_to_refuse
 from serving.protocol.embeddings import (
     DetokenizeRequest,
@@ -16,7 +17,6 @@ from serving.protocol.embeddings import (
 from serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
-    ImagePart,
     ModelRequest,
 )
 
@@ -93,19 +93,6 @@ def impossible(model: LlamaServerModel, asked: ModelRequest) -> tuple[str, str] 
         tool.function.strict for tool in asked.tools or ()
     ):
         return "tools", f"'strict' is more than llama-server keeps to; {_TOOLS}"
-    messages = getattr(asked, "messages", None) or ()
-    images = [
-        part.image_url.url
-        for message in messages
-        if isinstance(message.content, list)
-        for part in message.content
-        if isinstance(part, ImagePart)
-    ]
-    if images and model.projector is None:
+    if image_urls(asked) and model.projector is None:
         return "messages", "the model sees no images; its config has no projector"
-    if images and isinstance(asked, TokenizeRequest):
-        return "messages", "only text can be tokenized"
-    # llama-server would fetch an image from wherever its address says, also from within this network.
-    if any(not url.startswith("data:image/") or ";base64," not in url for url in images):
-        return "messages", "images must be data URLs, in base64"
-    return None
+    return impossible_images(asked)

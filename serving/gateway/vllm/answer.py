@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from serving.config import VllmModel
+from serving.gateway.foreign_words import rerank_result
 from serving.gateway.remote_call import NotStarted
 from serving.gateway.remote_stream import CanonicalEvents
 from serving.protocol.embeddings import DetokenizeRequest, RerankRequest, TokenizeRequest
@@ -97,7 +98,7 @@ def whole(model: VllmModel, asked: ModelRequest, body: dict[str, Any]) -> dict[s
         told = {
             "id": new_id("rerank"),
             "model": asked.model,
-            "results": [_result(asked, each) for each in body["results"]],
+            "results": [rerank_result(asked, each) for each in body["results"]],
         }
     else:
         told = {"object": "list", "model": asked.model, "data": body["data"]}
@@ -301,13 +302,3 @@ def _logprobs(asked: GenerationRequest, told: Mapping[str, Any] | None) -> dict[
     return {
         name: told[name] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     }
-
-
-def _result(asked: RerankRequest, told: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "index": told["index"],
-        "relevance_score": told["relevance_score"],
-    }
-    if asked.return_documents:
-        result["document"] = {"text": asked.documents[told["index"]]}
-    return result

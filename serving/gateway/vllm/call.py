@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import aiohttp
-import orjson
-
 from serving.config import VllmModel
 from serving.engines.supervisor import Endpoint, Engine
-from serving.gateway.engine_answer import bad_answer, engine_gone, object_of
-from serving.gateway.engine_call import EngineCall
+from serving.gateway.foreign_call import ForeignCall
 from serving.gateway.remote_call import NotStarted
 from serving.gateway.vllm.answer import Events, refusal, whole
 from serving.protocol.embeddings import TokenizeRequest
-from serving.protocol.errors import UNSUPPORTED_PARAMETER
+from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ChatCompletionRequest, GenerationRequest, ModelRequest
 
 _TOKENIZER_PATH = "/tokenizer_info"
@@ -29,77 +24,24 @@ _EFFORT_NAMES = ("reasoning_effort", "enable_thinking")
 _templates: WeakKeyDictionary[Engine, tuple[Endpoint, frozenset[str]]] = WeakKeyDictionary()
 
 
-class VllmCall(EngineCall):
-    """Sends a request, and gives back what the relay gets from an engine of ours; its refusals are raised."""
+class VllmCall(ForeignCall):
+    """As every call to another engine than ours; what the chat template does not know is refused before."""
 
-    hangs_up = True
+    @property
+    def _model(self) -> VllmModel:
+        assert isinstance(self.engine.model, VllmModel)
+        return self.engine.model
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: Engine,
-        endpoint: Endpoint,
-        body: ModelRequest,
-        sent: bytes,
-        headers: Mapping[str, str],
-    ) -> None:
-        super().__init__(session, engine, endpoint, body, sent, headers)
-        assert isinstance(engine.model, VllmModel)
-        self._model = engine.model
-        # Answers tell the names of models and adapters, never an alias.
-        if body.model not in [adapter.name for adapter in self._model.adapters]:
-            body = body.model_copy(update={"model": self._model.name})
-        self._asked = body
-        self._events = Events(self._model, body) if isinstance(body, GenerationRequest) else None
-        self._response: aiohttp.ClientResponse | None = None
-        self._working: asyncio.Task[Any] | None = None
+    def _events_of(self, asked: GenerationRequest) -> Events:
+        return Events(self._model, asked)
 
-    async def open(self) -> aiohttp.ClientResponse:
-        """Send the request; returns once the response's headers are there."""
-        self._working = asyncio.current_task()
-        try:
-            await self._check_template()
-            response = self._response = await super().open()
-            if response.status != 200:
-                raise self._refusal(response, await response.read())
-            return response
-        finally:
-            self._working = None
+    def _whole(self, body: dict[str, Any]) -> dict[str, Any]:
+        return whole(self._model, self._asked, body)
 
-    async def answer(self) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Send the request and read the whole response."""
-        self._working = asyncio.current_task()
-        try:
-            response, payload = await super().answer()
-        finally:
-            self._working = None
-        body = object_of(self.engine, payload)
-        try:
-            return response, orjson.dumps(whole(self._model, self._asked, body))
-        except (AttributeError, LookupError, TypeError) as error:
-            raise bad_answer(self.engine.model.name) from error
+    def _refusal(self, status: int, body: Mapping[str, Any]) -> ApiError:
+        return refusal(self._model, self._asked, status, body)
 
-    async def chunks(self, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """The events of a stream that was opened; raises :class:`aiohttp.ClientError` if it is cut off."""
-        assert self._events is not None
-        try:
-            async for data in super().chunks(upstream):
-                yield self._events.feed(data)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise aiohttp.ClientPayloadError(f"its stream makes no sense: {error!r}") from error
-
-    async def cancel(self) -> None:
-        """Hang up: that is how it learns that nobody waits any more."""
-        if self._response is not None:
-            self._response.close()
-        elif self._working is not None:
-            self._working.cancel()
-
-    def last_words(self) -> bytes:
-        """What it had used when it last said so."""
-        return self._events.so_far() if self._events is not None else b""
-
-    async def _check_template(self) -> None:
+    async def _prepare(self) -> None:
         """Raise :class:`NotStarted` (400) for what the model's chat template would leave out in silence."""
         wanted = _of_template(self._asked)
         if not wanted:
@@ -119,25 +61,10 @@ class VllmCall(EngineCall):
         endpoint, known = _templates.get(self.engine, (None, frozenset[str]()))
         if endpoint is self._endpoint:
             return known
-        url = f"{self._endpoint.base_url}{_TOKENIZER_PATH}"
-        try:
-            async with self._session.get(url, headers=self._headers) as answer:
-                body = object_of(self.engine, await answer.read())
-        except aiohttp.ClientError as error:
-            raise engine_gone(self.engine) from error
-        template = body.get("chat_template")
+        template = (await self._told_at(_TOKENIZER_PATH)).get("chat_template")
         words = frozenset(re.findall(r"\w+", template if isinstance(template, str) else ""))
         _templates[self.engine] = self._endpoint, words
         return words
-
-    def _refusal(self, response: aiohttp.ClientResponse, payload: bytes) -> Exception:
-        try:
-            body = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            body = {}
-        return refusal(
-            self._model, self._asked, response.status, body if isinstance(body, dict) else {}
-        )
 
 
 def _of_template(asked: ModelRequest) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,6 @@ from serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    ImagePart,
     ModelRequest,
 )
 
@@ -37,21 +36,3 @@ def unhonoured(asked: ModelRequest) -> Iterator[tuple[str, str]]:
         wanted = asked.response_format and asked.response_format.constraint
         if wanted is not None and use is not None:
             yield "response_format", "vLLM holds a request with tools to no other form"
-
-
-def impossible(asked: ModelRequest) -> tuple[str, str] | None:
-    """What of a request can be neither honoured nor left out, and why."""
-    messages = getattr(asked, "messages", None) or ()
-    images = [
-        part.image_url.url
-        for message in messages
-        if isinstance(message.content, list)
-        for part in message.content
-        if isinstance(part, ImagePart)
-    ]
-    if images and isinstance(asked, TokenizeRequest):
-        return "messages", "only text can be tokenized"
-    # vLLM would fetch an image from wherever its address says, also from within this network.
-    if any(not url.startswith("data:image/") or ";base64," not in url for url in images):
-        return "messages", "images must be data URLs, in base64"
-    return None
