@@ -268,7 +268,8 @@ def answer(client: openai.OpenAI, model: str) -> str:
         extra_body={"ignore_eos": True},
     )
     logprobs = told.choices[0].logprobs
-    assert logprobs is not None and logprobs.tokens
+    assert logprobs is not None
+    assert logprobs.tokens
     return logprobs.tokens[0]
 
 
