@@ -1,4 +1,4 @@
-"""Prefixes in main memory: the cells of tokens whose slot was given to others."""
+"""Prefixes in main memory: the cells of tokens whose slot was given to others, or soon may be."""
 
 from __future__ import annotations
 
@@ -33,17 +33,22 @@ class Saved:
 
 
 class PrefixStore:
-    """Prefixes whose slot was given away, in main memory; the least recently used is dropped first."""
+    """Prefixes of slots, in main memory; the least recently used is dropped first."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._entries: OrderedDict[int, Saved] = OrderedDict()
         self.used_bytes = 0
 
-    def put(self, saved: Saved) -> None:
-        """Keep a prefix, in place of those it begins with."""
+    def refresh(self, tokens: list[int], adapter: LoraAdapter | None) -> bool:
+        """Whether there is an entry that begins with all of ``tokens``; it counts as just used then."""
+        best = self.longest(tokens, adapter)
+        return best is not None and common_prefix(best.tokens, tokens) == len(tokens)
+
+    def put(self, saved: Saved) -> bool:
+        """Keep a prefix, in place of those it begins with; False if it alone would be too much."""
         if len(saved.cells) > self.capacity_bytes:
-            return
+            return False
         for old in list(self._entries.values()):
             if (
                 old.adapter == saved.adapter
@@ -54,6 +59,7 @@ class PrefixStore:
         self.used_bytes += len(saved.cells)
         while self.used_bytes > self.capacity_bytes:
             self.remove(next(iter(self._entries.values())))
+        return True
 
     def remove(self, saved: Saved) -> None:
         """Forget a prefix, if it is still there."""

@@ -229,8 +229,10 @@ class Scheduler:
             self._emit(events)
 
     def _take_arrivals(self) -> None:
-        """Do what other threads asked for; sleeps when there is nothing to do."""
+        """Do what other threads asked for; sleeps when there is nothing to do, not even for later."""
         idle = not self._running and not len(self._waiting)
+        while idle and self._inbox.empty() and self._slots.save_ahead():
+            pass
         while idle or not self._inbox.empty():
             self._inbox.get()()
             idle = False

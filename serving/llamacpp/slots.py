@@ -100,6 +100,18 @@ class Slots:
             self._empty(slot, keep=True)
         return held + rows <= self._context.kv_tokens
 
+    def save_ahead(self) -> bool:
+        """Save what one warm slot knows, if the store has room for it: the slot can then be given away at once.
+
+        False: there is nothing to save.
+        """
+        for slot in self.free:
+            if self._is_unsaved(slot):
+                room = self._store.capacity_bytes - self._store.used_bytes
+                if self._context.saved_bytes(slot.number) <= room:
+                    return self._save(slot)
+        return False
+
     def admit(self, sequence: Sequence) -> None:
         """Give the sequence a free slot with the longest prefix known; one must be free.
 
@@ -233,12 +245,14 @@ class Slots:
         self._context.truncate(slot.number, 0)
         slot.tokens = []
 
-    def _save(self, slot: Slot) -> None:
-        if len(slot.tokens) < SMALLEST_USEFUL_PREFIX or not self._store.capacity_bytes:
-            return
-        cells = self._context.save(slot.number)
-        if cells is not None:
-            self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
+    def _is_unsaved(self, slot: Slot) -> bool:
+        """Whether it knows something that is worth saving and not in the store."""
+        is_useful = len(slot.tokens) >= SMALLEST_USEFUL_PREFIX and self._store.capacity_bytes > 0
+        return is_useful and not self._store.refresh(slot.tokens, slot.adapter)
+
+    def _save(self, slot: Slot) -> bool:
+        cells = self._context.save(slot.number) if self._is_unsaved(slot) else None
+        return cells is not None and self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
 
     def _restore(self, slot: Slot, saved: Saved) -> bool:
         self.make_room(len(saved.tokens))

@@ -17,6 +17,7 @@ from serving.llamacpp.sequence import Failed, Finished, Job, Sequence
 from serving.llamacpp.slots import SMALLEST_USEFUL_PREFIX
 from serving.llamacpp.speculation import PromptLookup, Speculation, speculation_of
 from tests.engine.scheduling import GREEDY, Bench
+from tests.processes import wait_for
 from tests.tiny_models import write_mamba
 
 STORY = (
@@ -89,6 +90,23 @@ def test_the_least_recently_used_prefix_is_dropped_first(model_path: Path) -> No
             bench.run(prompt, limit=1)
         assert bench.run(first, limit=1).usage(1).cached_tokens > 32
         assert bench.run(second, limit=1).usage(1).cached_tokens < 32
+
+
+def test_prefixes_are_saved_while_there_is_nothing_else_to_do(model_path: Path) -> None:
+    with Bench(model_path, slots=1) as bench:
+        stored: list[int] = []
+
+        def look() -> None:
+            stored.append(bench.scheduler.load().prefix_store_bytes)
+
+        bench.run(STORY, limit=1)
+        wait_for(lambda: bench.scheduler.load().prefix_store_bytes > 0, "it is saved")
+        look()
+        bench.at_first_text = look
+        bench.run(RIVER, limit=4)
+        # To give the slot away, nothing more had to be.
+        assert stored[0] == stored[1]
+        assert bench.run(STORY, limit=1).usage(1).cached_tokens == len(bench.tokens(STORY)) - 1
 
 
 def test_batch_gives_way_to_interactive_and_loses_nothing(model_path: Path) -> None:

@@ -167,9 +167,13 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self._memory, target, -1, -1)
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
+    def saved_bytes(self, slot: int) -> int:
+        """What :meth:`save` would return takes."""
+        return llama_cpp.llama_state_seq_get_size(self.handle, slot)
+
     def save(self, slot: int) -> NDArray[np.uint8] | None:
         """The slot's cells as bytes for :meth:`restore`; None if llama.cpp cannot tell them."""
-        size = llama_cpp.llama_state_seq_get_size(self.handle, slot)
+        size = self.saved_bytes(slot)
         data = np.empty(size, np.uint8)
         written = llama_cpp.llama_state_seq_get_data(self.handle, _bytes_of(data), size, slot)
         return data if written == size else None
