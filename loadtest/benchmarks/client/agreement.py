@@ -2,9 +2,10 @@
 
     python -m loadtest.benchmarks.client.agreement --vllm-python PATH/TO/ENV/bin/python
 
-Starts rigserve with the embedded model, unless ``--url`` names a server. Both send text completions of the same
-lengths to it, from so many users that wait for their answers. ``--vllm-python`` is that of any environment
-with vLLM, such as `rigserve engines install vllm` makes, and pandas (of ``vllm[bench]``).
+On ``--server clockwork``, whose true figures are known, or on rigserve with the embedded model, or on what ``--url``
+names. Both send text completions of the same lengths, from so many users that wait for their answers, and
+measure all of them. ``--vllm-python`` is that of any environment with vLLM, such as `rigserve engines install
+vllm` makes, and pandas (of ``vllm[bench]``).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
 import yaml
 
 from loadtest.benchmarks.client.benches import bench
+from loadtest.benchmarks.client.clockwork import ITL_SECONDS, TTFT_SECONDS, Truth
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.processes import free_port, running
 from loadtest.client import Client
@@ -41,7 +43,9 @@ _VLLM_BENCH = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
+_SERVERS = ("clockwork", "rigserve")
 _WANTED = 0.05
+_PROMPTS = 1000
 _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/s")
 
 
@@ -49,6 +53,7 @@ def main() -> int:
     """Measure, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--vllm-python", type=Path, required=True)
+    parser.add_argument("--server", choices=_SERVERS, default="rigserve")
     parser.add_argument("--url", help="a running server's, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default=_MODEL)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
@@ -58,8 +63,7 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     args = parser.parse_args()
-    serving = nullcontext(args.url) if args.url else _rigserve(max(args.users))
-    with serving as url, tempfile.TemporaryDirectory() as folder:
+    with _server(args) as url, tempfile.TemporaryDirectory() as folder:
         text = _heading() + _measure(url, args, Path(folder))
     print(text)
     if args.out:
@@ -68,12 +72,28 @@ def main() -> int:
     return 0
 
 
+def _server(args: argparse.Namespace) -> AbstractContextManager[str]:
+    if args.url:
+        return nullcontext(args.url)
+    return _clockwork() if args.server == "clockwork" else _rigserve(max(args.users))
+
+
+@contextmanager
+def _clockwork() -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "loadtest.benchmarks.client.clockwork", str(port)]
+    with running(command, f"http://127.0.0.1:{port}/ready"):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
 @contextmanager
 def _rigserve(sequences: int) -> Iterator[str]:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
+        # One thread, so that the clients have a core; vllm bench serve sends a field that is not OpenAI's.
         model = {"name": _MODEL, "source": _SOURCE, "engine": "llama_cpp", "quantization": "Q8_0",
-                 "context_length": 256, "max_sequences": sequences}  # fmt: skip
+                 "context_length": 256, "max_sequences": sequences,
+                 "threads": 1, "filters": {"stripped": ["repetition_penalty"]}}  # fmt: skip
         config = {
             "server": {"port": port},
             "models": [model],
@@ -88,12 +108,12 @@ def _rigserve(sequences: int) -> Iterator[str]:
 
 def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
     """A table of all users' medians of rounds."""
-    prompts = folder / "prompts.jsonl"
-    _write_prompts(prompts, url, args)
+    texts = _texts(url, args)
     scenario = folder / "completions.yaml"
     traffic = {"endpoint": "completions", "prompt_tokens": args.prompt_tokens,
                "output_tokens": args.output_tokens}  # fmt: skip
-    scenario.write_text(yaml.safe_dump({"traffic": [traffic]}))
+    # vllm bench serve leaves no requests out, either.
+    scenario.write_text(yaml.safe_dump({"traffic": [traffic], "warm_up": 0, "cool_down": 0}))
     lines = [["users", *(f"{name}: rigserve / vLLM" for name in _FIGURES), "most apart"]]
     lines.append(["---"] * len(lines[0]))
     for users in args.users:
@@ -110,9 +130,14 @@ def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
             )  # fmt: skip
             requests = report["totals"]["requests"]
             _add(ours, mine := _ours(report))
+            prompts = folder / f"{users}-{number}.jsonl"
+            # None of an earlier run: the server may have them in its prefix cache.
+            prompts.write_text("".join(itertools.islice(texts, _PROMPTS)))
             _add(theirs, other := _theirs(url, args, prompts, users, requests, folder))
             print(f"    rigserve {mine}\n    vLLM     {other}", file=sys.stderr, flush=True)
         lines.append(_line(users, ours, theirs))
+        if args.server == "clockwork" and not args.url:
+            lines.append(_true(users, args.output_tokens))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -131,6 +156,12 @@ def _line(
         cells.append(f"{mine:.2f} / {other:.2f} = **{mine / other:.3f}**")
     verdict = f"{max(apart):.1%}{'' if max(apart) <= _WANTED else ' (wanted: 5 %)'}"
     return [str(users), *cells, verdict]
+
+
+def _true(users: int, output_tokens: int) -> list[str]:
+    rate = Truth(users, output_tokens).tokens_per_second
+    latencies = [TTFT_SECONDS, ITL_SECONDS, ITL_SECONDS]
+    return ["(true)", *(f"{seconds * 1e3:.2f}" for seconds in latencies), f"{rate:.2f}", ""]
 
 
 def _ours(report: Mapping[str, object]) -> dict[str, float]:
@@ -154,7 +185,7 @@ def _theirs(
         str(args.vllm_python), "-c", _VLLM_BENCH, "--backend", "openai", "--base-url", url.removesuffix("/v1"),
         "--endpoint", "/v1/completions", "--model", args.model, "--skip-tokenizer-init",
         "--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(waves * users),
-        "--max-concurrency", str(users), "--num-warmups", "1", "--ignore-eos", "--temperature", "0",
+        "--max-concurrency", str(users), "--ignore-eos", "--temperature", "0",
         "--extra-body", json.dumps({"max_tokens": args.output_tokens}), "--disable-tqdm",
         "--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "vllm.json",
     ]  # fmt: skip
@@ -175,19 +206,17 @@ def _theirs(
     return dict(zip(_FIGURES, [*means, result["output_throughput"]], strict=True))
 
 
-def _write_prompts(path: Path, url: str, args: argparse.Namespace) -> None:
-    """Prompts of the same lengths and the same text as those of rigserve bench, none like another."""
+def _texts(url: str, args: argparse.Namespace) -> Iterator[str]:
+    """Lines with prompts of the same length and the same text as those of rigserve bench, none like another."""
     client = Client(url, None)
     gauge = Gauge.of("prose")
     if not gauge.measure(client, args.model):
         raise RuntimeError(f"{url} has no /tokenize, by which prompts would be of one length")
     client.close()
     size = len(words_of("prose"))
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(1000):
-            words = gauge.words_for(args.prompt_tokens - 4, number * 37 % size)
-            text = numbered(number + 10**6, words, seed=7)
-            file.write(json.dumps({"prompt": text}) + "\n")
+    for number in itertools.count():
+        words = gauge.words_for(args.prompt_tokens - 4, number * 37 % size)
+        yield json.dumps({"prompt": numbered(number + 10**6, words, seed=7)}) + "\n"
 
 
 def _heading() -> str:
