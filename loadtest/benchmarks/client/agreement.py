@@ -45,7 +45,10 @@ _VLLM_BENCH = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-_SERVERS = ("clockwork", "rigserve")
+_SERVERS = {
+    "clockwork": "a server that computes nothing, whose latencies are known",
+    "rigserve": "rigserve with the embedded model, one thread",
+}
 _WANTED = 0.05
 _OTHER_SEEDS = 1000
 _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/s")
@@ -66,7 +69,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     args = parser.parse_args()
     with _server(args) as url, tempfile.TemporaryDirectory() as folder:
-        text = _heading() + _measure(url, args, Path(folder))
+        text = _heading(args) + _measure(url, args, Path(folder))
     print(text)
     if args.out:
         with args.out.open("a", encoding="utf-8") as file:
@@ -236,10 +239,10 @@ def _write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _heading() -> str:
+def _heading(args: argparse.Namespace) -> str:
+    server = _SERVERS[args.server] if not args.url else "a server at an address"
     return (
-        f"\n## {date.today()}: rigserve bench and vllm bench serve\n\n{processor()}. Medians of rounds in turns; text "
-        "completions of equal lengths.\n\n"
+        f"\n### {date.today()}: {server}\n\n{processor()}. Medians of {args.rounds} rounds in turns.\n\n"
         f"Command: `python -m loadtest.benchmarks.client.agreement {_public(sys.argv[1:])}`\n\n"
     )
 
