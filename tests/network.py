@@ -27,7 +27,9 @@ def two_machines() -> Iterator[tuple[list[str], list[str]]]:
             there = ["nsenter", f"--target={second}", *users, "--net"]
             cable = ["type", "veth", "peer", "name", "far", "netns", str(second)]
             _run([*here, "ip", "link", "add", "near", *cable])
-            for machine, device, address in zip((here, there), ("near", "far"), ADDRESSES, strict=True):
+            for machine, device, address in zip(
+                (here, there), ("near", "far"), ADDRESSES, strict=True
+            ):
                 _run([*machine, "ip", "link", "set", "lo", "up"])
                 _run([*machine, "ip", "address", "add", f"{address}/24", "dev", device])
                 _run([*machine, "ip", "link", "set", device, "up"])
