@@ -41,6 +41,8 @@ from loadtest.statistics import (
 )
 from loadtest.watch import WatchSample, health
 from serving.config import CostConfig
+from serving.cost.comparison import compare
+from serving.cost.prices import PriceBook
 
 COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
 WINDOW = (0.0, 10.0)
@@ -242,6 +244,18 @@ def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
     assert foreign.busy_seconds == pytest.approx(3.0)
     assert foreign.energy_joules == pytest.approx(3.0 * COST.power.load_watts)
     assert foreign.estimated
+
+
+def test_what_asked_for_flex_is_priced_as_flex() -> None:
+    plain, flex = record(), record(number=1, service_tier="flex")
+    cost = CostConfig(compare_to=("openai/gpt-5",))
+    usd = {}
+    for name, records in (("plain", [plain]), ("flex", [flex]), ("both", [plain, flex])):
+        measured = traffic_of(records, None, None, cost)
+        assert measured is not None
+        usd[name] = compare(measured, cost, PriceBook(cost.compare_to)).rows[0].traffic_usd
+    assert usd["flex"] == pytest.approx(usd["plain"] / 2)
+    assert usd["both"] == pytest.approx(usd["plain"] + usd["flex"])
 
 
 @pytest.mark.parametrize("capacity", [3, 11, 40])
