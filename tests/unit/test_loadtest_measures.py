@@ -395,6 +395,16 @@ def test_more_failures_are_a_regression() -> None:
     assert [verdict.subject for verdict in failed] == ["failed requests (8 users)"]
 
 
+def test_a_baseline_that_tells_nothing_is_no_pass() -> None:
+    short = run_of(1, 1.0)
+    short["requests"] = short["requests"][:20]  # of one tenth of the window
+    with pytest.raises(GateError, match="at 8 users one of the runs has too few requests"):
+        compare_runs(short, run_of(0, 1.0), "b")
+    nothing_worked = run_of(1, 1.0, errors=300) | {"requests": []}
+    verdicts = compare_runs(nothing_worked, run_of(0, 1.0), "b").verdicts
+    assert [v.subject for v in verdicts if not v.passed][-1] == "failed requests (8 users)"
+
+
 def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     other = run_of(0, 1.0) | {"scenario": {"traffic": [{"tenant": "x"}], "slo": {}}}
     with pytest.raises(GateError, match="'traffic' is another"):
