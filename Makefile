@@ -104,8 +104,8 @@ bench-ledger: setup-dev
 # Needs a quiet machine with two cores, and `make vllm`.
 bench-client: setup-dev
 	.venv/bin/python -m loadtest.benchmarks.client.capacity --out docs/results/load.md
-	.venv/bin/python -m loadtest.benchmarks.client.agreement --server clockwork --out docs/results/load.md
-	.venv/bin/python -m loadtest.benchmarks.client.agreement --seconds 40 --output-tokens 48 --prompt-tokens 32 --out docs/results/load.md
+	.venv/bin/python -m loadtest.benchmarks.client.agreement --server clockwork --seconds 8 --out docs/results/load.md
+	.venv/bin/python -m loadtest.benchmarks.client.agreement --out docs/results/load.md
 
 setup: python
 	@$(SETUP)

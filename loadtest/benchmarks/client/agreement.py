@@ -66,9 +66,9 @@ def main() -> int:
     parser.add_argument("--model", default=_MODEL)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32, help="on average")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of each measurement")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=48, help="on average")
     parser.add_argument("--out", type=Path, help="also append the table to this file")
     args = parser.parse_args()
     if args.vllm_python is None:
