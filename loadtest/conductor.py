@@ -16,6 +16,8 @@ from loadtest.stages import Stage, fixed_stages, sweep_stage
 
 # Until all processes have heard of a stage, and users are there.
 _HEAD_START_SECONDS = 0.3
+# Locust looks once a second how many users are wanted; those of a greater load before must be gone.
+_CHANGE_SECONDS = 1.0
 _LOOK_SECONDS = 0.2
 # A stage of a sweep that measures fewer is repeated, up to so many times as long.
 _FEWEST_REQUESTS = 6
@@ -91,7 +93,8 @@ class Conductor:
         self.knee = search.knee
 
     def _begin(self) -> float:
-        return self._clock() + _HEAD_START_SECONDS
+        change = _CHANGE_SECONDS if self.stages else 0.0
+        return self._clock() + change + _HEAD_START_SECONDS
 
     def _play(self, stages: list[Stage]) -> None:
         """Stages that follow each other without a pause, and the end of what they began."""

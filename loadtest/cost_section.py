@@ -14,6 +14,7 @@ from serving.cost.verdict import CLAIMED_SAVING_PERCENT, Verdict
 from serving.cost.words import (
     Step,
     computation,
+    computation_of_verdict,
     computation_there,
     currency_of,
     figure_text,
@@ -205,9 +206,15 @@ def _computations(cost: CostReport) -> str:
         f"<h3>{escape(row.reference)}</h3>{_steps(computation_there(row, cost))}"
         for row in cost.rows
     )
+    verdict = ""
+    if cost.verdict is not None:
+        verdict = (
+            f"<h3>The verdict, against {escape(cost.verdict.reference)}</h3>"
+            f"{_steps(computation_of_verdict(cost, cost.verdict))}"
+        )
     return (
         '<details><summary>How each amount is computed</summary><div class="card">'
-        f"<h3>This rig</h3>{_steps(computation(cost))}{there}</div></details>"
+        f"<h3>This rig</h3>{_steps(computation(cost))}{there}{verdict}</div></details>"
     )
 
 

@@ -188,7 +188,7 @@ def load_baseline(path: Path, version: int) -> dict[str, Any]:
 
 
 def compare_runs(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> Comparison:
-    """Both are reports as JSON. Raises :class:`GateError` if they are not of the same load."""
+    """Both are reports as JSON. Raises :class:`GateError` if they are not of the same load, or tell too little."""
     for key in ("traffic", "slo"):
         if now["scenario"][key] != before["scenario"][key]:
             raise GateError(
@@ -205,6 +205,11 @@ def compare_runs(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -
         other = earlier[stage["label"]]
         pair = (_batches(now, stage), stage), (_batches(before, other), other)
         changes = _changes(pair[0][0], pair[1][0])
+        failures = _failures(stage, other)
+        if not changes and failures.passed:
+            raise GateError(
+                f"--baseline {name}: at {stage['label']} one of the runs has too few requests to compare; run longer"
+            )
         rates = [_token_rates(batches, of) for batches, of in pair]
         if (change := _change("output tokens/s", rates, np.mean, rising=False)) is not None:
             changes.append(change)
@@ -218,7 +223,7 @@ def compare_runs(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -
             )
             for change in changes
         ]
-        verdicts.append(_failures(stage, other))
+        verdicts.append(failures)
     return Comparison(
         name, str(before["started"]), str(before["model"]), tuple(stages), tuple(verdicts)
     )

@@ -23,7 +23,7 @@ h2 { font-size: 1.15rem; margin: 34px 0 12px; }
 p { margin: 8px 0; } .soft, figcaption { color: var(--soft); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
 .verdict { border-left: 5px solid var(--accent); font-size: 1.04rem; margin-top: 18px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-top: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(205px, 22%), 1fr)); gap: 12px; margin-top: 16px; }
 .tiles .number { font-size: 1.55rem; font-weight: 650; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px; }
 figure { margin: 0; } figure h3 { margin: 0 0 6px; font-size: .98rem; } figcaption { font-size: .85rem; margin-top: 4px; }

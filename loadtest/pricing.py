@@ -94,6 +94,7 @@ def traffic_of(
         groups=tuple(
             of_request(
                 began_unix + r.started_at,
+                r.service_tier,
                 r.prompt_tokens or 0,
                 r.cached_tokens or 0,
                 r.completion_tokens or 0,

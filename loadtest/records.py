@@ -22,7 +22,8 @@ class RequestRecord:
     ``chunk_gaps_seconds`` lie between chunks with text, ``chunk_tokens`` are the tokens of each chunk, None
     if they carry one each; where they do not, ``usage`` is split by the length of their texts.
     ``warmup`` marks the first requests, from which the bench learns how the server counts; ``measured`` the
-    ones that began within a stage's window. ``error`` is None for a success, otherwise its class:
+    ones that began within a stage's window. ``service_tier`` is ``flex`` where the request asked for that,
+    and is then priced so elsewhere. ``error`` is None for a success, otherwise its class:
     ``http_503``, ``stream_error`` (an error event), ``incomplete_stream`` (no finish reason or no
     ``[DONE]``), ``malformed_stream``, ``connection``, ``client_limit`` (this machine has no more sockets or
     files), or ``abandoned`` (by the bench, at its end).
@@ -46,6 +47,7 @@ class RequestRecord:
     error: str | None = None
     error_message: str | None = None
     tenant: str = "default"
+    service_tier: str = "default"
     turn: int = 0
     stage: int = 0
     worker: int = 0

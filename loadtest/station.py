@@ -187,6 +187,7 @@ class Station:
             started_at=self.clock() if due_at is None else due_at,
             wanted_prompt_tokens=request.prompt_tokens,
             tenant=traffic.tenant,
+            service_tier="flex" if request.body.get("service_tier") == "flex" else "default",
             turn=request.turn,
             stage=stage,
             worker=self.worker,

@@ -21,6 +21,7 @@ class OpenAIServer(BaseHTTPRequestHandler):
     usages: list[dict[str, int]]  # one for each answer it has finished
     begun: list[str]  # the prompts of the load, without those of the warm-up
     bodies: list[dict[str, Any]]  # of all requests
+    six: threading.Semaphore
     protocol_version = "HTTP/1.1"
     timeout = 0.5  # then it hangs up on an idle connection
 
@@ -70,6 +71,9 @@ class OpenAIServer(BaseHTTPRequestHandler):
             self.send({"choices": [{"delta": {"content": "cd"}}]})
             self.finish_with({"prompt_tokens": words + 5, "completion_tokens": 4})
             return
+        if behaviour == "six at once":
+            with self.six:
+                time.sleep(0.1)
         for letter in "abcd"[: body["max_tokens"]]:
             if behaviour == "slow":
                 time.sleep(0.4)
@@ -134,7 +138,13 @@ def serving(behaviour: str) -> Iterator[tuple[str, type[OpenAIServer]]]:
     handler = type(
         "Handler",
         (OpenAIServer,),
-        {"behaviour": behaviour, "usages": [], "begun": [], "bodies": []},
+        {
+            "behaviour": behaviour,
+            "usages": [],
+            "begun": [],
+            "bodies": [],
+            "six": threading.Semaphore(6),
+        },
     )
     with QuietServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -15,6 +15,7 @@ from serving.cost.uncertainty import Swing
 from serving.cost.words import (
     Step,
     computation,
+    computation_of_verdict,
     computation_there,
     currency_of,
     figure_text,
@@ -41,6 +42,9 @@ def render(report: CostReport, *, steps: bool = False) -> Group:
         parts += [Text(), _steps("This rig", computation(report))]
         for row in report.rows:
             parts += [Text(), _steps(row.reference, computation_there(row, report))]
+        if report.verdict is not None:
+            title = f"The verdict, against {report.verdict.reference}"
+            parts += [Text(), _steps(title, computation_of_verdict(report, report.verdict))]
     return Group(*parts)
 
 

@@ -78,11 +78,15 @@ class Traffic:
 
 
 def of_request(
-    at_unix: float, prompt_tokens: int, cached_tokens: int, completion_tokens: int
+    at_unix: float,
+    service_tier: str,
+    prompt_tokens: int,
+    cached_tokens: int,
+    completion_tokens: int,
 ) -> TokenGroup:
     """A group of one request."""
     counts = (prompt_tokens, cached_tokens, completion_tokens)
-    return TokenGroup(at_unix, prompt_tokens - 1, "default", 1, *counts)
+    return TokenGroup(at_unix, prompt_tokens - 1, service_tier, 1, *counts)
 
 
 def merged(groups: Iterable[TokenGroup], cuts: Cuts) -> tuple[TokenGroup, ...]:

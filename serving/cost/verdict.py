@@ -33,7 +33,8 @@ class Verdict:
     Prices are USD per million tokens of the traffic, prompts and completions together. ``cheaper_here`` and
     ``claim_holds`` are ``open`` where the interval of the saving holds both answers. Utilizations above 1
     cannot be reached; None is never. ``payback_months`` is None when the API is cheaper to go on with.
-    ``tornado`` holds the saving in per cent at the ends of each figure's range.
+    ``tornado`` holds the saving in per cent at the ends of each figure's range, ``here_swings`` and
+    ``there_swings`` the prices.
     """
 
     reference: str
@@ -48,6 +49,8 @@ class Verdict:
     most_tokens_per_day: float
     payback_months: float | None
     tornado: tuple[Swing, ...]
+    here_swings: tuple[Swing, ...]
+    there_swings: tuple[Swing, ...]
 
 
 def verdict_on(
@@ -60,17 +63,19 @@ def verdict_on(
     here_usd = usd_here(traffic, config)
     figures = figures_of(config, traffic.energy_source)
 
+    per_million = 1e6 / traffic.tokens
+
     def here(figure: Figure, value: float) -> float:
         factor = value if figure.name == "energy" else 1.0
-        return usd_here(traffic, varied(config, figure, value), factor)
+        return per_million * usd_here(traffic, varied(config, figure, value), factor)
 
     def there(figure: Figure, value: float) -> float:
-        return usd_there(traffic, varied(config, figure, value), prices, reference)
+        return per_million * usd_there(traffic, varied(config, figure, value), prices, reference)
 
     def ratio(figure: Figure, value: float) -> float:
         return here(figure, value) / there(figure, value)
 
-    per_million = 1e6 / traffic.tokens
+    here_swings, there_swings = swings(figures, here), swings(figures, there)
     ratios = combined(here_usd / there_usd, swings(figures, ratio))
     saving = Interval(*(100 * (1 - each) for each in (ratios.value, ratios.high, ratios.low)))
     tornado = swings(figures, lambda figure, value: 100 * (1 - ratio(figure, value)))
@@ -78,8 +83,8 @@ def verdict_on(
     most_tokens_per_day = SECONDS_PER_DAY * traffic.tokens / traffic.busy_seconds
     return Verdict(
         reference=reference,
-        here_usd_per_million=combined(here_usd, swings(figures, here)).scaled(per_million),
-        there_usd_per_million=combined(there_usd, swings(figures, there)).scaled(per_million),
+        here_usd_per_million=combined(here_usd * per_million, here_swings),
+        there_usd_per_million=combined(there_usd * per_million, there_swings),
         saving_percent=saving,
         cheaper_here=_answer(saving, 0.0),
         claim_holds=_answer(saving, CLAIMED_SAVING_PERCENT),
@@ -90,8 +95,14 @@ def verdict_on(
         break_even_tokens_per_day=None if even is None else even * most_tokens_per_day,
         most_tokens_per_day=most_tokens_per_day,
         payback_months=_payback_months(there_usd, traffic, config),
-        tornado=tuple(each for each in tornado if each.width > 0),
+        tornado=_moving(tornado),
+        here_swings=_moving(here_swings),
+        there_swings=_moving(there_swings),
     )
+
+
+def _moving(swung: tuple[Swing, ...]) -> tuple[Swing, ...]:
+    return tuple(each for each in swung if each.width > 0)
 
 
 def usd_here(traffic: Traffic, config: CostConfig, energy_factor: float = 1.0) -> float:

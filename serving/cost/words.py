@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from serving.cost.comparison import ComparisonRow, CostReport
 from serving.cost.model import JOULES_PER_KWH, SECONDS_PER_YEAR
 from serving.cost.money import Currency, saving_text
-from serving.cost.uncertainty import Figure, Interval
+from serving.cost.traffic import SECONDS_PER_DAY
+from serving.cost.uncertainty import Figure, Interval, Swing
 from serving.cost.verdict import CLAIMED_SAVING_PERCENT, Verdict
 
 _NOTHING = (
@@ -187,23 +188,107 @@ def computation(report: CostReport) -> Iterator[Step]:
         f"({given.lifetime_years:g} × {SECONDS_PER_YEAR:.0f} s × {share:g})",
         price(parts.hardware_usd),
     )
-    total = report.here_fully_loaded
-    yield Step("all costs", "energy + idle hours + hardware", price(total.traffic_usd))
-    sides = (
-        ("input", traffic.prefill_busy_seconds, traffic.prompt_tokens, total.input_usd_per_million),
-        (
-            "output",
-            traffic.decode_busy_seconds,
-            traffic.completion_tokens,
-            total.output_usd_per_million,
-        ),
-    )
-    for name, seconds, tokens, usd in sides:
-        if usd is not None:
+    for name, formula, total in (
+        ("marginal", "energy − of it idle draw", report.here_marginal),
+        ("as run", "energy", report.here_as_run),
+        ("all costs", "energy + idle hours + hardware", report.here_fully_loaded),
+    ):
+        yield Step(name, formula, price(total.traffic_usd))
+        for side, seconds, tokens, usd in (
+            ("input", traffic.prefill_busy_seconds, traffic.prompt_tokens, total.input_usd_per_million),
+            ("output", traffic.decode_busy_seconds, traffic.completion_tokens, total.output_usd_per_million),
+        ):  # fmt: skip
+            if usd is not None:
+                yield Step(
+                    f"{name}: {side}, a million tokens",
+                    f"{total.traffic_usd / unit:.6g} × {seconds:.6g} s / {busy:.6g} s / {tokens} × 1e6",
+                    price(usd),
+                )
+
+
+def computation_of_verdict(report: CostReport, verdict: Verdict) -> Iterator[Step]:
+    """Each figure of the verdict; those with an end of a range are the sums above, with it in the figure's place."""
+    traffic, given, money = report.traffic, report.assumptions, currency_of(report)
+    unit, tokens, busy = given.usd_per_unit, traffic.tokens, traffic.busy_seconds
+    here, there = verdict.here_usd_per_million, verdict.there_usd_per_million
+    here_usd = report.here_fully_loaded.traffic_usd / unit
+    there_usd = there.value * tokens / 1e6 / unit
+    for place, interval, swung, traffic_usd in (
+        ("here", here, verdict.here_swings, here_usd),
+        ("there", there, verdict.there_swings, there_usd),
+    ):
+        sum_of = f"{traffic.prompt_tokens} + {traffic.completion_tokens}"
+        yield Step(
+            f"{place}, a million tokens of this traffic",
+            f"{traffic_usd:.6g} / ({sum_of}) × 1e6",
+            money.exact(interval.value),
+        )
+        yield from _ends(place, interval, swung, money)
+    yield Step(
+        "saving", f"(1 − {here_usd:.6g} / {there_usd:.6g}) × 100", f"{verdict.saving_percent.value:.6g} %"
+    )  # fmt: skip
+    usd_per_watt_second = given.mean_usd_per_kwh * given.cooling_overhead / JOULES_PER_KWH / unit
+    idle = busy * given.idle_watts * usd_per_watt_second
+    hardware = report.parts.hardware_usd * given.utilization / unit
+    energy = report.parts.energy_usd / unit
+    even = verdict.break_even_utilization
+    if even is not None:
+        yield Step(
+            "break-even utilization",
+            f"({busy:.6g} s × {given.idle_watts:g} W × {usd_per_watt_second:.6g} + {hardware:.6g}) / "
+            f"({there_usd:.6g} − {energy:.6g} + {idle:.6g})",
+            f"{even:.6g}",
+        )
+        yield Step(
+            "break-even tokens a day",
+            f"{even:.6g} × {SECONDS_PER_DAY} s × {tokens} / {busy:.6g} s",
+            f"{verdict.break_even_tokens_per_day:.6g}",
+        )
+    if verdict.payback_months is not None:
+        month, share, bought = (
+            SECONDS_PER_YEAR / 12,
+            given.utilization,
+            given.hardware_price_usd / unit,
+        )
+        yield Step(
+            "months until it has paid for itself",
+            f"{bought:g} / ({month:.0f} s × ({share:g} × ({there_usd:.6g} − {energy:.6g}) / {busy:.6g} s − "
+            f"(1 − {share:g}) × {given.idle_watts:g} W × {usd_per_watt_second:.6g}) − "
+            f"{bought:g} × {given.maintenance_share_per_year:g} / 12)",
+            f"{verdict.payback_months:.6g}",
+        )
+
+
+def _ends(
+    place: str, interval: Interval, swung: tuple[Swing, ...], money: Currency
+) -> Iterator[Step]:
+    """The ends of an interval, from what each figure's range does by itself."""
+    if not swung or not interval.value:
+        return
+    value = interval.value / money.usd_per_unit
+    least, most = [], []
+    for swing in swung:
+        figure = swing.figure
+        ends = (swing.at_low / money.usd_per_unit, swing.at_high / money.usd_per_unit)
+        for at, usd in zip((figure.low, figure.high), ends, strict=True):
             yield Step(
-                f"{name}, a million tokens",
-                f"{total.traffic_usd / unit:.6g} × {seconds:.6g} s / {busy:.6g} s / {tokens} × 1e6",
-                price(usd),
+                f"{place}, with {figure.label} {figure_text(figure, at, money)}",
+                "the same sums",
+                money.exact(usd * money.usd_per_unit),
+            )
+        if min(ends) < value:
+            least.append(f"ln²({value:.6g} / {min(ends):.6g})")
+        if max(ends) > value:
+            most.append(f"ln²({max(ends):.6g} / {value:.6g})")
+    for name, sign, logs, usd in (
+        ("least", "/", least, interval.low),
+        ("most", "×", most, interval.high),
+    ):
+        if logs:
+            yield Step(
+                f"{place}, the {name}",
+                f"{value:.6g} {sign} exp(√({' + '.join(logs)}))",
+                money.exact(usd),
             )
 
 

@@ -31,7 +31,12 @@ from serving.cost.render import render
 from serving.cost.traffic import TokenGroup, Traffic
 from serving.cost.uncertainty import Figure, combined, figures_of, swings, varied
 from serving.cost.verdict import usd_here, usd_there, verdict_on
-from serving.cost.words import computation, computation_there, verdict_text
+from serving.cost.words import (
+    computation,
+    computation_of_verdict,
+    computation_there,
+    verdict_text,
+)
 from tests.unit.test_wall import device
 
 COST_MODEL = Path(__file__).parents[2] / "docs" / "cost-model.md"
@@ -465,15 +470,21 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
         }
     )  # fmt: skip
     assert config.hardware_price_usd == pytest.approx(972)
-    report = compare(traffic(cached=2_000, prompt=30_000_000), config, PriceBook(config.compare_to))
+    measured = traffic(cached=2_000, prompt=30_000_000)
+    report = compare(measured, config, PriceBook(config.compare_to))
     texts: dict[str, float] = {}
+    assert report.verdict is not None
     steps = [
         *computation(report),
         *(step for row in report.rows for step in computation_there(row, report)),
+        *computation_of_verdict(report, report.verdict),
     ]
-    assert len(steps) == 10
+    again = [step for step in steps if step.formula == "the same sums"]
+    assert (len(steps), len(again)) == (42, 16)
     for step in steps:
         formula = step.formula
+        if step in again:
+            continue
         for name, value in texts.items():
             formula = formula.replace(name, repr(value))
         for text, meaning in (
@@ -485,15 +496,27 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
             (" prefill", ""),
             (" decode", ""),
             (" USD", ""),
+            ("√", "sqrt"),
         ):
             formula = formula.replace(text, meaning)
-        assert re.fullmatch(r"[\d.e+*/() -]+", formula), formula
+        formula = re.sub(r"ln²(\([^)]*\))", r"log\1**2", formula)
+        assert re.fullmatch(r"(exp|log|sqrt|[\d.e+*/() -])+", formula), formula
         result = float(re.sub("[^0-9.e-]", "", step.result))
-        assert eval(formula) == pytest.approx(result, rel=1e-4), step
+        value = eval(formula, {"exp": math.exp, "log": math.log, "sqrt": math.sqrt})
+        assert value == pytest.approx(result, rel=1e-4), step
         texts[step.name] = result
     assert report.here_fully_loaded.traffic_usd / 1.08 == pytest.approx(
         texts["all costs"], rel=1e-5
     )
+    # The same sums, with an end of a range in the place of a figure.
+    for config_there, name in (
+        (config.model_copy(update={"utilization": 0.5}), "here, with utilization 50 %"),
+        (config.model_copy(update={"resale_usd": 50.0}), "here, with resale value EUR 46.30"),
+    ):
+        varied = compare(measured, config_there, PriceBook(config.compare_to)).verdict
+        assert varied is not None
+        told = next(step.result for step in again if step.name == name)
+        assert told == Currency("EUR", 1.08).exact(varied.here_usd_per_million.value)
 
 
 def test_night_power_is_cheaper_at_night() -> None:

@@ -11,7 +11,12 @@ from loadtest import cost_section
 from loadtest.html import STYLE
 from serving.cost.comparison import compare
 from serving.cost.prices import PriceBook
-from serving.cost.words import computation, computation_there, verdict_sentences
+from serving.cost.words import (
+    computation,
+    computation_of_verdict,
+    computation_there,
+    verdict_sentences,
+)
 from tests.browser import browser
 from tests.unit.test_cost import CONFIG, TRAFFIC, traffic
 
@@ -54,6 +59,8 @@ def test_it_fits_a_phone_and_a_desk_and_prints_every_sum(tmp_path: Path) -> None
             steps = [*computation(report)]
             for row in report.rows:
                 steps += computation_there(row, report)
+            assert report.verdict is not None
+            steps += computation_of_verdict(report, report.verdict)
             for step in steps:
                 assert step.formula in text
                 assert step.result in text

@@ -223,6 +223,19 @@ def test_a_sweep_raises_the_load_by_itself(tmp_path: Path) -> None:
     assert_readable(tmp_path / "report.html")
 
 
+def test_a_sweep_that_goes_back_takes_the_surplus_users_away_before(tmp_path: Path) -> None:
+    sweep = scenario(load={"kind": "sweep", "start": 4, "most": 32, "max_stages": 4}, duration=1.5)
+    status, report, _ = bench(tmp_path, "six at once", scenario=sweep)
+    assert status == 0
+    loads = [stage["users"] for stage in report["stages"]]
+    assert loads == [4, 8, 16, 6]
+    users: dict[int, set[int]] = {}
+    for request in report["requests"]:
+        if not request["warmup"]:
+            users.setdefault(request["stage"], set()).add(request["user"])
+    assert [len(of_stage) for of_stage in users.values()] == loads
+
+
 def assert_readable(page_file: Path) -> None:
     """In a real browser: nothing beside the page, nothing wider than the screen, no error, also in print."""
     complaints: list[str] = []

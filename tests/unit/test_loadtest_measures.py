@@ -41,6 +41,8 @@ from loadtest.statistics import (
 )
 from loadtest.watch import WatchSample, health
 from serving.config import CostConfig
+from serving.cost.comparison import compare
+from serving.cost.prices import PriceBook
 
 COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
 WINDOW = (0.0, 10.0)
@@ -244,6 +246,18 @@ def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
     assert foreign.estimated
 
 
+def test_what_asked_for_flex_is_priced_as_flex() -> None:
+    plain, flex = record(), record(number=1, service_tier="flex")
+    cost = CostConfig(compare_to=("openai/gpt-5",))
+    usd = {}
+    for name, records in (("plain", [plain]), ("flex", [flex]), ("both", [plain, flex])):
+        measured = traffic_of(records, None, None, cost)
+        assert measured is not None
+        usd[name] = compare(measured, cost, PriceBook(cost.compare_to)).rows[0].traffic_usd
+    assert usd["flex"] == pytest.approx(usd["plain"] / 2)
+    assert usd["both"] == pytest.approx(usd["plain"] + usd["flex"])
+
+
 @pytest.mark.parametrize("capacity", [3, 11, 40])
 def test_a_sweep_finds_the_knee_of_a_server_that_has_one(capacity: int) -> None:
     """A server of so many places: throughput rises by the user, then not at all."""
@@ -379,6 +393,16 @@ def test_more_failures_are_a_regression() -> None:
         v for v in compare_runs(run_of(1, 1.0, errors=20), before, "b").verdicts if not v.passed
     ]
     assert [verdict.subject for verdict in failed] == ["failed requests (8 users)"]
+
+
+def test_a_baseline_that_tells_nothing_is_no_pass() -> None:
+    short = run_of(1, 1.0)
+    short["requests"] = short["requests"][:20]  # of one tenth of the window
+    with pytest.raises(GateError, match="at 8 users one of the runs has too few requests"):
+        compare_runs(short, run_of(0, 1.0), "b")
+    nothing_worked = run_of(1, 1.0, errors=300) | {"requests": []}
+    verdicts = compare_runs(nothing_worked, run_of(0, 1.0), "b").verdicts
+    assert [v.subject for v in verdicts if not v.passed][-1] == "failed requests (8 users)"
 
 
 def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
