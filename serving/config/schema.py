@@ -552,12 +552,12 @@ class VllmModel(EngineModel):
         None,
         ge=0,
         le=256,
-        description="Adapters that one batch may mix; each takes memory. More than there are: room for those added while it runs. Unset: as many as there are, 8 at most.",
+        description="Adapters that one batch may mix; each takes memory. Set, there is room for some that are added while it runs, though there are none yet. Unset: 8 where there are adapters, else none.",
     )
     adapter_rank: int = Field(
         16,
         ge=1,
-        description="The highest rank of those added while it runs; that of `adapters` is known.",
+        description="The highest rank of adapters that are added while it runs; that of `adapters` is known.",
     )
     chat_template: str | None = Field(
         None, description="A file with another chat template (Jinja) than the model's own."

@@ -100,7 +100,7 @@ class Engine:
         # Why its last load failed; None if it did not.
         self.failure: str | None = None
         # Those of its process; none while it has none.
-        self.live_adapters = LiveAdapters({}, None)
+        self.live_adapters = LiveAdapters()
         self._session = session
         self._listeners: list[Callable[[Engine], None]] = []
         self._endpoint: Endpoint | None = None
@@ -294,7 +294,7 @@ class Engine:
         log_reader = asyncio.create_task(self._read_log(process))
         self._endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
         calls = AdapterCalls(self._session, self._endpoint.base_url, api_key)
-        self.live_adapters = LiveAdapters(files.adapters, calls if launch.takes_adapters else None)
+        self.live_adapters = LiveAdapters(files.adapters, launch.adapter_room, calls)
         try:
             ready = await self._becomes_ready(process)
             if not ready and process.returncode is None:
@@ -319,7 +319,7 @@ class Engine:
         finally:
             await _stop(process)
             self._process = None
-            self.live_adapters = LiveAdapters({}, None)
+            self.live_adapters = LiveAdapters()
             # A helper that outlives its engine keeps the pipe open.
             await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
             log_reader.cancel()

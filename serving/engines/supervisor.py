@@ -175,9 +175,13 @@ class Supervisor:
                     for device, share in engine.shares_mib.items()
                 }
 
-    def needs_restart(self, old: ModelConfig, new: ModelConfig) -> bool:
-        """Whether a change of a model's config is one that its running engine cannot take up."""
-        return old.engine != new.engine or self._launchers[new.engine].differ(old, new)
+    def needs_restart(self, engine: Engine, new: ModelConfig) -> bool:
+        """Whether another config of its model is one that an engine cannot take up as it runs. Raises ``ModelError``."""
+        old = engine.model
+        if old.engine != new.engine or self._launchers[new.engine].differ(old, new):
+            return True
+        more = [adapter for adapter in new.adapters if adapter not in old.adapters]
+        return bool(more) and not engine.live_adapters.has_room_for(more)
 
     def add(self, engines: Iterable[Engine]) -> None:
         """Have more engines, as :meth:`make` gives them."""

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
-from serving.engines.launch import Files
+from serving.engines.adapters import LiveAdapters
+from serving.engines.launch import AdapterFile, Files
 from serving.engines.vllm import adapters, containers
 from serving.engines.vllm.command import arguments, kv_cache_bytes
 from serving.engines.vllm.environment import Environment, Environments
@@ -31,7 +33,7 @@ from serving.gateway.stream import StreamTap
 from serving.gateway.token_bound import token_bound
 from serving.gateway.vllm.answer import Events, refusal, whole
 from serving.gateway.vllm.load import load_of
-from serving.gateway.vllm.request import written
+from serving.gateway.vllm.request import readdressed, written
 from serving.metrics import Metrics
 from serving.models.huggingface import Description, describe, resolve_folder
 from serving.models.sources import ModelError
@@ -39,6 +41,7 @@ from serving.protocol.embeddings import EmbeddingRequest, TokenizeRequest
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 from tests.contract.strictness import strictly
+from tests.peft_files import write_peft, write_safetensors
 from tests.processes import wait_for
 
 RECORDINGS = Path(__file__).parent / "recordings" / "vllm"
@@ -54,6 +57,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 3,
     "hidden_size": 576,
 }
+MODULE = "model.layers.0.self_attn.q_proj"
 KV_ELEMENTS = 2 * 30 * 3 * 64
 DESCRIPTION = Description("llama", "", 1000, KV_ELEMENTS)
 
@@ -222,18 +226,31 @@ class TestCommand:
             assert expected in line
         assert words[-2:] == ["--swap-space", "2"]
 
-    def test_on_a_cpu_the_last_slot_stays_empty(self) -> None:
-        """What is in it vLLM would apply to requests without an adapter."""
-        loras = {name: Path(name) for name in ("a", "b", "c")}
-        for on_gpu, slots in ((False, "4"), (True, "2")):
-            words = arguments(
-                *(a_model(adapter_slots=2), Path("m"), DESCRIPTION, loras),
-                rank=16,
-                port=81,
-                host="127.0.0.1",
-                on_gpu=on_gpu,
-            )
-            assert words[words.index("--max-loras") + 1] == slots
+    @pytest.mark.parametrize(
+        ("slots", "count", "on_gpu", "expected"),
+        [
+            (None, 0, True, None),
+            (2, 0, True, 2),
+            (None, 1, True, 8),
+            (2, 3, True, 2),
+            # On a CPU all have a place, there is one for a new version, and the last slot stays empty: what is in it
+            # vLLM would apply to requests without an adapter.
+            (None, 0, False, None),
+            (2, 0, False, 3),
+            (2, 3, False, 5),
+            (2, 4, False, 9),
+            (None, 7, False, 9),
+            (None, 8, False, 17),
+        ],
+    )
+    def test_there_are_slots_for_adapters(
+        self, slots: int | None, count: int, on_gpu: bool, expected: int | None
+    ) -> None:
+        loras = tuple(AdapterConfig(name=f"a{number}", path="x") for number in range(count))
+        words = self.words(adapter_slots=slots, adapters=loras, on_gpu=on_gpu)
+        assert ("--enable-lora" in words) == (expected is not None)
+        if expected is not None:
+            assert words[words.index("--max-loras") + 1] == str(expected)
 
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")
@@ -409,10 +426,8 @@ class TestAdapters:
     """LoRA adapters in PEFT's form."""
 
     def write(self, folder: Path, **config: Any) -> AdapterConfig:
-        folder.mkdir()
-        told = {"peft_type": "LORA", "r": 12, "lora_alpha": 24, **config}
-        (folder / "adapter_config.json").write_text(json.dumps(told))
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        pair = np.zeros((12, 576), np.float32), np.zeros((576, 12), np.float32)
+        write_peft(folder, {MODULE: pair}, **{"r": 12, "lora_alpha": 24, **config})
         return AdapterConfig(name="tuned", path=str(folder))
 
     def test_one_as_it_was_trained_is_served_from_where_it_is(self, tmp_path: Path) -> None:
@@ -423,16 +438,57 @@ class TestAdapters:
         adapter = self.write(tmp_path / "a").model_copy(update={"scale": 0.5})
         scaled = adapters.folder_of(adapter, tmp_path / "cache")
         assert json.loads((scaled / "adapter_config.json").read_text())["lora_alpha"] == 12
-        assert (scaled / "adapter_model.safetensors").read_bytes() == b"weights"
+        weights = "adapter_model.safetensors"
+        assert (scaled / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
         assert adapters.folder_of(adapter, tmp_path / "cache") == scaled
 
     def test_there_is_room_for_the_highest_rank(self, tmp_path: Path) -> None:
         adapter = self.write(tmp_path / "a")
-        assert adapters.rank_of((adapter,), 8) == 16
-        assert adapters.rank_of((), 16) == 16
+        assert adapters.rank_of(a_model(adapters=(adapter,), adapter_rank=8)) == 16
+        assert adapters.rank_of(a_model(adapter_rank=20)) == 32
+        uneven = self.write(tmp_path / "uneven", rank_pattern={"q_proj": 40})
+        assert adapters.rank_of(a_model(adapters=(uneven,))) == 64
         large = self.write(tmp_path / "b", r=1000)
         with pytest.raises(ModelError, match="rank is 1000"):
-            adapters.rank_of((large,), 8)
+            adapters.rank_of(a_model(adapters=(large,)))
+
+    def test_what_is_added_while_it_runs_must_fit_what_it_was_started_with(
+        self, tmp_path: Path
+    ) -> None:
+        adapter = self.write(tmp_path / "a")
+        high = self.write(tmp_path / "b", r=17)
+        on_cpu = adapters.room_of(a_model(adapters=(adapter,)), on_gpu=False)
+        assert (on_cpu.most, on_cpu.fits(adapter), on_cpu.fits(high)) == (8, True, False)
+        assert adapters.room_of(a_model(adapter_slots=2), on_gpu=True).most is None
+        # Without any it knows of no adapters at all.
+        assert adapters.room_of(a_model(), on_gpu=True).most == 0
+        none = LiveAdapters({}, adapters.room_of(a_model(), on_gpu=False))
+        assert not none.has_room_for([adapter])
+
+    def test_each_version_has_a_name_of_its_own(self) -> None:
+        versions = [
+            AdapterFile(Path(path), 1.0, digest) for path, digest in (("/a", "1"), ("/a", "2"))
+        ]
+        names = [adapters.called("tuned", version) for version in versions]
+        assert len(set(names)) == 2
+        assert [adapters.without_versions(name) for name in names] == ["tuned", "tuned"]
+        assert adapters.without_versions(f"{names[0]}, other") == "tuned, other"
+
+    def test_one_of_another_model_is_not_taken(self, tmp_path: Path) -> None:
+        adapter = self.write(tmp_path / "a")
+        base = tmp_path / "m"
+        base.mkdir()
+        for shape, fits in (((576, 576), True), ((192, 576), False), ((576, 192), False)):
+            weight = {f"{MODULE}.weight": np.zeros(shape, np.float32)}
+            write_safetensors(base / "model.safetensors", weight)
+            if fits:
+                adapters.check_fit(adapter, base)
+            else:
+                with pytest.raises(ModelError, match=r"'tuned': the shape .* another model"):
+                    adapters.check_fit(adapter, base)
+        (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"weights")
+        with pytest.raises(ModelError, match=r"'tuned'.*too short"):
+            adapters.check_fit(adapter, base)
 
     def test_one_that_is_not_what_its_checksum_says_is_not_served(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -440,8 +496,10 @@ class TestAdapters:
         (tmp_path / "podman").touch(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
         adapter = self.write(tmp_path / "a").model_copy(update={"scale": 0.5})
+        folder = a_folder(tmp_path / "m")
+        write_safetensors(folder / "model.safetensors", {})
         model = a_model(
-            source=str(a_folder(tmp_path / "m")),
+            source=str(folder),
             image="i",
             container_runtime="podman",
             adapters=(adapter,),
@@ -449,7 +507,11 @@ class TestAdapters:
         launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
         files = launcher.prepare(model)
         assert files.adapters["tuned"].scale == 1.0
-        command = launcher.launch(model, files, 81, "secret", ()).command
+        launch = launcher.launch(model, files, 81, "secret", ())
+        command = launch.command
+        # Another's folder would not be there in the container.
+        assert launch.adapter_room is not None
+        assert not launch.adapter_room.fits(adapter)
         [module] = [word for word in command if "base_model_name" in word]
         assert json.loads(module)["path"] == str(files.adapters["tuned"].path)
         other = adapter.model_copy(update={"sha256": "0" * 64})
@@ -514,6 +576,11 @@ class TestRequests:
     def test_a_stream_tells_what_it_has_used_so_far(self) -> None:
         options = sent(chat(stream=True))["stream_options"]
         assert options == {"include_usage": True, "continuous_usage_stats": True}
+
+    def test_it_goes_to_the_version_that_there_is(self) -> None:
+        asked = chat(model="tuned", messages=[{"role": "user", "content": "mer \N{WATER WAVE}"}])
+        told = json.loads(readdressed(written(a_model(), asked), asked, "tuned#1"))
+        assert told == {**sent(asked), "model": "tuned#1"}
 
     def test_gateways_own_fields_stay_here(self) -> None:
         assert sent(chat(user="ann", service_tier="flex")).keys() == {"model", "messages"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from serving.config import VllmModel
 from serving.engines.launch import environment_of
+from serving.engines.vllm.adapters import slots_of
 from serving.engines.vllm.environment import INSIDE
 from serving.engines.vllm.families import parsers_of
 from serving.hardware.cpu import physical_cores
@@ -19,7 +20,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 GPU_FRACTION, HOST_FRACTION = 0.9, 0.5
 # Room for prompts that are being computed, beside what sequences hold: a block for each.
 _BLOCK_TOKENS = 128
-_MOST_SLOTS = 8
+_MOST_IN_MEMORY = 256
 _ONE_BYTE = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _AUTO = "auto"
 
@@ -57,7 +58,7 @@ def arguments(
     host: str,
     on_gpu: bool,
 ) -> list[str]:
-    """What follows the module's name. ``rank`` is the highest that ``adapters`` have."""
+    """What follows the module's name. ``adapters`` are by vLLM's names for them; ``rank`` is the highest that may come."""
     flags: dict[str, object] = {
         "--model": served,
         "--served-model-name": model.name,
@@ -69,7 +70,6 @@ def arguments(
         "--kv-cache-dtype": model.kv_cache_dtype,
         # What requests leave open is as OpenAI has it, and not as the model's makers like it.
         "--generation-config": "vllm",
-        "--middleware": "rigserve_inside.KeyForAll",
     }
     kv_bytes = kv_cache_bytes(model, description)
     if kv_bytes is None:
@@ -88,6 +88,13 @@ def arguments(
     flags |= {flag: value for flag, value in optional.items() if value is not None}
     words = [str(word) for flag in flags.items() for word in flag]
     words += [
+        # Each is around those before it.
+        *(
+            "--middleware",
+            "rigserve_inside.AdaptersLeave",
+            "--middleware",
+            "rigserve_inside.KeyForAll",
+        ),
         *("--enable-prompt-tokens-details", "--enable-per-request-metrics"),
         *("--enable-tokenizer-info-endpoint", "--disable-uvicorn-access-log"),
     ]
@@ -150,20 +157,18 @@ def _parsers(model: VllmModel, description: Description) -> list[str]:
 def _adapters(
     model: VllmModel, adapters: Mapping[str, Path], rank: int, *, on_gpu: bool
 ) -> Sequence[str]:
-    slots = model.adapter_slots
-    if slots is None:
-        slots = min(len(adapters), _MOST_SLOTS)
+    slots = slots_of(model, on_gpu=on_gpu)
     if not slots:
         return ()
     if not on_gpu:
         # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
-        # some that have one. So all have a slot at all times, and the last one stays empty.
-        slots = max(slots, len(adapters)) + 1
+        # some that have one. So that one stays empty.
+        slots += 1
     modules = [
         json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
         for name, path in adapters.items()
     ]
     words = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]
-    # The others wait in main memory.
-    words += ["--max-cpu-loras", str(max(slots, len(adapters)))]
+    # The others wait in main memory; what is not there either it would read from its folder again.
+    words += ["--max-cpu-loras", str(max(slots, _MOST_IN_MEMORY))]
     return [*words, "--lora-modules", *modules] if modules else words
