@@ -21,7 +21,7 @@ from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
 from serving.engines.adapters import LiveAdapters
 from serving.engines.launch import AdapterFile, Files
 from serving.engines.vllm import adapters, containers
-from serving.engines.vllm.command import arguments, kv_cache_bytes
+from serving.engines.vllm.command import arguments, kv_cache_bytes, lora_bytes
 from serving.engines.vllm.environment import Environment, Environments
 from serving.engines.vllm.failures import explain
 from serving.engines.vllm.families import Parsers, parsers_of
@@ -251,6 +251,15 @@ class TestCommand:
         assert ("--enable-lora" in words) == (expected is not None)
         if expected is not None:
             assert words[words.index("--max-loras") + 1] == str(expected)
+
+    def test_slots_for_adapters_take_memory(self, tmp_path: Path) -> None:
+        description = describe(a_folder(tmp_path / "m", intermediate_size=1536))
+        # (in + out) of q, k, v, o, gate, up and down, of SmolLM2-135M.
+        layer = 1152 + 768 + 768 + 1152 + 3 * 2112
+        assert description.lora_elements == 30 * layer
+        model = a_model(adapter_slots=2, adapter_rank=10)
+        assert lora_bytes(model, description, on_gpu=True) == 2 * 16 * 30 * layer * 2
+        assert lora_bytes(a_model(), description, on_gpu=True) == 0
 
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")

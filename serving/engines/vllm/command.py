@@ -8,7 +8,7 @@ from pathlib import Path
 
 from serving.config import VllmModel
 from serving.engines.launch import environment_of
-from serving.engines.vllm.adapters import slots_of
+from serving.engines.vllm.adapters import rank_of, slots_of
 from serving.engines.vllm.environment import INSIDE
 from serving.engines.vllm.families import parsers_of
 from serving.hardware.cpu import physical_cores
@@ -38,8 +38,19 @@ def kv_cache_bytes(model: VllmModel, description: Description) -> int | None:
 def _kv_element_bytes(model: VllmModel, description: Description) -> int:
     if model.kv_cache_dtype in _ONE_BYTE:
         return 1
+    return _element_bytes(model, description) if model.kv_cache_dtype == _AUTO else 2
+
+
+def _element_bytes(model: VllmModel, description: Description) -> int:
     is_wide = model.dtype == "float32" or (model.dtype == _AUTO and description.is_float32)
-    return 4 if is_wide and model.kv_cache_dtype == _AUTO else 2
+    return 4 if is_wide else 2
+
+
+def lora_bytes(model: VllmModel, description: Description, *, on_gpu: bool) -> int:
+    """What is set aside for adapters: each slot has room for the highest rank in all layers. Raises :class:`ModelError`."""
+    slots = _lora_slots(model, on_gpu=on_gpu)
+    elements = description.lora_elements * _element_bytes(model, description)
+    return slots * rank_of(model) * elements if slots else 0
 
 
 def fraction_of(model: VllmModel, *, on_gpu: bool) -> float:
@@ -157,13 +168,9 @@ def _parsers(model: VllmModel, description: Description) -> list[str]:
 def _adapters(
     model: VllmModel, adapters: Mapping[str, Path], rank: int, *, on_gpu: bool
 ) -> Sequence[str]:
-    slots = slots_of(model, on_gpu=on_gpu)
+    slots = _lora_slots(model, on_gpu=on_gpu)
     if not slots:
         return ()
-    if not on_gpu:
-        # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
-        # some that have one. So that one stays empty.
-        slots += 1
     modules = [
         json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
         for name, path in adapters.items()
@@ -172,3 +179,10 @@ def _adapters(
     # The others wait in main memory; what is not there either it would read from its folder again.
     words += ["--max-cpu-loras", str(max(slots, _MOST_IN_MEMORY))]
     return [*words, "--lora-modules", *modules] if modules else words
+
+
+def _lora_slots(model: VllmModel, *, on_gpu: bool) -> int:
+    slots = slots_of(model, on_gpu=on_gpu)
+    # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
+    # some that have one. So that one stays empty.
+    return slots + 1 if slots and not on_gpu else slots

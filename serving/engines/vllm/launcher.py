@@ -110,7 +110,8 @@ class VllmLauncher:
         """From the model's config and the size of its weights; raises :class:`ModelError`."""
         description = _description(files)
         kv_bytes = command.kv_cache_bytes(model, description)
-        weights_mib = -(-description.weights_bytes // MIB)
+        lora_bytes = command.lora_bytes(model, description, on_gpu=on_gpu)
+        weights_mib = -(-(description.weights_bytes + lora_bytes) // MIB)
         if model.memory_mib is not None:
             found = Footprint(_PROCESSES_MIB, model.memory_mib, source="configured")
             return (
