@@ -56,6 +56,7 @@ _VLLM_ARGUMENTS_OF_OURS = {
     **dict.fromkeys(("--tensor-parallel-size", "-tp"), "set tensor_parallel"),
     **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "set pipeline_parallel"),
     **dict.fromkeys(("--gpu-memory-utilization",), "set memory_fraction"),
+    **dict.fromkeys(("--enable-sleep-mode",), "set sleep"),
     **dict.fromkeys(("--host", "--port", "--uds"), "engines listen on loopback; set port, if any"),
     **dict.fromkeys(("--api-key",), "it is made anew for each start"),
     **dict.fromkeys(("--generation-config",), "set filters.defaults"),
@@ -548,6 +549,10 @@ class VllmModel(EngineModel):
         description="Compute long prompts in pieces, between others' tokens. Unset: as vLLM likes it.",
     )
     speculation: VllmSpeculation | None = None
+    sleep: bool = Field(
+        False,
+        description="Where it makes room for others, its process stays, and its weights wait in main memory, from where they are back in seconds. Only on cards.",
+    )
     adapter_slots: int | None = Field(
         None,
         ge=0,
@@ -606,6 +611,12 @@ class VllmModel(EngineModel):
             raise ValueError("vLLM is in an environment or in an image; keep one of them")
         if self.adapters and self.adapter_slots == 0:
             raise ValueError("there are adapters, and adapter_slots is 0; leave that out")
+        if self.sleep and self.is_for_cpu:
+            raise ValueError("sleep is for cards; devices says cpu")
+        if self.sleep and self.image is not None:
+            raise ValueError(
+                "sleep is for an environment: memory of an image's processes cannot be measured"
+            )
         cards = self.tensor_parallel * self.pipeline_parallel
         if self.is_for_cpu and cards > 1:
             raise ValueError(

@@ -45,12 +45,14 @@ class Files:
 class Footprint:
     """Memory of one engine in MiB, in main memory and on GPUs; ``source`` says how it is known.
 
-    ``growth_mib`` of the main memory is taken only as time goes by, and may not be there when it is measured.
+    ``growth_mib`` of the main memory is taken only as time goes by, and may not be there when it is measured. One that
+    can sleep then takes ``asleep_mib`` of the main memory; others have none of it.
     """
 
     host_mib: int
     gpu_mib: int = 0
     growth_mib: int = 0
+    asleep_mib: int = 0
     source: Literal["estimated", "measured", "configured"] = "estimated"
 
     def corrected(self, host_mib: int, gpu_mib: int | None) -> Footprint:

@@ -116,6 +116,8 @@ def arguments(
         words.append(
             "--enable-chunked-prefill" if model.chunked_prefill else "--no-enable-chunked-prefill"
         )
+    if model.sleep and on_gpu:
+        words.append("--enable-sleep-mode")
     words += _parsers(model, description)
     words += _adapters(model, adapters, rank, on_gpu=on_gpu)
     return [*words, *model.extra_args]
@@ -137,6 +139,9 @@ def environment(
         "PYTHONUNBUFFERED": "1",
         **environment_of(gpus),
     }
+    if model.sleep and on_gpu:
+        # Otherwise it has no such calls. What else it then has asks for the key, too.
+        told["VLLM_SERVER_DEV_MODE"] = "1"
     if not on_gpu:
         cores = model.threads or physical_cores()
         # It would keep a core for itself of what it finds, and bind its threads to the others.

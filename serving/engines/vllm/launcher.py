@@ -59,6 +59,8 @@ class VllmLauncher:
         if model.image is not None:
             _require_runtime(model)
             self._images.add(model.image)
+        if model.sleep and python is not None and not python.has_cuda:
+            raise ModelError("this vLLM is built for CPUs, where it cannot sleep; leave sleep out")
         loras = {each.name: self._adapter(each) for each in model.adapters}
         served = self._served(model, python)
         for each in model.adapters:
@@ -112,8 +114,11 @@ class VllmLauncher:
         kv_bytes = command.kv_cache_bytes(model, description)
         lora_bytes = command.lora_bytes(model, description, on_gpu=on_gpu)
         weights_mib = -(-(description.weights_bytes + lora_bytes) // MIB)
+        asleep_mib = _PROCESSES_MIB * model.cards + weights_mib if model.sleep else 0
         if model.memory_mib is not None:
-            found = Footprint(_PROCESSES_MIB, model.memory_mib, source="configured")
+            found = Footprint(
+                *(_PROCESSES_MIB, model.memory_mib), asleep_mib=asleep_mib, source="configured"
+            )
             return (
                 found
                 if on_gpu
@@ -129,7 +134,7 @@ class VllmLauncher:
             host_mib = _PROCESSES_MIB * model.cards
             # Those of a container are none of this machine's processes that could be measured.
             growth_mib = host_mib if model.image is not None else 0
-            return Footprint(host_mib, taken_mib, growth_mib)
+            return Footprint(host_mib, taken_mib, growth_mib, asleep_mib)
         if kv_bytes is None:
             return Footprint(_PROCESSES_MIB + int(fraction * host_total_mib()))
         # The KV cache is there from the start, but pages of it count once they are written to.
