@@ -73,5 +73,5 @@ async def _tidy(engine: Any, served: Collection[Any]) -> None:
         # It would be read from its folder again in every step that has a request for it.
         request.load_inplace = False
     numbers = {request.lora_int_id for request in served}
-    for number in await engine.list_loras() - numbers:
+    for number in set(await engine.list_loras()) - numbers:
         await engine.remove_lora(number)
