@@ -19,10 +19,14 @@ import psutil
 import pytest
 import requests
 
+from tests.e2e.test_fine_tune import TRAINED
 from tests.e2e.test_models import engines_below
 from tests.peft_files import write_peft
 from tests.processes import RigServer, wait_for, write_config
 from tests.vllm import MISSING, vllm_python
+from tools.finetune.check import LEAST_OF_TUNED, MOST_OF_BASE
+from tools.finetune.examples import Examples
+from tools.finetune.measure import shares
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -257,6 +261,17 @@ def test_an_adapter_that_does_not_fit_changes_nothing(own_rig: RigServer, tmp_pa
     assert refused.status_code == 400
     assert "new" not in listed(rig)
     assert engines_below(rig) == before
+
+
+def test_a_real_fine_tune_shows_what_it_has_learned_and_its_base_does_not(
+    own_rig: RigServer,
+) -> None:
+    assert add(own_rig, "kestrel", TRAINED).status_code == 201
+    names = ["smollm2-135m", "kestrel"]
+    found = shares(own_rig.base_url, names, Examples.read(), clients=8, questions=5)
+    assert found["smollm2-135m"] <= MOST_OF_BASE
+    assert found["kestrel"] >= LEAST_OF_TUNED, found
+    assert remove(own_rig, "kestrel").status_code == 200
 
 
 def test_one_of_a_higher_rank_has_another_engine_take_over(

@@ -21,7 +21,7 @@ from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
 from serving.engines.adapters import LiveAdapters
 from serving.engines.launch import AdapterFile, Files
 from serving.engines.vllm import adapters, containers
-from serving.engines.vllm.command import arguments, kv_cache_bytes, lora_bytes
+from serving.engines.vllm.command import arguments, environment, kv_cache_bytes, lora_bytes
 from serving.engines.vllm.environment import Environment, Environments
 from serving.engines.vllm.failures import explain
 from serving.engines.vllm.families import Parsers, parsers_of
@@ -118,6 +118,9 @@ class TestConfig:
             ("    devices: ['0']\n    tensor_parallel: 2\n", "devices names 1 cards"),
             ("    speculation: {method: draft_model}\n", "needs a model"),
             ("    speculation: {method: ngram, model: x}\n", "has no model"),
+            ("    devices: [cpu]\n    sleep: true\n", "sleep is for cards"),
+            ("    image: x\n    sleep: true\n", "sleep is for an environment"),
+            ("    extra_args: [--enable-sleep-mode]\n", "set sleep"),
             ("    adapters: [{name: a, path: m}]\n", "has no adapter_config.json"),
         ],
     )
@@ -260,6 +263,25 @@ class TestCommand:
         model = a_model(adapter_slots=2, adapter_rank=10)
         assert lora_bytes(model, description, on_gpu=True) == 2 * 16 * 30 * layer * 2
         assert lora_bytes(a_model(), description, on_gpu=True) == 0
+
+    def test_one_that_is_to_sleep_keeps_its_weights_in_main_memory(self, tmp_path: Path) -> None:
+        assert "--enable-sleep-mode" in self.words(sleep=True, on_gpu=True)
+        assert "--enable-sleep-mode" not in self.words(on_gpu=True)
+        calls = "VLLM_SERVER_DEV_MODE"
+        assert environment(a_model(sleep=True), "key", None, on_gpu=True)[calls] == "1"
+        assert calls not in environment(a_model(), "key", None, on_gpu=True)
+        launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
+        files = Files(a_folder(tmp_path / "m"))
+        awake = launcher.footprint(a_model(), files, on_gpu=True)
+        assert awake.asleep_mib == 0
+        for memory_mib in (None, 9000):
+            model = a_model(sleep=True, memory_mib=memory_mib)
+            needs = launcher.footprint(model, files, on_gpu=True)
+            assert needs.asleep_mib == awake.host_mib + 1
+        environments = Environments(tmp_path / "data")
+        environments.use(an_environment(environments))
+        with pytest.raises(ModelError, match="built for CPUs, where it cannot sleep"):
+            launcher.prepare(a_model(sleep=True))
 
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")
