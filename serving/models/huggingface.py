@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from serving.models.sources import ModelError
 
 CONFIG = "config.json"
-_HUB, _GGUF = "hf://", ".gguf"
+HUB = "hf://"
+_GGUF = ".gguf"
 # Other frameworks' copies of the weights, and what only training needs.
 _NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pt", "*.pth", "original/*", "optimizer*"]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -33,7 +34,7 @@ def resolve_folder(source: str) -> Path:
 
     ``hf://ORG/REPO`` is a repository on the Hugging Face Hub (``hf://ORG/REPO@REVISION`` pins it); anything else a path.
     """
-    folder = _on_hub(source) if source.startswith(_HUB) else Path(source).expanduser()
+    folder = _on_hub(source) if source.startswith(HUB) else Path(source).expanduser()
     if not folder.is_dir():
         raise ModelError(f"there is no model folder {folder}")
     if not (folder / CONFIG).is_file():
@@ -44,7 +45,7 @@ def resolve_folder(source: str) -> Path:
 
 
 def _on_hub(source: str) -> Path:
-    organisation, _, repository = source.removeprefix(_HUB).partition("/")
+    organisation, _, repository = source.removeprefix(HUB).partition("/")
     repository, _, revision = repository.partition("@")
     if not organisation or not repository or "/" in repository:
         raise ModelError(f"{source!r} is not of the form hf://ORG/REPO or hf://ORG/REPO@REVISION")

@@ -21,6 +21,7 @@ import requests
 
 from tests.e2e.test_fine_tune import TRAINED
 from tests.e2e.test_models import engines_below
+from tests.e2e.test_private_deployment import namespace, nothing_gets_out
 from tests.peft_files import write_peft
 from tests.processes import RigServer, wait_for, write_config
 from tests.vllm import MISSING, vllm_python
@@ -286,6 +287,12 @@ def test_one_of_a_higher_rank_has_another_engine_take_over(
     assert answer(rig, "tuned") == tuned
     assert engines_below(rig) != before
     assert remove(rig, "high").status_code == 200
+
+
+def test_nothing_tries_to_get_out(python: str, tmp_path: Path, cache_dir: Path) -> None:
+    """Also with an adapter that is added while it runs."""
+    path = a_config(tmp_path, cache_dir, python, adapter_slots=2)
+    nothing_gets_out(namespace(), path, a_lora(tmp_path / "lora", seed=1), seconds=START_SECONDS)
 
 
 def failed_start(path: Path) -> str:

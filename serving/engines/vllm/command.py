@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from serving.engines.vllm.adapters import rank_of, slots_of
 from serving.engines.vllm.environment import INSIDE
 from serving.engines.vllm.families import parsers_of
 from serving.hardware.cpu import physical_cores
-from serving.models.huggingface import Description
+from serving.models.huggingface import HUB, Description
 
 # The `vllm` command asks for a distribution named vllm, which the build for CPUs is not.
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -139,6 +140,9 @@ def environment(
         "PYTHONUNBUFFERED": "1",
         **environment_of(gpus),
     }
+    if model.speculation is None or not (model.speculation.model or "").startswith(HUB):
+        # All that it reads is here. What the operator has set counts, for files that extra_args name.
+        told["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
     if model.sleep and on_gpu:
         # Otherwise it has no such calls. What else it then has asks for the key, too.
         told["VLLM_SERVER_DEV_MODE"] = "1"
@@ -155,7 +159,7 @@ def _speculation(model: VllmModel) -> str | None:
         return None
     told: dict[str, object] = {"method": wanted.method, "num_speculative_tokens": wanted.tokens}
     if wanted.model is not None:
-        told["model"] = wanted.model.removeprefix("hf://")
+        told["model"] = wanted.model.removeprefix(HUB)
     return json.dumps(told)
 
 
