@@ -29,7 +29,11 @@ from serving.engines.supervisor import (
     NoRoomError,
     Supervisor,
 )
+from serving.gateway.admission import Admission
+from serving.gateway.swapping import Swapper
 from serving.hardware.memory import MIB
+from serving.metrics import Metrics
+from serving.protocol.tenancy import Tenancy
 
 CARD = "GPU-one"
 CARD_MIB, RESERVE_MIB, AWAKE_MIB, ASLEEP_HOST_MIB = 8000, 500, 6000, 3000
@@ -263,5 +267,24 @@ def test_another_config_of_one_that_sleeps_ends_its_process(launcher: Sleepers) 
         await a.gone()
         assert a.state is EngineState.UNLOADED
         await load(supervisor, a)
+
+    run(launcher, test, "a", "b")
+
+
+def test_requests_wake_who_sleeps(launcher: Sleepers) -> None:
+    async def test(supervisor: Supervisor, engines: list[Engine]) -> None:
+        admission = Admission(Metrics())
+        swapper = Swapper(supervisor, admission, lambda: 30.0)
+        swapping = asyncio.create_task(swapper.run())
+        owner = Tenancy(tenant="-", weight=1.0, priority="interactive")
+        for engine in (*engines, *engines):
+            ticket = admission.enter(engine, owner, 1)
+            await ticket.wait()
+            assert engine.endpoint is not None
+            ticket.release(1)
+        swapping.cancel()
+        await asyncio.gather(swapping, return_exceptions=True)
+        assert launcher.told("a") == ["/sleep?level=1", "/wake_up", "/sleep?level=1"]
+        assert launcher.told("b") == ["/sleep?level=1", "/wake_up"]
 
     run(launcher, test, "a", "b")
