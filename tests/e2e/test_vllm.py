@@ -19,8 +19,8 @@ import psutil
 import pytest
 import requests
 
+from serving.engines import guard
 from tests.e2e.test_fine_tune import TRAINED
-from tests.e2e.test_models import engines_below
 from tests.e2e.test_private_deployment import namespace, nothing_gets_out
 from tests.peft_files import write_peft
 from tests.processes import RigServer, wait_for, write_config
@@ -189,12 +189,18 @@ def remove(rig: RigServer, name: str) -> requests.Response:
     return requests.delete(f"{rig.base_url}/admin/adapters/{name}", timeout=120)
 
 
+def processes(rig: RigServer) -> set[int]:
+    """The guards of its engines, one of each."""
+    family = psutil.Process(rig.process.pid).children(recursive=True)
+    return {each.pid for each in family if guard.__file__ in each.cmdline()}
+
+
 def listed(rig: RigServer) -> set[str]:
     return {each["id"] for each in rig.get("/admin/adapters").json()["data"]}
 
 
 def test_adapters_come_and_go_beside_running_streams(own_rig: RigServer, tmp_path: Path) -> None:
-    rig, before = own_rig, engines_below(own_rig)
+    rig, before = own_rig, processes(own_rig)
     loras = [a_lora(tmp_path / f"v{number}", seed=10 + number) for number in range(3)]
     base, tuned = answer(rig, "smollm2-135m"), answer(rig, "tuned")
     beside = [Stream(rig, "smollm2-135m"), Stream(rig, "tuned")]
@@ -214,7 +220,7 @@ def test_adapters_come_and_go_beside_running_streams(own_rig: RigServer, tmp_pat
     assert all(each.is_alive() for each in (*beside, replaced)), "make the streams longer"
     assert remove(rig, "hot").json()["state"] == "leaving"
     with pytest.raises(openai.NotFoundError):
-        answer(rig, "hot")
+        rig.client.chat.completions.create(model="hot", **ASKED)
     for stream, begins in zip(
         (*beside, replaced, removed), (base, tuned, first, second), strict=True
     ):
@@ -222,12 +228,12 @@ def test_adapters_come_and_go_beside_running_streams(own_rig: RigServer, tmp_pat
         assert stream.text.startswith(begins)
         assert stream.usage == stream.tokens
     wait_for(lambda: "hot" not in listed(rig), "it has left")
-    assert engines_below(rig) == before
+    assert processes(rig) == before
 
 
 def test_what_has_left_takes_no_place(own_rig: RigServer, tmp_path: Path) -> None:
     """On a CPU what is in the last of the engine's slots would be in the base's answers, too."""
-    rig, before = own_rig, engines_below(own_rig)
+    rig, before = own_rig, processes(own_rig)
     lora = a_lora(tmp_path / "lora", seed=20)
     models = ["smollm2-135m", "tuned", "other"]
     alone = [answer(rig, model) for model in models]
@@ -240,11 +246,11 @@ def test_what_has_left_takes_no_place(own_rig: RigServer, tmp_path: Path) -> Non
     with ThreadPoolExecutor(4) as clients:
         together = list(clients.map(lambda model: answer(rig, model), models * 3))
     assert together == alone * 3
-    assert engines_below(rig) == before
+    assert processes(rig) == before
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(own_rig: RigServer, tmp_path: Path) -> None:
-    rig, before = own_rig, engines_below(own_rig)
+    rig, before = own_rig, processes(own_rig)
     matrices = np.zeros((4, 64), np.float32), np.zeros((64, 4), np.float32)
     wrong = {"model.layers.0.self_attn.o_proj": matrices}
     unknown = {"model.layers.0.self_attn.nothing_proj": matrices}
@@ -254,14 +260,15 @@ def test_an_adapter_that_does_not_fit_changes_nothing(own_rig: RigServer, tmp_pa
         ("unknown", unknown, False, "nothing_proj"),
         ("dora", unknown, True, "DoRA"),
     ):
-        folder = write_peft(tmp_path / name, pairs, use_dora=use_dora)
+        targets = [module.rpartition(".")[2] for module in pairs]
+        folder = write_peft(tmp_path / name, pairs, use_dora=use_dora, target_modules=targets)
         refused = add(rig, "new", folder)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "path")
         assert message in refused.json()["error"]["message"]
     refused = add(rig, "new", tmp_path / "nowhere")
     assert refused.status_code == 400
     assert "new" not in listed(rig)
-    assert engines_below(rig) == before
+    assert processes(rig) == before
 
 
 def test_a_real_fine_tune_shows_what_it_has_learned_and_its_base_does_not(
@@ -278,14 +285,15 @@ def test_a_real_fine_tune_shows_what_it_has_learned_and_its_base_does_not(
 def test_one_of_a_higher_rank_has_another_engine_take_over(
     own_rig: RigServer, tmp_path: Path
 ) -> None:
-    rig, before = own_rig, engines_below(own_rig)
+    rig, before = own_rig, processes(own_rig)
     tuned = answer(rig, "tuned")
     high = a_lora(tmp_path / "high", seed=30, rank=20)
     told = add(rig, "high", high)
     assert told.status_code == 201, told.text
     assert answer(rig, "high") not in (tuned, answer(rig, "smollm2-135m"))
     assert answer(rig, "tuned") == tuned
-    assert engines_below(rig) != before
+    wait_for(lambda: len(processes(rig)) == 1, "the old one has gone", 60)
+    assert processes(rig).isdisjoint(before)
     assert remove(rig, "high").status_code == 200
 
 

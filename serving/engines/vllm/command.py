@@ -136,6 +136,8 @@ def environment(
         "DO_NOT_TRACK": "1",
         # Adapters come and go by way of the gateway, which has the key.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        # Where its own processes meet. It would find out the machine's address by the way to one far away, and listen there.
+        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
         # Its workers fork processes that hold the log's pipe.
         "PYTHONUNBUFFERED": "1",
         **environment_of(gpus),
