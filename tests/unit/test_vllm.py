@@ -283,6 +283,19 @@ class TestCommand:
         with pytest.raises(ModelError, match="built for CPUs, where it cannot sleep"):
             launcher.prepare(a_model(sleep=True))
 
+    def test_it_asks_nobody_unless_the_operator_has_it_ask(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HF_HUB_OFFLINE", "VLLM_HOST_IP"):
+            monkeypatch.delenv(name, raising=False)
+        told = environment(a_model(), "key", None, on_gpu=True)
+        assert (told["HF_HUB_OFFLINE"], told["VLLM_HOST_IP"]) == ("1", "127.0.0.1")
+        drafting: Any = {"method": "draft_model", "model": "hf://a/b"}
+        model = a_model(speculation=drafting)
+        assert "HF_HUB_OFFLINE" not in environment(model, "key", None, on_gpu=True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        assert environment(a_model(), "key", None, on_gpu=True)["HF_HUB_OFFLINE"] == "0"
+
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")
         model = a_model(environment=sys.executable)
