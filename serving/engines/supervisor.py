@@ -106,8 +106,9 @@ class Supervisor:
         """Have an engine ready. Concurrent callers share one load, which goes on when they give up.
 
         Those who must leave for it are unloaded before, or put to sleep, if ``may_leave`` (and they are not pinned). One
-        that crashed is waited for, one that sleeps is woken. Raises :class:`EngineStartError`, with the process's last lines if there are any,
-        and its kind :class:`NoRoomError`, at once, while there is no place for it: nobody has left then.
+        that crashed is waited for, one that sleeps is woken. Raises :class:`EngineStartError`, with the process's last
+        lines if there are any, and its kind :class:`NoRoomError`, at once, while there is no place for it: nobody has
+        left then.
         """
         while (ending := self._loads.get(engine)) is not None and ending.cancelling():
             await asyncio.wait((ending,))
