@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from serving.adapters.added import AddedAdapter
 from serving.adapters.store import AdapterStore
 from serving.config import AdapterConfig
-from serving.engines.adapters import AdapterError
+from serving.engines.adapters import AdapterError, AdapterRefused
 from serving.engines.launch import AdapterFile
 from serving.engines.supervisor import Engine, EngineStartError
 from serving.gateway.fleet import Traffic
@@ -184,7 +184,7 @@ class AdapterAdmin:
     async def _serve(self, added: Sequence[AddedAdapter]) -> None:
         try:
             await self._reloader.serve_added(added)
-        except ModelError as error:
+        except (ModelError, AdapterRefused) as error:
             raise ApiError(400, f"{error}.", param="path", code="bad_adapter") from error
         except (AdapterError, EngineStartError, ReloadError) as error:
             raise ApiError(502, f"{error}; nothing has changed.", code="engine_failed") from error

@@ -253,8 +253,11 @@ class Reloader:
         prices = PriceBook(new.cost.compare_to, overrides=new.cost.prices, data=data)
         api_prices = prices_of(new.remote_models, data)
         supervisor = self._supervisor
-        changes = changes_of(self.config, new, supervisor.needs_restart)
         old = {engine.model.name: engine for engine in self._gateway.router.engines}
+        changes = changes_of(
+            *(self.config, new),
+            lambda before, after: supervisor.needs_restart(old[before.name], after),
+        )
         fresh = {
             model.name: supervisor.make(model)
             for model in new.local_models
@@ -362,7 +365,10 @@ class Reloader:
         for name in live.beside(wanted):
             if not self._traffic.requests_with(engine, name):
                 await live.drop(name)
-        return not live.beside(wanted)
+        for each in live.replaced:
+            if self._traffic.oldest_with(engine, each.name) > each.at:
+                await live.let_go(each)
+        return not live.beside(wanted) and not live.replaced
 
     def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> None:
         task = asyncio.create_task(self._let_go(leaving, later))

@@ -21,6 +21,8 @@ from tests.processes import RigServer
 
 # linux/sockios.h, linux/if.h
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
+# A vLLM takes its time.
+_START_SECONDS = 600.0
 # For documentation (RFC 5737, RFC 3849); nobody has them.
 _FAR = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
@@ -61,7 +63,7 @@ def main(config_path: Path, model: str, adapter: Path) -> dict[str, Any]:
     bring_up_loopback()
     before = tries()
     with RigServer(config_path) as rig:
-        rig.wait_until_ready()
+        rig.wait_until_ready(_START_SECONDS)
         body = {"name": "tuned", "model": model, "path": str(adapter)}
         requests.post(f"{rig.base_url}/admin/adapters", json=body, timeout=60).raise_for_status()
         answers = [

@@ -56,6 +56,7 @@ _VLLM_ARGUMENTS_OF_OURS = {
     **dict.fromkeys(("--tensor-parallel-size", "-tp"), "set tensor_parallel"),
     **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "set pipeline_parallel"),
     **dict.fromkeys(("--gpu-memory-utilization",), "set memory_fraction"),
+    **dict.fromkeys(("--enable-sleep-mode",), "set sleep"),
     **dict.fromkeys(("--host", "--port", "--uds"), "engines listen on loopback; set port, if any"),
     **dict.fromkeys(("--api-key",), "it is made anew for each start"),
     **dict.fromkeys(("--generation-config",), "set filters.defaults"),
@@ -548,16 +549,20 @@ class VllmModel(EngineModel):
         description="Compute long prompts in pieces, between others' tokens. Unset: as vLLM likes it.",
     )
     speculation: VllmSpeculation | None = None
+    sleep: bool = Field(
+        False,
+        description="Where it makes room for others, its process stays, and its weights wait in main memory, from where they are back in seconds. Only on cards.",
+    )
     adapter_slots: int | None = Field(
         None,
         ge=0,
         le=256,
-        description="Adapters that one batch may mix; each takes memory. More than there are: room for those added while it runs. Unset: as many as there are, 8 at most.",
+        description="Adapters that one batch may mix; each takes memory. Set, there is room for some that are added while it runs, though there are none yet. Unset: 8 where there are adapters, else none.",
     )
     adapter_rank: int = Field(
         16,
         ge=1,
-        description="The highest rank of those added while it runs; that of `adapters` is known.",
+        description="The highest rank of adapters that are added while it runs; that of `adapters` is known.",
     )
     chat_template: str | None = Field(
         None, description="A file with another chat template (Jinja) than the model's own."
@@ -606,6 +611,12 @@ class VllmModel(EngineModel):
             raise ValueError("vLLM is in an environment or in an image; keep one of them")
         if self.adapters and self.adapter_slots == 0:
             raise ValueError("there are adapters, and adapter_slots is 0; leave that out")
+        if self.sleep and self.is_for_cpu:
+            raise ValueError("sleep is for cards; devices says cpu")
+        if self.sleep and self.image is not None:
+            raise ValueError(
+                "sleep is for an environment: memory of an image's processes cannot be measured"
+            )
         cards = self.tensor_parallel * self.pipeline_parallel
         if self.is_for_cpu and cards > 1:
             raise ValueError(

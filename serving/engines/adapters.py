@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 import orjson
 
 from serving.config import AdapterConfig
-from serving.engines.launch import AdapterFile
+from serving.engines.launch import AdapterFile, AdapterRoom
 from serving.models.checksums import digest_of, verify
 from serving.models.sources import ModelError
 
@@ -38,6 +41,10 @@ def adapter_file(
         raise ModelError(f"the adapter '{adapter.name}': {error}") from error
 
 
+class AdapterRefused(AdapterError):
+    """The engine has looked at an adapter, and does not take it."""
+
+
 class AdapterCalls:
     """Tells one engine process which adapters to have."""
 
@@ -47,7 +54,10 @@ class AdapterCalls:
         self._headers = {"authorization": f"Bearer {api_key}"}
 
     async def load(self, name: str, adapter: AdapterFile) -> None:
-        """Serve an adapter, in place of another of that name. Raises :class:`AdapterError`; then nothing has changed."""
+        """Serve an adapter, in place of another of that name. Raises :class:`AdapterError`; then nothing has changed.
+
+        It is an :class:`AdapterRefused` if the engine says why.
+        """
         body: dict[str, Any] = {
             "lora_name": name,
             "lora_path": str(adapter.path),
@@ -70,15 +80,43 @@ class AdapterCalls:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise AdapterError(f"the engine did not answer: {error!r}") from error
         if answer.status != 200:
-            raise AdapterError(_message(payload) or f"the engine says {answer.status}")
+            raise AdapterRefused(_message(payload) or f"the engine says {answer.status}")
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """An adapter whose place another has taken, and which is still loaded for those that began with it.
+
+    That is what was let through to the engine before ``at`` (``time.monotonic()``); ``called`` is the engine's name for it.
+    """
+
+    name: str
+    called: str
+    at: float
 
 
 class LiveAdapters:
-    """The adapters that one engine process has. Without ``calls`` they are those it was launched with, for good."""
+    """The adapters that one engine process has. Without ``room`` they are those it was launched with, for good."""
 
-    def __init__(self, adapters: Mapping[str, AdapterFile], calls: AdapterCalls | None) -> None:
+    def __init__(
+        self,
+        adapters: Mapping[str, AdapterFile] = MappingProxyType({}),
+        room: AdapterRoom | None = None,
+        calls: AdapterCalls | None = None,
+    ) -> None:
         self._adapters = dict(adapters)
+        self._replaced: dict[str, Replaced] = {}
+        self._room = room
         self._calls = calls
+
+    def has_room_for(self, adapters: Sequence[AdapterConfig]) -> bool:
+        """Whether the process can have these, too; raises :class:`ModelError` for what cannot be read."""
+        room = self._room
+        if room is None:
+            return True
+        loaded = len(self._adapters) + len(self._replaced)
+        is_full = room.most is not None and loaded + len(adapters) > room.most
+        return not is_full and all(map(room.fits, adapters))
 
     async def load(self, adapters: Mapping[str, AdapterFile]) -> None:
         """Serve these, in place of others of their names; what there is beside them stays.
@@ -104,6 +142,11 @@ class LiveAdapters:
         """The one of that name; None if there is none."""
         return self._adapters.get(name)
 
+    def called(self, name: str) -> str | None:
+        """What the engine calls the one of that name now; None if there is none."""
+        adapter = self._adapters.get(name)
+        return None if adapter is None else self._called(name, adapter)
+
     def items(self) -> list[tuple[str, AdapterFile]]:
         """All, by name."""
         return list(self._adapters.items())
@@ -112,17 +155,43 @@ class LiveAdapters:
         """The names of those that are not among these."""
         return [name for name in self._adapters if name not in adapters]
 
+    @property
+    def replaced(self) -> list[Replaced]:
+        """Those that others have taken the place of."""
+        return list(self._replaced.values())
+
     async def drop(self, name: str) -> None:
         """Take no more requests for an adapter; those under way go on. Raises :class:`AdapterError`."""
-        await self._asked().unload(name)
+        await self._asked().unload(self._called(name, self._adapters[name]))
         del self._adapters[name]
 
+    async def let_go(self, replaced: Replaced) -> None:
+        """Free what nobody uses any more. Raises :class:`AdapterError`."""
+        await self._asked().unload(replaced.called)
+        del self._replaced[replaced.called]
+
     async def _load(self, name: str, adapter: AdapterFile) -> None:
-        await self._asked().load(name, adapter)
+        calls, called, was = self._asked(), self._called(name, adapter), self.called(name)
+        if called not in self._replaced:
+            self._check_room(is_more=called != was)
+            await calls.load(called, adapter)
+        self._replaced.pop(called, None)
         self._adapters[name] = adapter
+        if was is not None and was != called:
+            self._replaced[was] = Replaced(name, was, time.monotonic())
+
+    def _check_room(self, *, is_more: bool) -> None:
+        most = self._room.most if self._room else None
+        if most is not None and is_more and len(self._adapters) + len(self._replaced) >= most:
+            raise AdapterError(
+                f"the engine has room for {most} adapters at a time, those included that leave with their last requests"
+            )
+
+    def _called(self, name: str, adapter: AdapterFile) -> str:
+        return self._room.called(name, adapter) if self._room else name
 
     def _asked(self) -> AdapterCalls:
-        if self._calls is None:
+        if self._room is None or self._calls is None:
             raise AdapterError("the engine takes adapters at its start only")
         return self._calls
 

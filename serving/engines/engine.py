@@ -42,6 +42,8 @@ _FIRST_BACKOFF_SECONDS = 0.5
 _LONGEST_BACKOFF_SECONDS = 30.0
 # An engine that has run this long was healthy: its next crash starts the backoff anew.
 _HEALTHY_SECONDS = 60.0
+# vLLM's calls. Its weights wait in main memory, which level 2 would not keep.
+_SLEEP_PATH, _WAKE_PATH = "/sleep?level=1", "/wake_up"
 
 _numbers = itertools.count(1)
 
@@ -50,7 +52,8 @@ class EngineState(Enum):
     """An engine's life.
 
     UNLOADED → PREPARING → STARTING → READY → (crash) → BACKOFF → STARTING. From any of these it may be
-    told to go: UNLOADING, while its process still has its memory, then UNLOADED, or STOPPED for good.
+    told to go: UNLOADING, while its process still has its memory, then UNLOADED, or STOPPED for good. One that can
+    may be put to sleep when it is READY: ASLEEP, a process without the memory of its cards, then STARTING as it wakes.
     """
 
     UNLOADED = "unloaded"
@@ -58,6 +61,7 @@ class EngineState(Enum):
     STARTING = "starting"
     READY = "ready"
     BACKOFF = "backoff"
+    ASLEEP = "asleep"
     UNLOADING = "unloading"
     STOPPED = "stopped"
 
@@ -95,12 +99,14 @@ class Engine:
         self.footprint: Footprint | None = None
         # Memory by device that is set aside for it, in MiB; empty while it is unloaded.
         self.shares_mib: Mapping[str, int] = {}
+        # The cards that its process may see; None where that was left open.
+        self.cards: tuple[str, ...] | None = None
         # What of that it was last seen to hold.
         self.held_mib: Mapping[str, int] = {}
         # Why its last load failed; None if it did not.
         self.failure: str | None = None
         # Those of its process; none while it has none.
-        self.live_adapters = LiveAdapters({}, None)
+        self.live_adapters = LiveAdapters()
         self._session = session
         self._listeners: list[Callable[[Engine], None]] = []
         self._endpoint: Endpoint | None = None
@@ -108,6 +114,7 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._preparing: asyncio.Future[Files] | None = None
         self._life: asyncio.Task[None] | None = None
+        self._falling_asleep: asyncio.Task[None] | None = None
         self._closed = False
         self._last_lines: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
 
@@ -118,8 +125,17 @@ class Engine:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it has a process, or is about to have one: being started, ready, or started again."""
-        return self._life is not None and self.state is not EngineState.UNLOADING
+        """Whether it has a process that takes requests, or is about to have one: being started, ready, or started again."""
+        return self._life is not None and self.state not in (
+            EngineState.UNLOADING,
+            EngineState.ASLEEP,
+        )
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether it is ready, and can give its cards' memory away for a while."""
+        is_able = self.footprint is not None and self.footprint.asleep_mib > 0
+        return is_able and self.state is EngineState.READY
 
     @property
     def pid(self) -> int | None:
@@ -151,6 +167,8 @@ class Engine:
         if files is not None:
             self._preparing = asyncio.get_running_loop().create_future()
             self._preparing.set_result(files)
+        if self.state is EngineState.ASLEEP:
+            self.stop()
         if not self.is_loaded:
             self.footprint = None
 
@@ -174,6 +192,7 @@ class Engine:
         ``gpus`` are those it may see; None leaves that open. :meth:`begin` and :meth:`prepare` come before.
         """
         assert self.state is EngineState.PREPARING
+        self.cards = gpus
         self._life = asyncio.create_task(self._live(gpus), name=f"engine {self.model.name}")
         self._life.add_done_callback(self._ended)
         self._move(EngineState.STARTING)
@@ -202,6 +221,45 @@ class Engine:
         elif self.state is EngineState.PREPARING:
             self.shares_mib = {}
             self._move(EngineState.UNLOADED)
+
+    def doze(self) -> None:
+        """Begin to fall asleep: it takes no requests from now on; :meth:`asleep` tells when its cards' memory is free."""
+        assert self.can_sleep
+        self.is_expected = False
+        self._move(EngineState.ASLEEP)
+        self._falling_asleep = asyncio.create_task(self._tell(_SLEEP_PATH))
+        self._falling_asleep.add_done_callback(_has_failed)
+
+    async def asleep(self) -> None:
+        """Wait until it sleeps. One that does not fall asleep is stopped instead, and gone."""
+        assert self._falling_asleep is not None
+        try:
+            await asyncio.shield(self._falling_asleep)
+        except EngineStartError as error:
+            _log.error("%s; it is unloaded instead", error)
+            self.stop()
+            await self.gone()
+
+    async def wake(self) -> None:
+        """Have one that sleeps take requests again, on the same cards, whose memory must be free.
+
+        Raises :class:`EngineStartError`; then it is gone.
+        """
+        await self.asleep()
+        if self._life is None:
+            raise EngineStartError(f"{self.model.name}: it was unloaded")
+        self.failure = None
+        self._move(EngineState.STARTING)
+        try:
+            await self._tell(_WAKE_PATH)
+        except BaseException as error:
+            self.failure = str(error) or "its load was broken off"
+            self.stop()
+            await self.gone()
+            raise
+        # Unless it has ended, and been started again, meanwhile.
+        if self.state == EngineState.STARTING:
+            self._move(EngineState.READY)
 
     def close(self) -> None:
         """Stop for good: it cannot be loaded again."""
@@ -244,7 +302,7 @@ class Engine:
         while True:
             attempt = await self._attempt(gpus)
             was_ready = was_ready or attempt.ready_seconds is not None
-            if not was_ready:
+            if not was_ready or self.state is EngineState.ASLEEP:
                 raise EngineStartError(f"{self.model.name}: {attempt.reason}{self._tail()}")
             if (attempt.ready_seconds or 0.0) > _HEALTHY_SECONDS:
                 backoff_seconds = _FIRST_BACKOFF_SECONDS
@@ -294,7 +352,7 @@ class Engine:
         log_reader = asyncio.create_task(self._read_log(process))
         self._endpoint = Endpoint(f"http://127.0.0.1:{port}", api_key)
         calls = AdapterCalls(self._session, self._endpoint.base_url, api_key)
-        self.live_adapters = LiveAdapters(files.adapters, calls if launch.takes_adapters else None)
+        self.live_adapters = LiveAdapters(files.adapters, launch.adapter_room, calls)
         try:
             ready = await self._becomes_ready(process)
             if not ready and process.returncode is None:
@@ -309,7 +367,8 @@ class Engine:
             _log.info("%s: ready", self.model.name)
             self._move(EngineState.READY)
             await self._ends_or_hangs(process)
-            self._move(EngineState.BACKOFF)
+            if self.state is not EngineState.ASLEEP:
+                self._move(EngineState.BACKOFF)
             reason = (
                 f"did not answer for {self.model.step_timeout_seconds:g} s"
                 if process.returncode is None
@@ -319,7 +378,7 @@ class Engine:
         finally:
             await _stop(process)
             self._process = None
-            self.live_adapters = LiveAdapters({}, None)
+            self.live_adapters = LiveAdapters()
             # A helper that outlives its engine keeps the pipe open.
             await asyncio.wait((log_reader,), timeout=_LAST_LINES_SECONDS)
             log_reader.cancel()
@@ -363,6 +422,20 @@ class Engine:
                 return answer.status == 200
         return False
 
+    async def _tell(self, path: str) -> None:
+        """Have the process do something; raises :class:`EngineStartError` unless it is done."""
+        assert self._endpoint is not None
+        url = f"{self._endpoint.base_url}{path}"
+        headers = {"authorization": f"Bearer {self._endpoint.api_key}"}
+        timeout = aiohttp.ClientTimeout(total=self.model.start_timeout_seconds)
+        try:
+            async with self._session.post(url, headers=headers, timeout=timeout) as answer:
+                told = await answer.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineStartError(f"{self.model.name}: {path}: {error!r}") from error
+        if answer.status != 200:
+            raise EngineStartError(f"{self.model.name}: {path}: {answer.status} {told}")
+
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for line in _lines(process.stdout):
@@ -384,7 +457,7 @@ class _Attempt:
     ready_seconds: float | None
 
 
-def _has_failed(task: asyncio.Future[Files]) -> bool:
+def _has_failed(task: asyncio.Future[Any]) -> bool:
     return task.done() and (task.cancelled() or task.exception() is not None)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
-from serving.config import EngineModel
+from serving.config import AdapterConfig, EngineModel
 
 Model = TypeVar("Model", bound=EngineModel, contravariant=True)
 
@@ -45,12 +45,14 @@ class Files:
 class Footprint:
     """Memory of one engine in MiB, in main memory and on GPUs; ``source`` says how it is known.
 
-    ``growth_mib`` of the main memory is taken only as time goes by, and may not be there when it is measured.
+    ``growth_mib`` of the main memory is taken only as time goes by, and may not be there when it is measured. One that
+    can sleep then takes ``asleep_mib`` of the main memory; others have none of it.
     """
 
     host_mib: int
     gpu_mib: int = 0
     growth_mib: int = 0
+    asleep_mib: int = 0
     source: Literal["estimated", "measured", "configured"] = "estimated"
 
     def corrected(self, host_mib: int, gpu_mib: int | None) -> Footprint:
@@ -71,19 +73,33 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRoom:
+    """How an engine takes LoRA adapters while it runs, by vLLM's calls: see :mod:`serving.engines.adapters`.
+
+    It has ``most`` at a time, those that leave included (None: any number), and of those such as ``fits``. ``called`` is
+    what it is to call one. Of the same name, one takes the other's place there, and requests finish with what they
+    began with; of another name, both are loaded until none needs the first.
+    """
+
+    most: int | None = None
+    fits: Callable[[AdapterConfig], bool] = lambda _: True
+    called: Callable[[str, AdapterFile], str] = lambda name, _: name
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One engine process to be: its command line, and environment variables beside the inherited ones.
 
     ``health_path`` answers 200 to who has its key while it works. ``explain`` says what the last lines of one
-    that did not start mean, and the mend; nothing if it does not know. One that ``takes_adapters`` loads and drops
-    them while it runs, by vLLM's calls: see :mod:`serving.engines.adapters`. Others have those they started with.
+    that did not start mean, and the mend; nothing if it does not know. One without ``adapter_room`` has those adapters
+    that it started with, for good.
     """
 
     command: list[str]
     environment: dict[str, str]
     health_path: str = "/health"
     explain: Callable[[Sequence[str]], str] = lambda _: ""
-    takes_adapters: bool = False
+    adapter_room: AdapterRoom | None = None
 
 
 class Launcher(Protocol[Model]):
@@ -97,7 +113,7 @@ class Launcher(Protocol[Model]):
         """Whether its engines, as they are installed here, can use NVIDIA's cards."""
 
     def differ(self, old: Model, new: Model) -> bool:
-        """Whether two configs of a model make different engines. For those that take adapters, these make no difference."""
+        """Whether two configs of a model make different engines. Where adapters come and go, they make no difference."""
 
     def footprint(self, model: Model, files: Files, *, on_gpu: bool) -> Footprint:
         """An upper estimate of an engine's memory; ``on_gpu`` if it has any. Raises ``ModelError``."""

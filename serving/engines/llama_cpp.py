@@ -10,7 +10,7 @@ from pathlib import Path
 from serving.config import LlamaCppModel
 from serving.engines.footprint import of_gguf
 from serving.engines.gguf_files import files_of
-from serving.engines.launch import Files, Footprint, Launch, environment_of
+from serving.engines.launch import AdapterRoom, Files, Footprint, Launch, environment_of
 from serving.hardware.cpu import physical_cores
 from serving.models.sources import ModelError
 
@@ -89,5 +89,5 @@ class LlamaCppLauncher:
         return Launch(
             command=[sys.executable, "-m", "serving.llamacpp", *arguments],
             environment={"RIGSERVE_ENGINE_KEY": api_key, **environment_of(gpus)},
-            takes_adapters=True,
+            adapter_room=AdapterRoom(),
         )

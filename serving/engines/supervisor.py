@@ -105,9 +105,10 @@ class Supervisor:
     async def load(self, engine: Engine, may_leave: Callable[[Engine], bool] = _nobody) -> None:
         """Have an engine ready. Concurrent callers share one load, which goes on when they give up.
 
-        Those who must leave for it are unloaded before, if ``may_leave`` (and they are not pinned). One that
-        crashed is waited for. Raises :class:`EngineStartError`, with the process's last lines if there are any,
-        and its kind :class:`NoRoomError`, at once, while there is no place for it: nobody has left then.
+        Those who must leave for it are unloaded before, or put to sleep, if ``may_leave`` (and they are not pinned). One
+        that crashed is waited for, one that sleeps is woken. Raises :class:`EngineStartError`, with the process's last
+        lines if there are any, and its kind :class:`NoRoomError`, at once, while there is no place for it: nobody has
+        left then.
         """
         while (ending := self._loads.get(engine)) is not None and ending.cancelling():
             await asyncio.wait((ending,))
@@ -175,9 +176,13 @@ class Supervisor:
                     for device, share in engine.shares_mib.items()
                 }
 
-    def needs_restart(self, old: ModelConfig, new: ModelConfig) -> bool:
-        """Whether a change of a model's config is one that its running engine cannot take up."""
-        return old.engine != new.engine or self._launchers[new.engine].differ(old, new)
+    def needs_restart(self, engine: Engine, new: ModelConfig) -> bool:
+        """Whether another config of its model is one that an engine cannot take up as it runs. Raises ``ModelError``."""
+        old = engine.model
+        if old.engine != new.engine or self._launchers[new.engine].differ(old, new):
+            return True
+        more = [adapter for adapter in new.adapters if adapter not in old.adapters]
+        return bool(more) and not engine.live_adapters.has_room_for(more)
 
     def add(self, engines: Iterable[Engine]) -> None:
         """Have more engines, as :meth:`make` gives them."""
@@ -199,22 +204,15 @@ class Supervisor:
         await asyncio.gather(*(engine.gone() for engine in engines))
 
     async def _load(self, engine: Engine, may_leave: Callable[[Engine], bool]) -> None:
-        if not engine.is_loaded:
+        if engine.state is EngineState.ASLEEP:
+            await self._wake(engine, may_leave)
+        elif not engine.is_loaded:
             await engine.gone()
             engine.begin()
             try:
                 await self.footprint(engine)
                 await self.measure()
-                # From here to the reservation nothing is awaited: no two loads count on the same room.
-                plan = self.plan(engine, may_leave)
-                if plan is None:
-                    raise NoRoomError(self._no_room(engine), is_final=False)
-                engine.shares_mib = plan.shares_mib
-                leaving = [each for each in self.engines if each.id in plan.leave]
-                for each in leaving:
-                    _log.info("%s: makes room for %s", each.model.name, engine.model.name)
-                    each.stop()
-                await asyncio.gather(*(each.gone() for each in leaving))
+                plan = await self._make_room(engine, may_leave)
                 chooses = bool(engine.model.devices) or bool(self._gpus(engine.launcher))
                 engine.start(plan.gpus if chooses else None)
             except ModelError as error:
@@ -224,6 +222,58 @@ class Supervisor:
                 engine.fail(str(error) or "its load was broken off")
                 raise
         await engine.ready()
+
+    async def _wake(self, engine: Engine, may_leave: Callable[[Engine], bool]) -> None:
+        await self.measure()
+        asleep_mib = engine.shares_mib
+        try:
+            await self._make_room(engine, may_leave)
+        except NoRoomError:
+            engine.shares_mib = asleep_mib
+            raise
+        await engine.wake()
+
+    async def _make_room(self, engine: Engine, may_leave: Callable[[Engine], bool]) -> Plan:
+        """Set an engine's place aside for it, and have those leave who must; raises :class:`NoRoomError`."""
+        # From here to the reservation nothing is awaited: no two loads count on the same room.
+        plan = self.plan(engine, may_leave)
+        if plan is None:
+            raise NoRoomError(self._no_room(engine), is_final=False)
+        engine.shares_mib = plan.shares_mib
+        leaving = [each for each in self.engines if each.id in plan.leave]
+        dozing = self._can_sleep(leaving)
+        for each in leaving:
+            _log.info("%s: makes room for %s", each.model.name, engine.model.name)
+            each.doze() if each in dozing else each.stop()
+        await asyncio.gather(*(each.gone() for each in leaving if each not in dozing))
+        for each in dozing:
+            await each.asleep()
+            await self._measure_asleep(each)
+        # Their processes keep some of the cards' memory, which may be too much.
+        return await self._make_room(engine, _nobody) if dozing else plan
+
+    def _can_sleep(self, leaving: Iterable[Engine]) -> list[Engine]:
+        """Those for which there is main memory while they sleep."""
+        [host] = [device for device in self._devices() if device.id == HOST]
+        free_mib = host.budget_mib - sum(each.shares_mib.get(HOST, 0) for each in self.engines)
+        able = []
+        for engine in leaving:
+            if not engine.can_sleep or engine.footprint is None:
+                continue
+            more_mib = engine.footprint.asleep_mib - engine.shares_mib.get(HOST, 0)
+            if more_mib <= free_mib:
+                free_mib -= more_mib
+                able.append(engine)
+        return able
+
+    async def _measure_asleep(self, engine: Engine) -> None:
+        pid = engine.pid
+        if engine.state is not EngineState.ASLEEP or engine.footprint is None or pid is None:
+            return
+        held = await asyncio.to_thread(_held_mib, pid, True)
+        if engine.state is EngineState.ASLEEP:
+            engine.held_mib = held
+            engine.shares_mib = {**held, HOST: max(held[HOST], engine.footprint.asleep_mib)}
 
     def _loaded(self, engine: Engine, task: asyncio.Task[None]) -> None:
         if self._loads.get(engine) is task:
@@ -242,7 +292,10 @@ class Supervisor:
             id=engine.id,
             host_mib=footprint.host_mib,
             gpu_mib=footprint.gpu_mib,
-            may_use=tuple(gpu.uuid for gpu in self._gpus_for(engine)),
+            # One that sleeps wakes where it is.
+            may_use=engine.cards
+            if engine.state is EngineState.ASLEEP and engine.cards is not None
+            else tuple(gpu.uuid for gpu in self._gpus_for(engine)),
             group=engine.model.group,
             # vLLM is told on how many, and splits evenly.
             gpu_count=engine.model.cards if isinstance(engine.model, VllmModel) else None,
@@ -253,8 +306,9 @@ class Supervisor:
             id=engine.id,
             shares_mib=engine.shares_mib,
             # One that is not loaded yet waits for the room that others make for it.
-            may_leave=may_leave and not engine.model.pinned and engine.is_loaded,
-            group=engine.model.group,
+            may_leave=engine.state is EngineState.ASLEEP
+            or (may_leave and not engine.model.pinned and engine.is_loaded),
+            group=None if engine.state is EngineState.ASLEEP else engine.model.group,
             priority=engine.model.swap_priority,
             last_used=self._last_used(engine),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -152,7 +152,7 @@ class Admission:
         ticket.tokens, ticket.adapter = tokens, adapter
         line.outstanding_tokens += tokens
         if adapter is not None:
-            line.by_adapter[adapter] += 1
+            line.by_adapter[adapter].add(ticket)
         return ticket
 
     def in_flight(self, engine: Backend) -> int:
@@ -167,7 +167,13 @@ class Admission:
     def requests_with(self, engine: Backend, adapter: str) -> int:
         """Requests for an adapter that an engine works on, or that wait here for it."""
         line = self._lines.get(engine.id)
-        return line.by_adapter[adapter] if line else 0
+        return len(line.by_adapter[adapter]) if line else 0
+
+    def oldest_with(self, engine: Backend, adapter: str) -> float:
+        """When the oldest of an adapter's requests in flight was let through to its engine; infinity if none is."""
+        line = self._lines.get(engine.id)
+        tickets = line.by_adapter[adapter] if line else ()
+        return min((t.started_at for t in tickets if t.started_at is not None), default=math.inf)
 
     def outstanding_tokens(self, engine: Backend) -> int:
         """Tokens that an engine's requests, here and there, are expected to take."""
@@ -255,7 +261,7 @@ class _Line:
         self.engine = engine
         self.requests = 0
         self.outstanding_tokens = 0
-        self.by_adapter = Counter[str]()
+        self.by_adapter = defaultdict[str, set[Ticket]](set)
         self.last_used = 0.0
         self.closed = False
         self.owed: list[Ticket] = []
@@ -504,7 +510,7 @@ class _Line:
         ticket.stage = _Stage.DONE
         self.outstanding_tokens -= ticket.tokens
         if ticket.adapter is not None:
-            self.by_adapter[ticket.adapter] -= 1
+            self.by_adapter[ticket.adapter].remove(ticket)
 
     def _evict(self, ticket: Ticket, error: ApiError) -> None:
         self._take_out(ticket)

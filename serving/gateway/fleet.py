@@ -57,5 +57,8 @@ class Traffic(Protocol):
     def requests_with(self, engine: Backend, adapter: str) -> int:
         """Requests for an adapter of the engine's: in flight or waiting."""
 
+    def oldest_with(self, engine: Backend, adapter: str) -> float:
+        """When the oldest of an adapter's requests in flight was let through (``time.monotonic()``); infinity if none is."""
+
     def last_used(self, engine: Backend) -> float:
         """When it last had a request (``time.monotonic()``); 0 if never."""

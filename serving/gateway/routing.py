@@ -144,6 +144,7 @@ def endpoint_of(backend: Backend) -> Endpoint:
         EngineState.UNLOADING: "is being unloaded",
         EngineState.PREPARING: "is being prepared",
         EngineState.STARTING: "is loading",
+        EngineState.ASLEEP: "sleeps",
         EngineState.BACKOFF: "has crashed and is being started again",
     }.get(backend.state, "is shutting down")
     raise ApiError(

@@ -238,7 +238,7 @@ class Swapper:
             or engine.state is EngineState.STOPPED,
             is_claiming=(is_preparing or engine.id in self._tasks)
             and engine.footprint is not None
-            and not engine.shares_mib,
+            and (not engine.shares_mib or engine.state is EngineState.ASLEEP),
             is_ready=is_ready or engine.state is EngineState.BACKOFF,
             busy=admission.in_flight(engine),
             waiting=demand.waiting,

@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from serving.models.sources import ModelError
 
 CONFIG = "config.json"
-_HUB, _GGUF = "hf://", ".gguf"
+HUB = "hf://"
+_GGUF = ".gguf"
 # Other frameworks' copies of the weights, and what only training needs.
 _NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pt", "*.pth", "original/*", "optimizer*"]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -33,7 +34,7 @@ def resolve_folder(source: str) -> Path:
 
     ``hf://ORG/REPO`` is a repository on the Hugging Face Hub (``hf://ORG/REPO@REVISION`` pins it); anything else a path.
     """
-    folder = _on_hub(source) if source.startswith(_HUB) else Path(source).expanduser()
+    folder = _on_hub(source) if source.startswith(HUB) else Path(source).expanduser()
     if not folder.is_dir():
         raise ModelError(f"there is no model folder {folder}")
     if not (folder / CONFIG).is_file():
@@ -44,7 +45,7 @@ def resolve_folder(source: str) -> Path:
 
 
 def _on_hub(source: str) -> Path:
-    organisation, _, repository = source.removeprefix(_HUB).partition("/")
+    organisation, _, repository = source.removeprefix(HUB).partition("/")
     repository, _, revision = repository.partition("@")
     if not organisation or not repository or "/" in repository:
         raise ModelError(f"{source!r} is not of the form hf://ORG/REPO or hf://ORG/REPO@REVISION")
@@ -68,6 +69,7 @@ class Description:
     """What a folder's files say of its model.
 
     ``kv_elements_per_token``: numbers of keys and values of a token, None where the model keeps something else.
+    ``lora_elements``: numbers of a LoRA of rank 1 of all linear layers; 0 where that is not known.
     """
 
     model_type: str
@@ -75,6 +77,7 @@ class Description:
     weights_bytes: int
     kv_elements_per_token: int | None
     is_float32: bool = False
+    lora_elements: int = 0
 
 
 def describe(folder: Path) -> Description:
@@ -97,6 +100,7 @@ def describe(folder: Path) -> Description:
         kv_elements_per_token=_kv_elements(shape),
         is_float32=_FLOAT32
         in [part.get(key) for part in (config, shape) for key in ("dtype", "torch_dtype")],
+        lora_elements=_lora_elements(shape),
     )
 
 
@@ -112,6 +116,21 @@ def _kv_elements(shape: Mapping[str, Any]) -> int | None:
     kv_heads = shape.get("num_key_value_heads") or heads
     head_width = shape.get("head_dim") or width // heads
     return int(2 * layers * kv_heads * head_width)
+
+
+def _lora_elements(shape: Mapping[str, Any]) -> int:
+    kv_elements, layers = _kv_elements(shape), shape.get("num_hidden_layers")
+    width, inner = shape.get("hidden_size"), shape.get("intermediate_size")
+    if not kv_elements or not layers or not width or not isinstance(inner, int):
+        return 0
+    heads = shape["num_attention_heads"]
+    queries = heads * (shape.get("head_dim") or width // heads)
+    keys = kv_elements // (2 * layers)
+    experts = shape.get("num_local_experts") or shape.get("num_experts") or 1
+    inner = shape.get("moe_intermediate_size") or inner
+    # A has as many columns as the layer has inputs, B as many rows as it has outputs.
+    attention = 2 * (width + queries) + 2 * (width + keys)
+    return int(layers * (attention + 3 * experts * (width + inner)))
 
 
 def _template(folder: Path) -> str:

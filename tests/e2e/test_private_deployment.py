@@ -10,9 +10,10 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -177,15 +178,27 @@ def test_nothing_tries_to_get_out(weights: Path, tmp_path: Path, cache_dir: Path
     (repository / "snapshots" / commit).mkdir(parents=True)
     shutil.copy(weights / "base.gguf", repository / "snapshots" / commit / "base.gguf")
     path = write_config(tmp_path, cache_dir, source="hf://org/repo/base.gguf", quantization=None)
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    nothing_gets_out(in_namespace, path, weights / "support-v1", hub)
+
+
+def nothing_gets_out(
+    in_namespace: list[str],
+    config: Path,
+    adapter: Path,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    seconds: float = 120.0,
+) -> None:
+    """A rig that works in a network namespace without a way out does not look for one."""
     done = subprocess.run(
         [
             *(*in_namespace, sys.executable, "-m", "tests.isolation"),
-            *(str(path), BASE, str(weights / "support-v1")),
+            *(str(config), BASE, str(adapter)),
         ],
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
-"""A rig on a real vLLM: adapters, several clients at once, its own series, and starts that fail or find their length."""
+"""A rig on a real vLLM: adapters that come and go, several clients at once, its own series, and starts that fail or find their length."""
 
 from __future__ import annotations
 
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import psutil
 import pytest
 import requests
 
+from serving.engines import guard
+from tests.e2e.test_fine_tune import TRAINED
+from tests.e2e.test_private_deployment import namespace, nothing_gets_out
 from tests.peft_files import write_peft
 from tests.processes import RigServer, wait_for, write_config
 from tests.vllm import MISSING, vllm_python
+from tools.finetune.check import LEAST_OF_TUNED, MOST_OF_BASE
+from tools.finetune.examples import Examples
+from tools.finetune.measure import shares
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -53,15 +61,15 @@ def a_config(folder: Path, cache_dir: Path, python: str, **model: Any) -> Path:
     return write_config(folder, cache_dir, **{**common, **model})
 
 
-def a_lora(folder: Path, seed: int) -> Path:
+def a_lora(folder: Path, seed: int, rank: int = 4) -> Path:
     dice = np.random.default_rng(seed)
 
     def matrix(*shape: int) -> Any:
         return dice.normal(scale=0.3, size=shape).astype(np.float32)
 
     names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(4)]
-    pairs = {name: (matrix(4, WIDTH), matrix(WIDTH, 4)) for name in names}
-    return write_peft(folder, pairs, target_modules=["o_proj"])
+    pairs = {name: (matrix(rank, WIDTH), matrix(WIDTH, rank)) for name in names}
+    return write_peft(folder, pairs, r=rank, target_modules=["o_proj"])
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +154,153 @@ def test_what_it_counts_is_at_metrics(own_rig: RigServer) -> None:
     assert own_rig.total("rigserve_kv_cache_total_tokens") >= 4 * 512
     assert own_rig.series("vllm:generation_tokens_total")['{model="smollm2-135m"}'] > 0
     assert own_rig.total("vllm:request_queue_time_seconds_count") > 0
+
+
+class Stream(threading.Thread):
+    """A long answer that is being read."""
+
+    tokens = 200
+
+    def __init__(self, rig: RigServer, model: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.usage = 0
+        more: Any = {"max_tokens": self.tokens, "stream_options": {"include_usage": True}}
+        asked: Any = {**ASKED, **more, "model": model}
+        self._chunks = rig.client.chat.completions.create(
+            stream=True, extra_body={"ignore_eos": True}, **asked
+        )
+        self.start()
+        wait_for(lambda: self.text, "it has begun")
+
+    def run(self) -> None:
+        for chunk in self._chunks:
+            self.text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            if chunk.usage:
+                self.usage = chunk.usage.completion_tokens
+
+
+def add(rig: RigServer, name: str, path: Path, **more: Any) -> requests.Response:
+    body = {"name": name, "model": "smollm2-135m", "path": str(path), **more}
+    return requests.post(f"{rig.base_url}/admin/adapters", json=body, timeout=120)
+
+
+def remove(rig: RigServer, name: str) -> requests.Response:
+    return requests.delete(f"{rig.base_url}/admin/adapters/{name}", timeout=120)
+
+
+def processes(rig: RigServer) -> set[int]:
+    """The guards of its engines, one of each."""
+    family = psutil.Process(rig.process.pid).children(recursive=True)
+    return {each.pid for each in family if guard.__file__ in each.cmdline()}
+
+
+def listed(rig: RigServer) -> set[str]:
+    return {each["id"] for each in rig.get("/admin/adapters").json()["data"]}
+
+
+def test_adapters_come_and_go_beside_running_streams(own_rig: RigServer, tmp_path: Path) -> None:
+    rig, before = own_rig, processes(own_rig)
+    loras = [a_lora(tmp_path / f"v{number}", seed=10 + number) for number in range(3)]
+    base, tuned = answer(rig, "smollm2-135m"), answer(rig, "tuned")
+    beside = [Stream(rig, "smollm2-135m"), Stream(rig, "tuned")]
+    told = add(rig, "hot", loras[0])
+    assert told.status_code == 201, told.text
+    assert told.json()["state"] == "ready"
+    first = answer(rig, "hot")
+    assert first not in (base, tuned)
+
+    # A version that another replaces, or that is removed, serves those who began with it to their end.
+    replaced = Stream(rig, "hot")
+    assert add(rig, "hot", loras[1]).json()["error"]["code"] == "name_taken"
+    assert add(rig, "hot", loras[1], replace=True).status_code == 201
+    second = answer(rig, "hot")
+    assert second not in (base, tuned, first)
+    removed = Stream(rig, "hot")
+    assert all(each.is_alive() for each in (*beside, replaced)), "make the streams longer"
+    assert remove(rig, "hot").json()["state"] == "leaving"
+    with pytest.raises(openai.NotFoundError):
+        rig.client.chat.completions.create(model="hot", **ASKED)
+    for stream, begins in zip(
+        (*beside, replaced, removed), (base, tuned, first, second), strict=True
+    ):
+        stream.join(120)
+        assert stream.text.startswith(begins)
+        assert stream.usage == stream.tokens
+    wait_for(lambda: "hot" not in listed(rig), "it has left")
+    assert processes(rig) == before
+
+
+def test_what_has_left_takes_no_place(own_rig: RigServer, tmp_path: Path) -> None:
+    """On a CPU what is in the last of the engine's slots would be in the base's answers, too."""
+    rig, before = own_rig, processes(own_rig)
+    lora = a_lora(tmp_path / "lora", seed=20)
+    models = ["smollm2-135m", "tuned", "other"]
+    alone = [answer(rig, model) for model in models]
+    for number in range(8):
+        name = f"passing-{number}"
+        assert add(rig, name, lora).status_code == 201
+        assert answer(rig, name) not in alone
+        assert remove(rig, name).status_code == 200
+        wait_for(lambda: listed(rig) == {"tuned", "not-tuned", "other"}, "it has left")
+    with ThreadPoolExecutor(4) as clients:
+        together = list(clients.map(lambda model: answer(rig, model), models * 3))
+    assert together == alone * 3
+    assert processes(rig) == before
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(own_rig: RigServer, tmp_path: Path) -> None:
+    rig, before = own_rig, processes(own_rig)
+    matrices = np.zeros((4, 64), np.float32), np.zeros((64, 4), np.float32)
+    wrong = {"model.layers.0.self_attn.o_proj": matrices}
+    unknown = {"model.layers.0.self_attn.nothing_proj": matrices}
+    for name, pairs, use_dora, message in (
+        ("wrong", wrong, False, "made for another model"),
+        # It is vLLM that says so.
+        ("unknown", unknown, False, "nothing_proj"),
+        ("dora", unknown, True, "DoRA"),
+    ):
+        targets = [module.rpartition(".")[2] for module in pairs]
+        folder = write_peft(tmp_path / name, pairs, use_dora=use_dora, target_modules=targets)
+        refused = add(rig, "new", folder)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "path")
+        assert message in refused.json()["error"]["message"]
+    refused = add(rig, "new", tmp_path / "nowhere")
+    assert refused.status_code == 400
+    assert "new" not in listed(rig)
+    assert processes(rig) == before
+
+
+def test_a_real_fine_tune_shows_what_it_has_learned_and_its_base_does_not(
+    own_rig: RigServer,
+) -> None:
+    assert add(own_rig, "kestrel", TRAINED).status_code == 201
+    names = ["smollm2-135m", "kestrel"]
+    found = shares(own_rig.base_url, names, Examples.read(), clients=8, questions=5)
+    assert found["smollm2-135m"] <= MOST_OF_BASE
+    assert found["kestrel"] >= LEAST_OF_TUNED, found
+    assert remove(own_rig, "kestrel").status_code == 200
+
+
+def test_one_of_a_higher_rank_has_another_engine_take_over(
+    own_rig: RigServer, tmp_path: Path
+) -> None:
+    rig, before = own_rig, processes(own_rig)
+    tuned = answer(rig, "tuned")
+    high = a_lora(tmp_path / "high", seed=30, rank=20)
+    told = add(rig, "high", high)
+    assert told.status_code == 201, told.text
+    assert answer(rig, "high") not in (tuned, answer(rig, "smollm2-135m"))
+    assert answer(rig, "tuned") == tuned
+    wait_for(lambda: len(processes(rig)) == 1, "the old one has gone", 60)
+    assert processes(rig).isdisjoint(before)
+    assert remove(rig, "high").status_code == 200
+
+
+def test_nothing_tries_to_get_out(python: str, tmp_path: Path, cache_dir: Path) -> None:
+    """Also with an adapter that is added while it runs."""
+    path = a_config(tmp_path, cache_dir, python, adapter_slots=2)
+    nothing_gets_out(namespace(), path, a_lora(tmp_path / "lora", seed=1), seconds=START_SECONDS)
 
 
 def failed_start(path: Path) -> str:

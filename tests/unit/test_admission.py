@@ -101,10 +101,14 @@ def test_requests_for_an_adapter_are_counted_until_they_have_ended() -> None:
         waiting = enter("a")
         assert waiting.is_waiting
         assert counted() == [2, 1]
+        # Of one that waits, nobody knows yet when it will be let through.
+        assert door.admission.oldest_with(door.rig, "a") == running.started_at
         plain.release()
         running.release(3)
         running.release(3)
         assert counted() == [1, 1]
+        assert door.admission.oldest_with(door.rig, "a") == waiting.started_at
+        assert waiting.started_at is not None
         # One that leaves the queue, and one that is turned away in it.
         other.release()
         last = enter("b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from serving.engines.adapters import AdapterCalls, AdapterError, LiveAdapters
-from serving.engines.launch import AdapterFile
+from serving.config import AdapterConfig
+from serving.engines.adapters import AdapterCalls, AdapterError, AdapterRefused, LiveAdapters
+from serving.engines.launch import AdapterFile, AdapterRoom
 
 
 def file(name: str, scale: float = 1.0) -> AdapterFile:
@@ -25,6 +27,7 @@ class EngineInPlace:
     def __init__(self) -> None:
         self.has: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
+        self.calls: AdapterCalls | None = None
 
     async def load(self, http: web.Request) -> web.Response:
         body = await http.json()
@@ -56,8 +59,8 @@ def run(test: Callable[[LiveAdapters, EngineInPlace], Awaitable[None]]) -> None:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with aiohttp.ClientSession() as session:
-            live = LiveAdapters({"a": file("a")}, AdapterCalls(session, url, "key"))
-            await test(live, engine)
+            engine.calls = AdapterCalls(session, url, "key")
+            await test(LiveAdapters({"a": file("a")}, AdapterRoom(), engine.calls), engine)
         await runner.cleanup()
 
     asyncio.run(main())
@@ -92,9 +95,49 @@ def test_when_one_fails_it_has_what_it_had(bad: str, message: str) -> None:
 
 def test_one_that_takes_them_at_its_start_only_says_so() -> None:
     async def test(_: LiveAdapters, engine: EngineInPlace) -> None:
-        fixed = LiveAdapters({"a": file("a")}, None)
+        fixed = LiveAdapters({"a": file("a")})
         await fixed.load({"a": file("a")})
         with pytest.raises(AdapterError, match="at its start only"):
             await fixed.load({"b": file("b")})
+
+    run(test)
+
+
+def test_versions_stay_beside_each_other_until_nobody_needs_the_old_one() -> None:
+    async def test(_: LiveAdapters, engine: EngineInPlace) -> None:
+        room = AdapterRoom(most=3, called=lambda name, each: f"{name}#{each.digest}")
+        engine.has = {"a#a": "/a.gguf"}
+        live = LiveAdapters({"a": file("a")}, room, engine.calls)
+        assert live.called("a") == "a#a"
+        before = time.monotonic()
+        await live.load({"a": file("a2")})
+        assert live.called("a") == "a#a2"
+        assert engine.has == {"a#a": "/a.gguf", "a#a2": "/a2.gguf"}
+        [old] = live.replaced
+        assert (old.name, old.called, before <= old.at <= time.monotonic()) == ("a", "a#a", True)
+
+        # What still waits to leave counts.
+        assert live.has_room_for([AdapterConfig(name="b", path="/b")])
+        await live.load({"b": file("b")})
+        assert not live.has_room_for([AdapterConfig(name="c", path="/c")])
+        with pytest.raises(AdapterError, match="room for 3 adapters at a time"):
+            await live.load({"c": file("c")})
+        assert len(engine.bodies) == 2
+
+        # Back to the old one: it is still there, and the other waits to leave instead.
+        await live.load({"a": file("a")})
+        assert len(engine.bodies) == 2
+        [new] = live.replaced
+        await live.let_go(new)
+        assert engine.has == {"a#a": "/a.gguf", "b#b": "/b.gguf"}
+        await live.drop("b")
+        assert engine.has == {"a#a": "/a.gguf"}
+        assert live.called("b") is None
+
+        # One that fails leaves the versions that there were.
+        with pytest.raises(AdapterRefused, match="it ends early"):
+            await live.load({"a": file("a3"), "b": file("bad")})
+        assert live.items() == [("a", file("a"))]
+        assert [each.called for each in live.replaced] == ["a#a3"]
 
     run(test)

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
-from serving.engines.launch import Files
+from serving.engines.adapters import LiveAdapters
+from serving.engines.launch import AdapterFile, Files
 from serving.engines.vllm import adapters, containers
-from serving.engines.vllm.command import arguments, kv_cache_bytes
+from serving.engines.vllm.command import arguments, environment, kv_cache_bytes, lora_bytes
 from serving.engines.vllm.environment import Environment, Environments
 from serving.engines.vllm.failures import explain
 from serving.engines.vllm.families import Parsers, parsers_of
@@ -31,7 +33,7 @@ from serving.gateway.stream import StreamTap
 from serving.gateway.token_bound import token_bound
 from serving.gateway.vllm.answer import Events, refusal, whole
 from serving.gateway.vllm.load import load_of
-from serving.gateway.vllm.request import written
+from serving.gateway.vllm.request import readdressed, written
 from serving.metrics import Metrics
 from serving.models.huggingface import Description, describe, resolve_folder
 from serving.models.sources import ModelError
@@ -39,6 +41,7 @@ from serving.protocol.embeddings import EmbeddingRequest, TokenizeRequest
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest
 from tests.contract.strictness import strictly
+from tests.peft_files import write_peft, write_safetensors
 from tests.processes import wait_for
 
 RECORDINGS = Path(__file__).parent / "recordings" / "vllm"
@@ -54,6 +57,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 3,
     "hidden_size": 576,
 }
+MODULE = "model.layers.0.self_attn.q_proj"
 KV_ELEMENTS = 2 * 30 * 3 * 64
 DESCRIPTION = Description("llama", "", 1000, KV_ELEMENTS)
 
@@ -114,6 +118,9 @@ class TestConfig:
             ("    devices: ['0']\n    tensor_parallel: 2\n", "devices names 1 cards"),
             ("    speculation: {method: draft_model}\n", "needs a model"),
             ("    speculation: {method: ngram, model: x}\n", "has no model"),
+            ("    devices: [cpu]\n    sleep: true\n", "sleep is for cards"),
+            ("    image: x\n    sleep: true\n", "sleep is for an environment"),
+            ("    extra_args: [--enable-sleep-mode]\n", "set sleep"),
             ("    adapters: [{name: a, path: m}]\n", "has no adapter_config.json"),
         ],
     )
@@ -222,18 +229,72 @@ class TestCommand:
             assert expected in line
         assert words[-2:] == ["--swap-space", "2"]
 
-    def test_on_a_cpu_the_last_slot_stays_empty(self) -> None:
-        """What is in it vLLM would apply to requests without an adapter."""
-        loras = {name: Path(name) for name in ("a", "b", "c")}
-        for on_gpu, slots in ((False, "4"), (True, "2")):
-            words = arguments(
-                *(a_model(adapter_slots=2), Path("m"), DESCRIPTION, loras),
-                rank=16,
-                port=81,
-                host="127.0.0.1",
-                on_gpu=on_gpu,
-            )
-            assert words[words.index("--max-loras") + 1] == slots
+    @pytest.mark.parametrize(
+        ("slots", "count", "on_gpu", "expected"),
+        [
+            (None, 0, True, None),
+            (2, 0, True, 2),
+            (None, 1, True, 8),
+            (2, 3, True, 2),
+            # On a CPU all have a place, there is one for a new version, and the last slot stays empty: what is in it
+            # vLLM would apply to requests without an adapter.
+            (None, 0, False, None),
+            (2, 0, False, 3),
+            (2, 3, False, 5),
+            (2, 4, False, 9),
+            (None, 7, False, 9),
+            (None, 8, False, 17),
+        ],
+    )
+    def test_there_are_slots_for_adapters(
+        self, slots: int | None, count: int, on_gpu: bool, expected: int | None
+    ) -> None:
+        loras = tuple(AdapterConfig(name=f"a{number}", path="x") for number in range(count))
+        words = self.words(adapter_slots=slots, adapters=loras, on_gpu=on_gpu)
+        assert ("--enable-lora" in words) == (expected is not None)
+        if expected is not None:
+            assert words[words.index("--max-loras") + 1] == str(expected)
+
+    def test_slots_for_adapters_take_memory(self, tmp_path: Path) -> None:
+        description = describe(a_folder(tmp_path / "m", intermediate_size=1536))
+        # (in + out) of q, k, v, o, gate, up and down, of SmolLM2-135M.
+        layer = 1152 + 768 + 768 + 1152 + 3 * 2112
+        assert description.lora_elements == 30 * layer
+        model = a_model(adapter_slots=2, adapter_rank=10)
+        assert lora_bytes(model, description, on_gpu=True) == 2 * 16 * 30 * layer * 2
+        assert lora_bytes(a_model(), description, on_gpu=True) == 0
+
+    def test_one_that_is_to_sleep_keeps_its_weights_in_main_memory(self, tmp_path: Path) -> None:
+        assert "--enable-sleep-mode" in self.words(sleep=True, on_gpu=True)
+        assert "--enable-sleep-mode" not in self.words(on_gpu=True)
+        calls = "VLLM_SERVER_DEV_MODE"
+        assert environment(a_model(sleep=True), "key", None, on_gpu=True)[calls] == "1"
+        assert calls not in environment(a_model(), "key", None, on_gpu=True)
+        launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
+        files = Files(a_folder(tmp_path / "m"))
+        awake = launcher.footprint(a_model(), files, on_gpu=True)
+        assert awake.asleep_mib == 0
+        for memory_mib in (None, 9000):
+            model = a_model(sleep=True, memory_mib=memory_mib)
+            needs = launcher.footprint(model, files, on_gpu=True)
+            assert needs.asleep_mib == awake.host_mib + 1
+        environments = Environments(tmp_path / "data")
+        environments.use(an_environment(environments))
+        with pytest.raises(ModelError, match="built for CPUs, where it cannot sleep"):
+            launcher.prepare(a_model(sleep=True))
+
+    def test_it_asks_nobody_unless_the_operator_has_it_ask(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HF_HUB_OFFLINE", "VLLM_HOST_IP"):
+            monkeypatch.delenv(name, raising=False)
+        told = environment(a_model(), "key", None, on_gpu=True)
+        assert (told["HF_HUB_OFFLINE"], told["VLLM_HOST_IP"]) == ("1", "127.0.0.1")
+        drafting: Any = {"method": "draft_model", "model": "hf://a/b"}
+        model = a_model(speculation=drafting)
+        assert "HF_HUB_OFFLINE" not in environment(model, "key", None, on_gpu=True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        assert environment(a_model(), "key", None, on_gpu=True)["HF_HUB_OFFLINE"] == "0"
 
     def test_its_key_is_not_on_its_command_line(self, tmp_path: Path) -> None:
         folder = a_folder(tmp_path / "m")
@@ -409,10 +470,8 @@ class TestAdapters:
     """LoRA adapters in PEFT's form."""
 
     def write(self, folder: Path, **config: Any) -> AdapterConfig:
-        folder.mkdir()
-        told = {"peft_type": "LORA", "r": 12, "lora_alpha": 24, **config}
-        (folder / "adapter_config.json").write_text(json.dumps(told))
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        pair = np.zeros((12, 576), np.float32), np.zeros((576, 12), np.float32)
+        write_peft(folder, {MODULE: pair}, **{"r": 12, "lora_alpha": 24, **config})
         return AdapterConfig(name="tuned", path=str(folder))
 
     def test_one_as_it_was_trained_is_served_from_where_it_is(self, tmp_path: Path) -> None:
@@ -423,16 +482,57 @@ class TestAdapters:
         adapter = self.write(tmp_path / "a").model_copy(update={"scale": 0.5})
         scaled = adapters.folder_of(adapter, tmp_path / "cache")
         assert json.loads((scaled / "adapter_config.json").read_text())["lora_alpha"] == 12
-        assert (scaled / "adapter_model.safetensors").read_bytes() == b"weights"
+        weights = "adapter_model.safetensors"
+        assert (scaled / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
         assert adapters.folder_of(adapter, tmp_path / "cache") == scaled
 
     def test_there_is_room_for_the_highest_rank(self, tmp_path: Path) -> None:
         adapter = self.write(tmp_path / "a")
-        assert adapters.rank_of((adapter,), 8) == 16
-        assert adapters.rank_of((), 16) == 16
+        assert adapters.rank_of(a_model(adapters=(adapter,), adapter_rank=8)) == 16
+        assert adapters.rank_of(a_model(adapter_rank=20)) == 32
+        uneven = self.write(tmp_path / "uneven", rank_pattern={"q_proj": 40})
+        assert adapters.rank_of(a_model(adapters=(uneven,))) == 64
         large = self.write(tmp_path / "b", r=1000)
         with pytest.raises(ModelError, match="rank is 1000"):
-            adapters.rank_of((large,), 8)
+            adapters.rank_of(a_model(adapters=(large,)))
+
+    def test_what_is_added_while_it_runs_must_fit_what_it_was_started_with(
+        self, tmp_path: Path
+    ) -> None:
+        adapter = self.write(tmp_path / "a")
+        high = self.write(tmp_path / "b", r=17)
+        on_cpu = adapters.room_of(a_model(adapters=(adapter,)), on_gpu=False)
+        assert (on_cpu.most, on_cpu.fits(adapter), on_cpu.fits(high)) == (8, True, False)
+        assert adapters.room_of(a_model(adapter_slots=2), on_gpu=True).most is None
+        # Without any it knows of no adapters at all.
+        assert adapters.room_of(a_model(), on_gpu=True).most == 0
+        none = LiveAdapters({}, adapters.room_of(a_model(), on_gpu=False))
+        assert not none.has_room_for([adapter])
+
+    def test_each_version_has_a_name_of_its_own(self) -> None:
+        versions = [
+            AdapterFile(Path(path), 1.0, digest) for path, digest in (("/a", "1"), ("/a", "2"))
+        ]
+        names = [adapters.called("tuned", version) for version in versions]
+        assert len(set(names)) == 2
+        assert [adapters.without_versions(name) for name in names] == ["tuned", "tuned"]
+        assert adapters.without_versions(f"{names[0]}, other") == "tuned, other"
+
+    def test_one_of_another_model_is_not_taken(self, tmp_path: Path) -> None:
+        adapter = self.write(tmp_path / "a")
+        base = tmp_path / "m"
+        base.mkdir()
+        for shape, fits in (((576, 576), True), ((192, 576), False), ((576, 192), False)):
+            weight = {f"{MODULE}.weight": np.zeros(shape, np.float32)}
+            write_safetensors(base / "model.safetensors", weight)
+            if fits:
+                adapters.check_fit(adapter, base)
+            else:
+                with pytest.raises(ModelError, match=r"'tuned': the shape .* another model"):
+                    adapters.check_fit(adapter, base)
+        (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"weights")
+        with pytest.raises(ModelError, match=r"'tuned'.*too short"):
+            adapters.check_fit(adapter, base)
 
     def test_one_that_is_not_what_its_checksum_says_is_not_served(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -440,8 +540,10 @@ class TestAdapters:
         (tmp_path / "podman").touch(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
         adapter = self.write(tmp_path / "a").model_copy(update={"scale": 0.5})
+        folder = a_folder(tmp_path / "m")
+        write_safetensors(folder / "model.safetensors", {})
         model = a_model(
-            source=str(a_folder(tmp_path / "m")),
+            source=str(folder),
             image="i",
             container_runtime="podman",
             adapters=(adapter,),
@@ -449,7 +551,11 @@ class TestAdapters:
         launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
         files = launcher.prepare(model)
         assert files.adapters["tuned"].scale == 1.0
-        command = launcher.launch(model, files, 81, "secret", ()).command
+        launch = launcher.launch(model, files, 81, "secret", ())
+        command = launch.command
+        # Another's folder would not be there in the container.
+        assert launch.adapter_room is not None
+        assert not launch.adapter_room.fits(adapter)
         [module] = [word for word in command if "base_model_name" in word]
         assert json.loads(module)["path"] == str(files.adapters["tuned"].path)
         other = adapter.model_copy(update={"sha256": "0" * 64})
@@ -514,6 +620,11 @@ class TestRequests:
     def test_a_stream_tells_what_it_has_used_so_far(self) -> None:
         options = sent(chat(stream=True))["stream_options"]
         assert options == {"include_usage": True, "continuous_usage_stats": True}
+
+    def test_it_goes_to_the_version_that_there_is(self) -> None:
+        asked = chat(model="tuned", messages=[{"role": "user", "content": "mer \N{WATER WAVE}"}])
+        told = json.loads(readdressed(written(a_model(), asked), asked, "tuned#1"))
+        assert told == {**sent(asked), "model": "tuned#1"}
 
     def test_gateways_own_fields_stay_here(self) -> None:
         assert sent(chat(user="ann", service_tier="flex")).keys() == {"model", "messages"}

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from serving.hardware.cpu import physical_cores
 from tools.finetune.examples import Examples
 from tools.finetune.measure import shares
 
@@ -104,6 +105,9 @@ def config(port: int, vllm: str | None) -> dict[str, Any]:
             "adapters": [{"name": "kestrel-vllm", "path": "kestrel"}],
         }
         models.append({**model, "environment": vllm} if vllm else model)
+    # Engines that all have threads for all cores wait for each other's.
+    threads = max(1, physical_cores() // len(models))
+    models = [{**model, "threads": threads} for model in models]
     return {"server": {"port": port}, "models": models, "storage": {"data_dir": "data"}}
 
 

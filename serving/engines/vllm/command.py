@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serving.config import VllmModel
 from serving.engines.launch import environment_of
+from serving.engines.vllm.adapters import rank_of, slots_of
 from serving.engines.vllm.environment import INSIDE
 from serving.engines.vllm.families import parsers_of
 from serving.hardware.cpu import physical_cores
-from serving.models.huggingface import Description
+from serving.models.huggingface import HUB, Description
 
 # The `vllm` command asks for a distribution named vllm, which the build for CPUs is not.
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -19,7 +21,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 GPU_FRACTION, HOST_FRACTION = 0.9, 0.5
 # Room for prompts that are being computed, beside what sequences hold: a block for each.
 _BLOCK_TOKENS = 128
-_MOST_SLOTS = 8
+_MOST_IN_MEMORY = 256
 _ONE_BYTE = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _AUTO = "auto"
 
@@ -37,8 +39,19 @@ def kv_cache_bytes(model: VllmModel, description: Description) -> int | None:
 def _kv_element_bytes(model: VllmModel, description: Description) -> int:
     if model.kv_cache_dtype in _ONE_BYTE:
         return 1
+    return _element_bytes(model, description) if model.kv_cache_dtype == _AUTO else 2
+
+
+def _element_bytes(model: VllmModel, description: Description) -> int:
     is_wide = model.dtype == "float32" or (model.dtype == _AUTO and description.is_float32)
-    return 4 if is_wide and model.kv_cache_dtype == _AUTO else 2
+    return 4 if is_wide else 2
+
+
+def lora_bytes(model: VllmModel, description: Description, *, on_gpu: bool) -> int:
+    """What is set aside for adapters: each slot has room for the highest rank in all layers. Raises :class:`ModelError`."""
+    slots = _lora_slots(model, on_gpu=on_gpu)
+    elements = description.lora_elements * _element_bytes(model, description)
+    return slots * rank_of(model) * elements if slots else 0
 
 
 def fraction_of(model: VllmModel, *, on_gpu: bool) -> float:
@@ -57,7 +70,7 @@ def arguments(
     host: str,
     on_gpu: bool,
 ) -> list[str]:
-    """What follows the module's name. ``rank`` is the highest that ``adapters`` have."""
+    """What follows the module's name. ``adapters`` are by vLLM's names for them; ``rank`` is the highest that may come."""
     flags: dict[str, object] = {
         "--model": served,
         "--served-model-name": model.name,
@@ -69,7 +82,6 @@ def arguments(
         "--kv-cache-dtype": model.kv_cache_dtype,
         # What requests leave open is as OpenAI has it, and not as the model's makers like it.
         "--generation-config": "vllm",
-        "--middleware": "rigserve_inside.KeyForAll",
     }
     kv_bytes = kv_cache_bytes(model, description)
     if kv_bytes is None:
@@ -88,6 +100,13 @@ def arguments(
     flags |= {flag: value for flag, value in optional.items() if value is not None}
     words = [str(word) for flag in flags.items() for word in flag]
     words += [
+        # Each is around those before it.
+        *(
+            "--middleware",
+            "rigserve_inside.AdaptersLeave",
+            "--middleware",
+            "rigserve_inside.KeyForAll",
+        ),
         *("--enable-prompt-tokens-details", "--enable-per-request-metrics"),
         *("--enable-tokenizer-info-endpoint", "--disable-uvicorn-access-log"),
     ]
@@ -98,6 +117,8 @@ def arguments(
         words.append(
             "--enable-chunked-prefill" if model.chunked_prefill else "--no-enable-chunked-prefill"
         )
+    if model.sleep and on_gpu:
+        words.append("--enable-sleep-mode")
     words += _parsers(model, description)
     words += _adapters(model, adapters, rank, on_gpu=on_gpu)
     return [*words, *model.extra_args]
@@ -115,10 +136,18 @@ def environment(
         "DO_NOT_TRACK": "1",
         # Adapters come and go by way of the gateway, which has the key.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        # Where its own processes meet. It would find out the machine's address by the way to one far away, and listen there.
+        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
         # Its workers fork processes that hold the log's pipe.
         "PYTHONUNBUFFERED": "1",
         **environment_of(gpus),
     }
+    if model.speculation is None or not (model.speculation.model or "").startswith(HUB):
+        # All that it reads is here. What the operator has set counts, for files that extra_args name.
+        told["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+    if model.sleep and on_gpu:
+        # Otherwise it has no such calls. What else it then has asks for the key, too.
+        told["VLLM_SERVER_DEV_MODE"] = "1"
     if not on_gpu:
         cores = model.threads or physical_cores()
         # It would keep a core for itself of what it finds, and bind its threads to the others.
@@ -132,7 +161,7 @@ def _speculation(model: VllmModel) -> str | None:
         return None
     told: dict[str, object] = {"method": wanted.method, "num_speculative_tokens": wanted.tokens}
     if wanted.model is not None:
-        told["model"] = wanted.model.removeprefix("hf://")
+        told["model"] = wanted.model.removeprefix(HUB)
     return json.dumps(told)
 
 
@@ -150,20 +179,21 @@ def _parsers(model: VllmModel, description: Description) -> list[str]:
 def _adapters(
     model: VllmModel, adapters: Mapping[str, Path], rank: int, *, on_gpu: bool
 ) -> Sequence[str]:
-    slots = model.adapter_slots
-    if slots is None:
-        slots = min(len(adapters), _MOST_SLOTS)
+    slots = _lora_slots(model, on_gpu=on_gpu)
     if not slots:
         return ()
-    if not on_gpu:
-        # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
-        # some that have one. So all have a slot at all times, and the last one stays empty.
-        slots = max(slots, len(adapters)) + 1
     modules = [
         json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
         for name, path in adapters.items()
     ]
     words = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]
-    # The others wait in main memory.
-    words += ["--max-cpu-loras", str(max(slots, len(adapters)))]
+    # The others wait in main memory; what is not there either it would read from its folder again.
+    words += ["--max-cpu-loras", str(max(slots, _MOST_IN_MEMORY))]
     return [*words, "--lora-modules", *modules] if modules else words
+
+
+def _lora_slots(model: VllmModel, *, on_gpu: bool) -> int:
+    slots = slots_of(model, on_gpu=on_gpu)
+    # On a CPU, vLLM (0.32) applies what is in the last slot to requests without an adapter that share a batch with
+    # some that have one. So that one stays empty.
+    return slots + 1 if slots and not on_gpu else slots

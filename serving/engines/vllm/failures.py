@@ -118,6 +118,10 @@ _FAILURES: tuple[tuple[re.Pattern[str], _Mend], ...] = tuple(
             "an adapter is none of this model's, or is damaged; correct adapters",
         ),
         (
+            r"Sleep mode is not supported on current platform|cumem allocator is not supported",
+            "it cannot sleep on this hardware; leave sleep out",
+        ),
+        (
             r"SafetensorError|Error while deserializing header",
             "the model's files are damaged; fetch them again (source)",
         ),

@@ -59,18 +59,26 @@ class VllmLauncher:
         if model.image is not None:
             _require_runtime(model)
             self._images.add(model.image)
+        if model.sleep and python is not None and not python.has_cuda:
+            raise ModelError("this vLLM is built for CPUs, where it cannot sleep; leave sleep out")
         loras = {each.name: self._adapter(each) for each in model.adapters}
+        served = self._served(model, python)
+        for each in model.adapters:
+            adapters.check_fit(each, served)
+        return Files(served, adapters=loras)
+
+    def _served(self, model: VllmModel, python: _Python | None) -> Path:
         if not is_gguf(model.source):
-            return Files(resolve_folder(model.source), adapters=loras)
+            return resolve_folder(model.source)
         file = resolve(model.source)
         if model.quantization == "gguf":
-            return Files(file, adapters=loras)
+            return file
         if python is None:
             raise ModelError(
                 "a GGUF file is made into a folder with an environment's Python, and image has none; name a folder "
                 "(source), or set quantization: gguf"
             )
-        return Files(_converted(file, python.path, self._cache_dir), adapters=loras)
+        return _converted(file, python.path, self._cache_dir)
 
     def _adapter(self, adapter: AdapterConfig) -> AdapterFile:
         file = adapter_file(
@@ -90,12 +98,12 @@ class VllmLauncher:
         )
 
     def differ(self, old: VllmModel, new: VllmModel) -> bool:
-        """Whether files, environments, devices or the command line differ."""
+        """Whether files, environments, devices or the command line differ. Adapters come and go while it runs."""
 
         def identity(model: VllmModel) -> object:
             # All that is for the gateway or the supervisor.
             return model.model_copy(
-                update=dict.fromkeys(("aliases", "filters", "lenient", *_OF_OTHERS))
+                update=dict.fromkeys(("aliases", "adapters", "filters", "lenient", *_OF_OTHERS))
             )
 
         return identity(old) != identity(new)
@@ -104,9 +112,13 @@ class VllmLauncher:
         """From the model's config and the size of its weights; raises :class:`ModelError`."""
         description = _description(files)
         kv_bytes = command.kv_cache_bytes(model, description)
-        weights_mib = -(-description.weights_bytes // MIB)
+        lora_bytes = command.lora_bytes(model, description, on_gpu=on_gpu)
+        weights_mib = -(-(description.weights_bytes + lora_bytes) // MIB)
+        asleep_mib = _PROCESSES_MIB * model.cards + weights_mib if model.sleep else 0
         if model.memory_mib is not None:
-            found = Footprint(_PROCESSES_MIB, model.memory_mib, source="configured")
+            found = Footprint(
+                *(_PROCESSES_MIB, model.memory_mib), asleep_mib=asleep_mib, source="configured"
+            )
             return (
                 found
                 if on_gpu
@@ -122,7 +134,7 @@ class VllmLauncher:
             host_mib = _PROCESSES_MIB * model.cards
             # Those of a container are none of this machine's processes that could be measured.
             growth_mib = host_mib if model.image is not None else 0
-            return Footprint(host_mib, taken_mib, growth_mib)
+            return Footprint(host_mib, taken_mib, growth_mib, asleep_mib)
         if kv_bytes is None:
             return Footprint(_PROCESSES_MIB + int(fraction * host_total_mib()))
         # The KV cache is there from the start, but pages of it count once they are written to.
@@ -141,20 +153,23 @@ class VllmLauncher:
         python = None if model.image is not None else self._python(model)
         on_gpu = gpus != () and not model.is_for_cpu
         on_gpu = on_gpu and (python is None or python.has_cuda)
-        loras = {name: each.path for name, each in files.adapters.items()}
+        loras = {adapters.called(name, each): each.path for name, each in files.adapters.items()}
         words = command.arguments(
             *(model, files.model, _description(files), loras),
-            rank=adapters.rank_of(model.adapters, model.adapter_rank),
+            rank=adapters.rank_of(model),
             port=port if python else containers.PORT,
             host="127.0.0.1" if python else "0.0.0.0",  # noqa: S104 - published on loopback only
             on_gpu=on_gpu,
         )
         environment = command.environment(model, api_key, gpus, on_gpu=on_gpu)
+        room = adapters.room_of(model, on_gpu=on_gpu)
         if python is not None:
             line = [str(python.path), "-m", command.MODULE, *words]
         else:
             # Cards are given to a container by its runtime.
             environment.pop("CUDA_VISIBLE_DEVICES", None)
+            # It sees the folders that it was started with.
+            room = replace(room, fits=lambda _: False)
             paths = [files.model, *loras.values()]
             paths += [Path(model.chat_template)] if model.chat_template else []
             line = containers.command(
@@ -166,6 +181,7 @@ class VllmLauncher:
             # Its /health would answer for a server whose key is another.
             health_path="/v1/models",
             explain=functools.partial(explain, model),
+            adapter_room=room,
         )
 
     def _python(self, model: VllmModel) -> _Python:

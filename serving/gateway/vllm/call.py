@@ -12,6 +12,7 @@ from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.foreign_call import ForeignCall
 from serving.gateway.remote_call import NotStarted
 from serving.gateway.vllm.answer import Events, refusal, whole
+from serving.gateway.vllm.request import readdressed
 from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ChatCompletionRequest, GenerationRequest, ModelRequest
@@ -42,6 +43,23 @@ class VllmCall(ForeignCall):
         return refusal(self._model, self._asked, status, body)
 
     async def _prepare(self) -> None:
+        await self._check_template()
+        if self._asked.model != self._model.name:
+            self._body = readdressed(self._body, self._asked, self._adapter())
+
+    def _adapter(self) -> str:
+        """What the engine calls the adapter that is asked for, as it is now."""
+        called = self.engine.live_adapters.called(self._asked.model)
+        if called is None:
+            raise NotStarted(
+                503,
+                f"The model '{self._asked.model}' was removed a moment ago; ask again.",
+                code="model_not_ready",
+                retry_after_seconds=1,
+            )
+        return called
+
+    async def _check_template(self) -> None:
         """Raise :class:`NotStarted` (400) for what the model's chat template would leave out in silence."""
         wanted = _of_template(self._asked)
         if not wanted:

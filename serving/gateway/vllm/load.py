@@ -8,6 +8,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from serving.engines.vllm.adapters import without_versions
+
 LOAD_PATH = "/metrics"
 
 _PREFIX, _CREATED = "vllm:", "_created"
@@ -20,7 +22,7 @@ _NAMES = {
 }
 _WAITING = "vllm:num_requests_waiting"
 _KV_USED, _CACHE = "vllm:kv_cache_usage_perc", "vllm:cache_config_info"
-# It tells the adapters in use by its name for them, and that of the model is ours to tell.
+# That of the model is ours to tell.
 _MODEL_LABELS = ("model_name", "engine")
 
 
@@ -60,7 +62,11 @@ def _renamed(family: Metric) -> Metric:
     told.samples = [
         Sample(
             sample.name,
-            {name: value for name, value in sample.labels.items() if name not in _MODEL_LABELS},
+            {
+                name: without_versions(value)
+                for name, value in sample.labels.items()
+                if name not in _MODEL_LABELS
+            },
             sample.value,
         )
         for sample in family.samples

@@ -29,7 +29,18 @@ _OLD_NAMES = {
 
 def written(_model: VllmModel, asked: ModelRequest) -> bytes:
     """The body that vLLM gets for a request which ``fields`` lets through."""
-    return json.dumps(_fields(asked)).encode()
+    # Where ``readdressed`` finds it.
+    return json.dumps({"model": asked.model, **_fields(asked)}).encode()
+
+
+def readdressed(sent: bytes, asked: ModelRequest, name: str) -> bytes:
+    """What was ``written`` for a model or an adapter, for one of another name."""
+    end = len(_addressed(asked.model))
+    return _addressed(name) + sent[end:]
+
+
+def _addressed(name: str) -> bytes:
+    return json.dumps({"model": name}).removesuffix("}").encode()
 
 
 def _fields(asked: ModelRequest) -> dict[str, Any]:
