@@ -230,7 +230,9 @@ def _shape(crowd: Crowd, clock: Callable[[], float]) -> LoadTestShape:
             now = clock()
             stage = stage_at(crowd.stages, now) or crowd.stages[-1]
             users = crowd.workers if stage.users is None else stage.users
-            return users, float(max(users, 1))
+            # So many a second come or go; the greatest change there can be takes one.
+            most = max(one.users or 0 for one in crowd.stages)
+            return users, float(max(users, most, 1))
 
     shape: LoadTestShape = StagesShape()  # type: ignore[no-untyped-call]
     return shape

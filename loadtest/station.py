@@ -221,15 +221,19 @@ class Station:
             if number % self.setup.workers != self.worker:
                 continue
             due_at = stage.begin + at
-            if self.stage is None or due_at >= self.stages[stage.index].end:
+            if self._is_over(stage, due_at):
                 return
             gevent.sleep(max(due_at - self.clock(), 0.0))
-            if self.stage is None:
+            if self._is_over(stage, due_at):
                 return
             if request is None:
                 gevent.spawn(self.converse, traffic, number, lambda: False, due_at)
             else:
                 gevent.spawn(self._replay, request, number, stage, due_at)
+
+    def _is_over(self, stage: Stage, moment: float) -> bool:
+        """Whether a moment lies beyond a stage's end, which may have been cut short, however late it is now."""
+        return stage.index >= len(self.stages) or moment >= self.stages[stage.index].end
 
     def _replay(self, request: TraceRequest, number: int, stage: Stage, due_at: float) -> None:
         traffic, ask = self.workload.replayed(request, number)

@@ -21,7 +21,7 @@ class OpenAIServer(BaseHTTPRequestHandler):
     usages: list[dict[str, int]]  # one for each answer it has finished
     begun: list[str]  # the prompts of the load, without those of the warm-up
     bodies: list[dict[str, Any]]  # of all requests
-    six: threading.Semaphore
+    present: list[OpenAIServer]
     protocol_version = "HTTP/1.1"
     timeout = 0.5  # then it hangs up on an idle connection
 
@@ -71,9 +71,10 @@ class OpenAIServer(BaseHTTPRequestHandler):
             self.send({"choices": [{"delta": {"content": "cd"}}]})
             self.finish_with({"prompt_tokens": words + 5, "completion_tokens": 4})
             return
-        if behaviour == "six at once":
-            with self.six:
-                time.sleep(0.1)
+        if behaviour == "crowded":  # beyond four at once, more of them get less done
+            self.present.append(self)
+            time.sleep(0.1 * max(len(self.present) / 4, 1) ** 1.5)
+            self.present.pop()
         for letter in "abcd"[: body["max_tokens"]]:
             if behaviour == "slow":
                 time.sleep(0.4)
@@ -143,7 +144,7 @@ def serving(behaviour: str) -> Iterator[tuple[str, type[OpenAIServer]]]:
             "usages": [],
             "begun": [],
             "bodies": [],
-            "six": threading.Semaphore(6),
+            "present": [],
         },
     )
     with QuietServer(("127.0.0.1", 0), handler) as server:
