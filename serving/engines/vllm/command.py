@@ -60,7 +60,7 @@ def arguments(
     """What follows the module's name. ``rank`` is the highest that ``adapters`` have."""
     flags: dict[str, object] = {
         "--model": served,
-        "--served-model-name": model.name,
+        "--served-model-name": model.served_name,
         "--host": host,
         "--port": port,
         "--max-model-len": model.context_length,
@@ -79,6 +79,8 @@ def arguments(
     if on_gpu:
         flags["--tensor-parallel-size"] = model.tensor_parallel
         flags["--pipeline-parallel-size"] = model.pipeline_parallel
+    if model.over_nodes:
+        flags["--distributed-executor-backend"] = "ray"
     optional = {
         "--quantization": model.quantization,
         "--max-num-batched-tokens": model.max_batch_tokens,
@@ -160,7 +162,7 @@ def _adapters(
         # some that have one. So all have a slot at all times, and the last one stays empty.
         slots = max(slots, len(adapters)) + 1
     modules = [
-        json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
+        json.dumps({"name": name, "path": str(path), "base_model_name": model.served_name})
         for name, path in adapters.items()
     ]
     words = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]
