@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-SECRET_BYTES = 32
+_SECRET_BYTES = 32
 _CHUNK_BYTES = 2**16
 _HANDSHAKE_SECONDS = 10.0
 # It is made anew for each replica.
@@ -34,6 +34,11 @@ class Door:
     certificate: str
 
 
+def new_secret() -> bytes:
+    """What opens a door."""
+    return secrets.token_bytes(_SECRET_BYTES)
+
+
 async def open_door(host: str, secret: bytes, engine_port: int) -> tuple[asyncio.Server, Door]:
     """Lead who shows the ``secret`` from a free port of ``host`` to the engine at a loopback port."""
     certificate, context = _certificate()
@@ -41,7 +46,7 @@ async def open_door(host: str, secret: bytes, engine_port: int) -> tuple[asyncio
     async def enter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, EOFError, TimeoutError):
             async with asyncio.timeout(_HANDSHAKE_SECONDS):
-                shown = await reader.readexactly(SECRET_BYTES)
+                shown = await reader.readexactly(_SECRET_BYTES)
             if secrets.compare_digest(shown, secret):
                 await _join(reader, writer, await asyncio.open_connection("127.0.0.1", engine_port))
         writer.close()

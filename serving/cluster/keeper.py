@@ -20,10 +20,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serving import __version__
-from serving.cluster.door import Door, open_tunnel
+from serving.cluster.door import Door, new_secret, open_tunnel
 from serving.cluster.nodes import join, nodes, shares
 from serving.cluster.placing import Share, place
-from serving.cluster.replica import Replica, new_secret
+from serving.cluster.replica import Replica
 from serving.cluster.task import VARIABLE, Task
 
 _LOOK_SECONDS = 1.0
@@ -35,7 +35,11 @@ _SILENCE_SECONDS = 15.0
 
 async def keep(task: Task, api_key: str) -> int:
     """Have a replica until its engine ends or its node is lost (then 1), or until SIGTERM (then 0)."""
-    join(task.address)
+    try:
+        join(task.address)
+    except ConnectionError as error:
+        _tell(f"{task.name}: there is no Ray cluster at {task.address} (cluster.address): {error}")
+        return 1
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,6 +75,8 @@ async def _keep(task: Task, api_key: str) -> None:
                     _tell(line)
     except ray.exceptions.RayActorError as error:
         _tell(f"{task.name}: its node is lost, or its replica: {error}")
+    except ray.exceptions.RayTaskError as error:
+        _tell(f"{task.name}: it cannot run there: {error.cause}")
     except TimeoutError:
         _tell(f"{task.name}: its node has been silent for {_SILENCE_SECONDS:g} s")
     except asyncio.CancelledError:

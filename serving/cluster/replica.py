@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,7 +12,7 @@ from collections.abc import AsyncIterator
 import ray
 
 from serving import __version__
-from serving.cluster.door import SECRET_BYTES, Door, open_door
+from serving.cluster.door import Door, open_door
 from serving.cluster.task import Task
 from serving.config import VllmModel
 from serving.engines import guard
@@ -111,8 +110,3 @@ class Replica:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             await process.wait()
-
-
-def new_secret() -> bytes:
-    """What opens a replica's door."""
-    return secrets.token_bytes(SECRET_BYTES)
