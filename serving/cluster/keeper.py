@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from serving import __version__
 from serving.cluster.door import Door, new_secret, open_tunnel
 from serving.cluster.nodes import join, nodes, shares
-from serving.cluster.placing import Share, place
+from serving.cluster.placing import Node, Share, place
 from serving.cluster.replica import Replica
 from serving.cluster.task import VARIABLE, Task
 
@@ -138,14 +138,16 @@ def _needed(task: Task) -> str:
     )
 
 
-def _told(there: list[Any]) -> str:
-    return (
-        ", ".join(
-            f"{node.id[:8]} ({node.gpus:g} cards of {node.gpu_mib} MiB, {node.memory_mib} MiB, {node.cpus:g} cores)"
-            for node in there
-        )
-        or "none"
-    )
+def _told(there: list[Node]) -> str:
+    told = [
+        f"{node.id[:8]} ({_cards(node)}{node.memory_mib} MiB, {node.cpus:g} cores)"
+        for node in there
+    ]
+    return ", ".join(told) or "none"
+
+
+def _cards(node: Node) -> str:
+    return f"{node.gpus:g} cards of {node.gpu_mib or '?'} MiB, " if node.gpus else ""
 
 
 def _shown(share: Share) -> str:

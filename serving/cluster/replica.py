@@ -17,6 +17,7 @@ from serving.cluster.task import Task
 from serving.config import VllmModel
 from serving.engines import guard
 from serving.engines.launch import Launch, free_port
+from serving.hardware.memory import gpus
 from serving.models.sources import ModelError
 from serving.site import launchers_of
 
@@ -58,9 +59,7 @@ class Replica:
             yield ""
         try:
             files = preparing.result()
-            # Ray has said in its environment which cards it may use.
-            gpus = None if self._on_gpus else ()
-            launch = launcher.launch(task.model, files, self._port, self._api_key, gpus)
+            launch = launcher.launch(task.model, files, self._port, self._api_key, self._cards())
         except ModelError as error:
             yield str(error)
             return
@@ -92,6 +91,13 @@ class Replica:
         code = await process.wait()
         told = launch.explain(last)
         yield f"the engine exited with code {code}{f': {told}' if told else ''}"
+
+    def _cards(self) -> tuple[str, ...] | None:
+        """The cards that Ray has given it; None for all that its environment shows."""
+        if not self._on_gpus:
+            return ()
+        given = {str(index) for index in ray.get_gpu_ids()}
+        return tuple(gpu.uuid for gpu in gpus() if str(gpu.index) in given) or None
 
     def _environment(self) -> dict[str, str]:
         model = self._task.model

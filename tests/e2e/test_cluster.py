@@ -1,12 +1,18 @@
-"""Engines on two nodes of a real Ray cluster: more and fewer of them by load, a node lost, a new one, and renewal under load."""
+"""Engines on two nodes of a real Ray cluster: more and fewer of them by load, a node lost, a new one, and renewal under load.
+
+Ray is told of cards, by which it places engines; there are none, and engines compute on the CPU all the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
+import os
+import re
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -27,7 +33,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'rigserve[c
 
 MODEL = "smollm2-135m"
 WAIT_SECONDS = 120.0
-STORE_BYTES = 80 * 2**20
+# More than half of a card's memory is one engine's: each card has one.
+NODE: Any = {"labels": {"rigserve/gpu-mib": "1200"}, "object_store_memory": 80 * 2**20}
 RELOADED = "rigserve_config_last_reload_success_timestamp_seconds"
 
 pytestmark = pytest.mark.timeout(400)
@@ -131,11 +138,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = Cluster(
             initialize_head=True,
-            head_node_args={
-                "num_cpus": 2,
-                "include_dashboard": False,
-                "object_store_memory": STORE_BYTES,
-            },
+            head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False, **NODE},
         )
         try:
             yield made
@@ -144,7 +147,7 @@ def cluster() -> Iterator[Any]:
 
 
 def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    return cluster.add_node(num_cpus=1, num_gpus=1, **NODE)
 
 
 def cut_off(cluster: Any, node: Any) -> None:
@@ -154,6 +157,15 @@ def cut_off(cluster: Any, node: Any) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
     cluster.remove_node(node, allow_graceful=False)
+
+
+def status(config: Path) -> str:
+    """What `rigserve cluster status` prints."""
+    command = [sys.executable, "-m", "serving", "cluster", "status", str(config)]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
 
 
 def ledger(rig: RigServer, outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
@@ -201,6 +213,7 @@ def test_a_cluster(cluster: Any, tmp_path: Path, cache_dir: Path) -> None:
             config["models"][0]["replicas"] = 2
             rewrite(rig, config)
             wait_for(lambda: len(rig.ready()) == 2, "two replicas are ready", WAIT_SECONDS)
+            assert len(re.findall(r"#[12] \(0\.6\d+ cards, ", status(path))) == 2
             everything += survives_a_node(rig, cluster, node)
             add_node(cluster)
             everything += is_renewed(rig, config)
