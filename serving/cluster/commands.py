@@ -15,7 +15,7 @@ from rich.table import Table
 from serving.config import load_config, located
 from serving.hardware.memory import gpus
 from serving.logs import set_up
-from serving.serve import ServeError, log_folder, serve
+from serving.serve import log_folder, serve
 
 _PORT = 6379
 
@@ -150,4 +150,4 @@ def _status(args: argparse.Namespace) -> int:
 
 def _require_ray() -> None:
     if importlib.util.find_spec("ray") is None:
-        raise ServeError("there is no Ray here; install it: pip install 'rigserve[cluster]'")
+        raise ClusterError("there is no Ray here; install it: pip install 'rigserve[cluster]'")
