@@ -37,6 +37,8 @@ WAIT_SECONDS = 120.0
 NODE: Any = {"labels": {"rigserve/gpu-mib": "1200"}, "object_store_memory": 80 * 2**20}
 RELOADED = "rigserve_config_last_reload_success_timestamp_seconds"
 
+NUMBERS = itertools.count()
+
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -78,7 +80,6 @@ class Crowd:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._numbers = itertools.count()
         self._stop = threading.Event()
         self._faults: list[BaseException] = []
         self._threads = [threading.Thread(target=self._run) for _ in range(self.clients)]
@@ -100,7 +101,7 @@ class Crowd:
             for turn in itertools.count():
                 if self._stop.is_set() or turn == self.count:
                     return
-                self.outcomes.append(self._one(f"{id(self)}-{next(self._numbers)}"))
+                self.outcomes.append(self._one(f"cluster-{next(NUMBERS)}"))
         except BaseException as fault:
             self._faults.append(fault)
 
