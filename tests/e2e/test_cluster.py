@@ -106,7 +106,7 @@ class Crowd:
             self._faults.append(fault)
 
     def _one(self, request_id: str) -> Outcome:
-        body = {
+        body: dict[str, Any] = {
             "model": MODEL,
             "messages": [{"role": "user", "content": f"Tell me of {request_id}."}],
             "max_tokens": self.max_tokens,

@@ -11,12 +11,12 @@ import pytest
 
 from serving.config import Config, ConfigError, ScalingConfig, load_config, with_replicas
 from serving.engines.supervisor import Engine, EngineState
-from serving.gateway.balancing import Balancer
+from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.routing import Route, Router, label_of
 from serving.gateway.scaling import Load, Policy
 from serving.protocol.errors import ApiError
 from serving.reload import steps_of
-from tests.unit.test_balancing import NO_MARKS, Here, Marks
+from tests.unit.test_balancing import NO_MARKS, Here
 from tests.unit.test_balancing import Load as Traffic
 
 ADAPTER = {"name": "legal", "path": "legal.gguf"}
