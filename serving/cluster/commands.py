@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from serving.cluster.environment import ray_environment
 from serving.config import load_config, located
 from serving.hardware.memory import gpus
 from serving.logs import set_up
@@ -99,8 +100,8 @@ def _ray_start(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def _ray(*words: str, capture: bool = False) -> int:
-    """Run Ray's own command, which asks for its token and sends nothing home."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    """Run Ray's own command."""
+    environment = {**os.environ, **ray_environment(needs_token=True)}
     return subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", *words],
         env=environment,
@@ -122,6 +123,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     _require_ray()
+    os.environ.update(ray_environment())
     from serving.cluster import nodes
 
     address = load_config(args.config).cluster.address

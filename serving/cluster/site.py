@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from serving.cluster.environment import ray_environment
 from serving.cluster.placing import Want
 from serving.cluster.task import VARIABLE, Task
 from serving.config import (
@@ -119,8 +120,7 @@ class ClusterLauncher:
             environment={
                 VARIABLE: task.to_json(),
                 "RIGSERVE_ENGINE_KEY": api_key,
-                # Nobody's business.
-                "RAY_USAGE_STATS_ENABLED": "0",
+                **ray_environment(),
             },
             health_path="/v1/models" if isinstance(model, VllmModel) else "/health",
         )
