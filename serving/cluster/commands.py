@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from serving.cluster.environment import ray_environment
+from serving.cluster.environment import keep_token, ray_environment
 from serving.config import load_config, located
 from serving.hardware.memory import gpus
 from serving.logs import set_up
@@ -72,6 +72,7 @@ def _add_config(action: argparse.ArgumentParser, default_config: Path) -> None:
 def _start(args: argparse.Namespace) -> int:
     _require_ray()
     made = _ray("get-auth-token", "--generate", capture=True)
+    keep_token()
     words = ["--head", f"--port={args.port}", "--include-dashboard=false"]
     status = _ray_start(args, words)
     if status == 0:

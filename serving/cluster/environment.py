@@ -17,6 +17,16 @@ def ray_environment(*, needs_token: bool = False) -> dict[str, str]:
     return told
 
 
+def keep_token() -> None:
+    """Let nobody else of this machine read the token that Ray has made."""
+    if _token().is_file():
+        _token().chmod(0o600)
+
+
+def _token() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
 def _has_token() -> bool:
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    return bool(named) or _token().is_file()
