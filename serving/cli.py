@@ -17,6 +17,7 @@ from loadtest.scenario import parse_duration
 from serving import __version__
 from serving.admin.adapters import add_adapters_command
 from serving.admin.commands import add_config_actions, add_models_command
+from serving.cluster.commands import ClusterError, add_cluster_command
 from serving.config import Config, ConfigError, config_json_schema, load_config, located
 from serving.cost.commands import Accounts, CostCommandError, add_cost_command, with_action
 from serving.cost.ledger import LedgerError
@@ -41,7 +42,8 @@ from serving.models.sources import ModelError
 from serving.planner.commands import PlanError, add_plan_command, fit_warning
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
-from serving.serve import ServeError, launchers_of, ledger_path, log_folder, serve
+from serving.serve import ServeError, ledger_path, log_folder, serve
+from serving.site import launchers_of
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         ApiError,
         BackupError,
+        ClusterError,
         ConfigError,
         CostCommandError,
         DatabaseError,
@@ -89,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(command)
     command.add_argument("--verbose", action="store_true", help="log what the libraries say, too")
     command.set_defaults(run=_serve)
+
+    add_cluster_command(commands, default_config=_DEFAULT_CONFIG)
 
     add_bench_command(commands, default_config=_DEFAULT_CONFIG)
 

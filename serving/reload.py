@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,10 @@ from serving.config import (
     ModelConfig,
     RangesConfig,
     RemoteModel,
+    ScalingConfig,
     load_config,
     located,
+    with_replicas,
 )
 from serving.cost.model import CostModel
 from serving.cost.price_data import PriceDataError, price_data
@@ -83,12 +86,18 @@ _AT_ONCE = {
     "cost.tariff",
     "cost.tokens_there_per_token",
     "cost.utilization",
+    "cluster.update",
     "routes",
+    *(f"scaling.{name}" for name in ScalingConfig.model_fields),
 }
 
 
 class ReloadError(Exception):
     """The new config cannot be taken up; nothing has changed. The message says why."""
+
+
+class HalfReloadedError(ReloadError):
+    """Some replicas were renewed, and the next one could not be; those that are left serve as before."""
 
 
 # Why a config is not taken up.
@@ -158,6 +167,29 @@ def changes_of(
     )
 
 
+def steps_of(old: Config, new: Config, renewed: Collection[str], *, in_place: bool) -> list[Config]:
+    """The configs to take up one after the other to come from one to the other; the last of them is ``new``.
+
+    Of the replicas named in ``renewed``, each step renews one of each model. ``in_place``: those of models that have
+    others are taken out in a step before. Everything else changes with the first.
+    """
+    before = {model.name: model for model in old.models}
+    rounds: dict[str, list[str]] = defaultdict(list)
+    for model in new.models:
+        if model.name in renewed and model.name != model.served_name:
+            rounds[model.served_name].append(model.name)
+    steps: list[Config] = []
+    for turn in range(max(map(len, rounds.values()), default=0)):
+        later = {name for names in rounds.values() for name in names[turn + 1 :]}
+        now = {names[turn] for names in rounds.values() if len(names) > 1 and turn < len(names)}
+        models = [before[model.name] if model.name in later else model for model in new.models]
+        if in_place and now:
+            without = tuple(model for model in models if model.name not in now)
+            steps.append(new.model_copy(update={"models": without}))
+        steps.append(new.model_copy(update={"models": tuple(models)}))
+    return [*steps[:-1], new]
+
+
 class Reloader:
     """Keeps the running server as its config file says, and with the adapters that were added beside it."""
 
@@ -169,16 +201,22 @@ class Reloader:
         supervisor: Supervisor,
         gateway: Gateway,
         traffic: Traffic,
+        filled: Callable[[Config], Config],
     ) -> None:
-        """``config`` is what ``file`` held when the server started; the server has it :func:`with_added`."""
+        """``config`` is what ``file`` held when the server started; the server has it :func:`with_added`.
+
+        ``filled`` puts numbers where a config leaves them open; it may take long, and raises as loading does.
+        """
         self.added = tuple(added)
-        self.config, self.left_out = with_added(config, added)
+        with_its_adapters, self.left_out = with_added(config, added)
+        self.config = with_replicas(with_its_adapters)
         self._file_config = config
         self.status = ReloadStatus(True, time.time(), "as at the start")
         self._file = file
         self._supervisor = supervisor
         self._gateway = gateway
         self._traffic = traffic
+        self._filled = filled
         self._lock = asyncio.Lock()
         self._asked = asyncio.Event()
         self._follow_up: set[asyncio.Task[None]] = set()
@@ -212,10 +250,13 @@ class Reloader:
             changes = Changes()
             try:
                 new = await asyncio.to_thread(load_config, self._file)
-                new = await asyncio.to_thread(self._supervisor.filled, new)
+                new = await asyncio.to_thread(self._filled, new)
                 changes = await self._take_up(new, self.added)
                 ok, message = True, f"changed {changes}"
                 _log.info("reloaded %s: %s", self._file, message)
+            except HalfReloadedError as error:
+                ok, message = False, str(error)
+                _log.error("%s was reloaded in part: %s", self._file, message)
             except _REASONS as error:
                 ok, message = False, str(error)
                 _log.error("%s was not reloaded, nothing has changed: %s", self._file, message)
@@ -248,7 +289,35 @@ class Reloader:
         }
 
     async def _take_up(self, of_file: Config, added: Sequence[AddedAdapter]) -> Changes:
-        new, left_out = with_added(of_file, added)
+        with_its_adapters, left_out = with_added(of_file, added)
+        new = with_replicas(with_its_adapters)
+        changes = changes_of(self.config, new, self._supervisor.needs_restart)
+        with located(self._file):
+            filters_of(with_its_adapters.models, lenient=new.server.lenient)
+        renewed = [
+            engine.model.name
+            for engine in self._gateway.router.engines
+            if engine.model.name in changes.restarted and engine.is_loaded
+        ]
+        steps = steps_of(self.config, new, renewed, in_place=new.cluster.update == "in_place")
+        for number, step in enumerate(steps):
+            try:
+                follow_up = await self._turn_over(step)
+                if step is not new:
+                    # The next one may need the room.
+                    await follow_up
+            except _REASONS as error:
+                if not number:
+                    raise
+                raise HalfReloadedError(
+                    f"{number} of {len(steps)} steps were taken, then: {error}; mend it, and reload again"
+                ) from error
+        self.left_out = left_out
+        self._file_config, self.added = of_file, tuple(added)
+        return changes
+
+    async def _turn_over(self, new: Config) -> asyncio.Task[None]:
+        """Take up one config in whole; gives what is done when those that leave have left. Raises as :meth:`serve_added`."""
         data = price_data(Path(new.storage.data_dir))
         prices = PriceBook(new.cost.compare_to, overrides=new.cost.prices, data=data)
         api_prices = prices_of(new.remote_models, data)
@@ -270,8 +339,6 @@ class Reloader:
             next((remote for remote in before if remote.model == model), None) or Remote(model)
             for model in new.remote_models
         ]
-        with located(self._file):
-            filters_of(new.models, lenient=new.server.lenient)
         files = await _files_with_adapters(new, old, changes.updated)
         leaving = [engine for name, engine in old.items() if name in fresh or engine not in engines]
         supervisor.add(fresh.values())
@@ -298,18 +365,18 @@ class Reloader:
                 engine.take_up(model, files.get(engine))
                 adapted.append(engine)
             engine.model = model
-            engine.is_expected = model.load == "preload"
+            # As many replicas as before: how many are needed is not for the config to say.
+            was_wanted = model.is_replica and model.name in old and old[model.name].is_expected
+            engine.is_expected = model.load == "preload" or was_wanted
         self._gateway.configure(Router(engines, remotes, new.routes), new.server)
         self._gateway.relay.spending.configure(api_prices)
         for remote in before:
             if remote not in remotes:
                 self._gateway.relay.admission.forget(remote)
         self._gateway.meter.configure(CostModel(new.cost), prices)
-        self.config, self.left_out = new, left_out
-        self._file_config, self.added = of_file, tuple(added)
+        self.config = new
         self._settle(adapted)
-        self._afterwards(leaving, later)
-        return changes
+        return self._afterwards(leaving, later)
 
     async def _start(
         self, fresh: Iterable[Engine], old: dict[str, Engine], leaving: list[Engine]
@@ -370,10 +437,11 @@ class Reloader:
                 await live.let_go(each)
         return not live.beside(wanted) and not live.replaced
 
-    def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> None:
+    def _afterwards(self, leaving: list[Engine], later: list[Engine]) -> asyncio.Task[None]:
         task = asyncio.create_task(self._let_go(leaving, later))
         self._follow_up.add(task)
         task.add_done_callback(self._follow_up.discard)
+        return task
 
     async def _let_go(self, leaving: list[Engine], later: list[Engine]) -> None:
         """End engines as they become idle; then load those that waited for their room."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiohttp
 import uvloop
@@ -20,7 +20,14 @@ import uvloop
 from serving.adapter_admin import AdapterAdmin, usable
 from serving.adapters.added import with_added
 from serving.adapters.store import AdapterStore
-from serving.config import Config, PowerConfig, ServerConfig, StorageConfig, TracingConfig
+from serving.config import (
+    Config,
+    PowerConfig,
+    ServerConfig,
+    StorageConfig,
+    TracingConfig,
+    with_replicas,
+)
 from serving.cost.ledger import (
     Ledger,
     read_requests_of_keys,
@@ -31,13 +38,8 @@ from serving.cost.model import CostModel
 from serving.cost.price_data import price_data
 from serving.cost.prices import PriceBook
 from serving.database import DatabaseError
-from serving.engines.fitting import Fitting
-from serving.engines.launch import Launcher
-from serving.engines.llama_cpp import LlamaCppLauncher
-from serving.engines.llama_server import LlamaServerLauncher
 from serving.engines.remote import Remote, watch
 from serving.engines.supervisor import EngineStartError, Supervisor
-from serving.engines.vllm.launcher import VllmLauncher
 from serving.gateway.access import Access, is_loopback
 from serving.gateway.admission import Admission
 from serving.gateway.app import create_app
@@ -56,12 +58,13 @@ from serving.gateway.relay import Relay
 from serving.gateway.response_store import ResponseStore
 from serving.gateway.routes import admin_adapters, admin_models, admin_reload
 from serving.gateway.routing import Router
+from serving.gateway.scaling import Scaler
 from serving.gateway.spending import Spending, prices_of
 from serving.gateway.swapping import Swapper
 from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
-from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.energy import EnergyMeter
 from serving.hardware.telemetry import Telemetry
 from serving.hardware.wall import MeterError
 from serving.keys.ring import KeyRing
@@ -69,6 +72,7 @@ from serving.keys.store import KeyStore
 from serving.metrics import Metrics
 from serving.models.sources import ModelError
 from serving.reload import Reloader
+from serving.site import Site, ThisMachine
 
 _log = logging.getLogger(__name__)
 
@@ -94,25 +98,13 @@ def log_folder(config: Config) -> Path:
     return _data_dir(config) / "logs"
 
 
-def launchers_of(config: Config) -> dict[str, Launcher[Any]]:
-    """How engines of each kind are started, by the config's names of them."""
-    cache_dir = Path(config.storage.cache_dir)
-    return {
-        "llama_cpp": LlamaCppLauncher(cache_dir),
-        "llama_server": LlamaServerLauncher(cache_dir),
-        "vllm": VllmLauncher(cache_dir, _data_dir(config)),
-    }
-
-
-def serve(config: Config, file: Path) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
+def serve(config: Config, file: Path, site: Site | None = None) -> None:
+    """Serve, with engines at ``site`` (this machine's, unless it is said), until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
 
     Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``PriceDataError``, ``UnknownModel``.
     """
-    filled = Fitting(config, launchers_of(config)).fill(fetch=True)
-    for line in filled.lines:
-        _log.info("%s", line)
-    config = filled.config
+    site = site or ThisMachine()
+    config = site.filled(config)
     prices = price_book(config)
     spending = Spending(prices_of(config.remote_models, price_data(_data_dir(config))))
     with (
@@ -124,7 +116,7 @@ def serve(config: Config, file: Path) -> None:
         closing(_store(FileStore, _data_dir(config))) as files,
         closing(_store(BatchStore, _data_dir(config))) as batches,
         closing(_store(AdapterStore, _data_dir(config))) as adapters,
-        closing(_meter(config.cost.power)) as power,
+        closing(_meter(site, config.cost.power)) as power,
         closing(_telemetry(config.storage)) as telemetry,
         _tracing(config.tracing) as tracing,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
@@ -133,7 +125,10 @@ def serve(config: Config, file: Path) -> None:
         metrics.ledger_waiting.set_function(lambda: ledger.waiting)
         metrics.watch_machine(telemetry)
         certificate = _certificate(config.server, metrics)
-        meter = Meter(ledger, metrics, CostModel(config.cost), prices, power, tracing)
+        meter = Meter(
+            *(ledger, metrics, CostModel(config.cost), prices, power, tracing),
+            is_one_rig=site.is_one_rig,
+        )
         for period in ("day", "month"):
             since = period_start(period, time.time())
             spending.restore(period, read_spending(ledger_path(config), since))
@@ -146,7 +141,19 @@ def serve(config: Config, file: Path) -> None:
         )
         runner.run(
             _serve(
-                *(config, file, listener, meter, metrics, access, keys, responses, files, batches),
+                *(
+                    site,
+                    config,
+                    file,
+                    listener,
+                    meter,
+                    metrics,
+                    access,
+                    keys,
+                    responses,
+                    files,
+                    batches,
+                ),
                 *(certificate, tracing, spending, adapters),
             )
         )
@@ -158,9 +165,9 @@ def price_book(config: Config) -> PriceBook:
     return PriceBook(config.cost.compare_to, overrides=config.cost.prices, data=data)
 
 
-def _meter(power: PowerConfig) -> EnergyMeter:
+def _meter(site: Site, power: PowerConfig) -> EnergyMeter:
     try:
-        return open_meter(power)
+        return site.meter(power)
     except MeterError as error:
         raise ServeError(f"cost.power.meter: {error}") from error
 
@@ -283,6 +290,7 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def _serve(
+    site: Site,
     config: Config,
     file: Path,
     listener: _Listener,
@@ -301,9 +309,10 @@ async def _serve(
     of_file, cache_dir = config, Path(config.storage.cache_dir)
     added, unusable = usable(adapters.all(), cache_dir)
     config, left_out = with_added(of_file, added)
+    config = with_replicas(config)
     for name, reason in left_out.items():
         _log.error("the adapter '%s' is not served: %s", name, reason)
-    launchers = launchers_of(config)
+    launchers = site.launchers(config)
     async with open_session() as session:
         supervisor = Supervisor(config.local_models, launchers, session, config.memory)
         admission = Admission(metrics)
@@ -330,7 +339,10 @@ async def _serve(
         )
         batch_runner = BatchRunner(gateway)
         swapper = Swapper(supervisor, admission, lambda: supervisor.memory.max_wait_seconds)
-        reloader = Reloader(file, of_file, added, supervisor, gateway, admission)
+        scaler = Scaler(
+            supervisor, admission, lambda: gateway.router.engines, lambda: reloader.config.scaling
+        )
+        reloader = Reloader(file, of_file, added, supervisor, gateway, admission, site.filled)
         adapter_admin = AdapterAdmin(adapters, unusable, reloader, gateway, admission, cache_dir)
         app = create_app(gateway, tracing)
         app.include_router(admin_models.routes(gateway, supervisor, admission))
@@ -351,6 +363,7 @@ async def _serve(
         engines = asyncio.create_task(supervisor.run())
         reloading = asyncio.create_task(reloader.run())
         swapping = asyncio.create_task(swapper.run())
+        scaling = asyncio.create_task(scaler.run())
         watching = asyncio.create_task(watch(lambda: gateway.router.remotes, session))
         stopping = asyncio.create_task(signals.get())
         sockets = [listener.socket]
@@ -377,6 +390,7 @@ async def _serve(
         if renewing:
             renewing.cancel()
         swapping.cancel()
+        scaling.cancel()
         watching.cancel()
         engines.cancel()
         ended = (await asyncio.gather(engines, return_exceptions=True))[0]

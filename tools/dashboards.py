@@ -26,7 +26,8 @@ FOLDER = Path(__file__).parent.parent / "docker" / "grafana" / "dashboards"
 _SOURCE = types.DataSourceRef(type_val="prometheus", uid="$datasource")
 # Of which rigs and models; both are variables of a dashboard.
 _RIG = 'instance=~"$instance"'
-_MODEL = f'{_RIG}, model=~"$model"'
+# Engines' series tell replicas of a model apart: chat#1, chat#2.
+_MODEL = f'{_RIG}, model=~"$model(#.*)?"'
 
 
 @dataclass(frozen=True)
@@ -479,6 +480,7 @@ def _choice(label: str, title: str) -> dashboard.QueryVariable:
         .label(title)
         .datasource(_SOURCE)
         .query(f"label_values(rigserve_engine_ready, {label})")
+        .regex("/([^#]*)/")
         .refresh(types.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .multi(True)
         .include_all(True)

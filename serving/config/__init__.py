@@ -15,10 +15,12 @@ from serving.config.load import (
     load_config,
     located,
 )
+from serving.config.replicas import with_replicas
 from serving.config.schema import (
     AdapterConfig,
     AnyModel,
     Auto,
+    ClusterConfig,
     Config,
     EngineModel,
     FiltersConfig,
@@ -30,6 +32,7 @@ from serving.config.schema import (
     ModelConfig,
     RemoteModel,
     RouteConfig,
+    ScalingConfig,
     ServerConfig,
     StorageConfig,
     TracingConfig,
@@ -40,6 +43,7 @@ __all__ = [
     "AdapterConfig",
     "AnyModel",
     "Auto",
+    "ClusterConfig",
     "Config",
     "ConfigError",
     "CostConfig",
@@ -57,6 +61,7 @@ __all__ = [
     "RangesConfig",
     "RemoteModel",
     "RouteConfig",
+    "ScalingConfig",
     "ServerConfig",
     "StorageConfig",
     "TariffHours",
@@ -66,4 +71,5 @@ __all__ = [
     "config_json_schema",
     "load_config",
     "located",
+    "with_replicas",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,9 @@ from pydantic import (
 
 from serving.config.cost import CostConfig, UsdPerMillion
 from serving.config.section import Section
+
+# No name in a file may hold it.
+_REPLICA = "#"
 
 ModelName = Annotated[
     str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$")
@@ -55,6 +58,7 @@ _VLLM_ARGUMENTS_OF_OURS = {
     ),
     **dict.fromkeys(("--tensor-parallel-size", "-tp"), "set tensor_parallel"),
     **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "set pipeline_parallel"),
+    **dict.fromkeys(("--distributed-executor-backend",), "set over_nodes"),
     **dict.fromkeys(("--gpu-memory-utilization",), "set memory_fraction"),
     **dict.fromkeys(("--enable-sleep-mode",), "set sleep"),
     **dict.fromkeys(("--host", "--port", "--uds"), "engines listen on loopback; set port, if any"),
@@ -315,6 +319,56 @@ class EngineModel(Section):
         ge=1,
         description="Memory its engine needs where its weights are. Unset: estimated from the file, then measured.",
     )
+    replicas: int = Field(
+        1, ge=1, le=64, description="Engines that serve it, each with a place of its own."
+    )
+    max_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="So many at most while there is much to do, as scaling says. Unset: no more than replicas.",
+    )
+
+    @model_validator(mode="after")
+    def _replicas_can_be(self) -> EngineModel:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas})"
+            )
+        if self.most_replicas > 1:
+            if self.load != "preload":
+                raise ValueError("a model with replicas is loaded with the server; leave load out")
+            if self.port is not None:
+                raise ValueError("replicas cannot share a port; leave it out")
+            if self.group is not None:
+                raise ValueError(
+                    "replicas are loaded together, models of a group never; keep one of them"
+                )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """How many engines it may have at a time."""
+        return self.max_replicas or self.replicas
+
+    @property
+    def served_name(self) -> str:
+        """What clients, the ledger and its engine call it; replicas of a model have it in common."""
+        return self.name.partition(_REPLICA)[0]
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it is one of several that :func:`serving.config.with_replicas` made of a model."""
+        return _REPLICA in self.name
+
+    def replica(self, number: int) -> Self:
+        """The model as one of its replicas, the first of which is number 1; loaded at the start if it is always there."""
+        is_spare = number > self.replicas
+        update = {
+            "name": f"{self.name}{_REPLICA}{number}",
+            "load": "on_demand" if is_spare else "preload",
+        }
+        return self.model_copy(update=update)
 
     @model_validator(mode="after")
     def _stays_or_goes(self) -> EngineModel:
@@ -540,6 +594,10 @@ class VllmModel(EngineModel):
     )
     tensor_parallel: int = Field(1, ge=1, description="Cards that share each layer.")
     pipeline_parallel: int = Field(1, ge=1, description="Groups of cards that share the layers.")
+    over_nodes: bool = Field(
+        False,
+        description="Its cards are on several nodes of a cluster: vLLM has Ray place its workers. For `rigserve cluster`.",
+    )
     prefix_caching: bool = Field(
         True,
         description="Keep prompts' KV cache, so that what begins alike is computed once; of models that can have it.",
@@ -726,6 +784,11 @@ class RemoteModel(Section):
         return self
 
     @property
+    def served_name(self) -> str:
+        """What clients and the ledger call it."""
+        return self.name
+
+    @property
     def costs_money(self) -> bool:
         """Whether its answers have a price."""
         return self.price_of is not None or self.usd_per_million is not None
@@ -890,6 +953,39 @@ class MemoryConfig(Section):
     )
 
 
+class ScalingConfig(Section):
+    """When a model with ``max_replicas`` gets another replica, and when one goes."""
+
+    waiting_requests: int = Field(
+        4,
+        ge=1,
+        description="One more when so many requests wait for each replica that takes requests,",
+    )
+    outstanding_tokens: int = Field(
+        16_384, ge=1, description="or are so many tokens still to be computed by each."
+    )
+    up_after_seconds: float = Field(5.0, ge=0, description="That must have lasted so long.")
+    down_after_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="One goes when those that remain would have had half of that at most for so long, with nobody waiting.",
+    )
+
+
+class ClusterConfig(Section):
+    """For `rigserve cluster`: the Ray cluster that engines run on."""
+
+    address: str = Field(
+        "auto",
+        min_length=1,
+        description="Its head, as HOST:PORT; auto: the one that this machine is in.",
+    )
+    update: Literal["beside", "in_place"] = Field(
+        "beside",
+        description="How a changed model's replicas are renewed, one by one: the new one is ready before the old one goes, or, where there is no room for both, after. In place takes two replicas at least.",
+    )
+
+
 class Config(Section):
     """The whole file."""
 
@@ -904,6 +1000,8 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     tracing: TracingConfig = TracingConfig()
     memory: MemoryConfig = MemoryConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    cluster: ClusterConfig = ClusterConfig()
     cost: CostConfig = CostConfig()
 
     @property

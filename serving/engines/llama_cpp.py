@@ -64,7 +64,7 @@ class LlamaCppLauncher:
         """The engine's command line, and the cards it sees."""
         flags: dict[str, object] = {
             "--model-path": files.model,
-            "--served-name": model.name,
+            "--served-name": model.served_name,
             "--port": port,
             "--context-length": model.context_length,
             "--max-sequences": model.max_sequences,

@@ -12,9 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from serving.config import Config, MemoryConfig, ModelConfig, VllmModel
+from serving.config import MemoryConfig, ModelConfig, VllmModel
 from serving.engines.engine import Endpoint, Engine, EngineStartError, EngineState
-from serving.engines.fitting import Fitting
 from serving.engines.launch import Footprint, Launcher
 from serving.engines.placement import HOST, Device, Need, Plan, Resident, can_ever_fit, place
 from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_total_mib, resident_mib
@@ -64,13 +63,6 @@ class Supervisor:
         self._loads: dict[Engine, asyncio.Task[None]] = {}
         self._last_used: Callable[[Engine], float] = lambda _: 0.0
         self.engines: tuple[Engine, ...] = tuple(map(self.make, models))
-
-    def filled(self, config: Config) -> Config:
-        """A config with numbers for what it leaves open; may download files. Raises ``ModelError``, ``ConfigError``."""
-        filled = Fitting(config, self._launchers).fill(fetch=True)
-        for line in filled.lines:
-            _log.info("%s", line)
-        return filled.config
 
     def make(self, model: ModelConfig) -> Engine:
         """An engine for a model, unloaded and not yet among :attr:`engines`."""

@@ -245,7 +245,7 @@ class Admission:
         for line in self._lines.values():
             for priority, waiting in line.waiting_by_class().items():
                 # Two engines share a name while a reload lasts.
-                gauge.labels(line.engine.model.name, priority).inc(waiting)
+                gauge.labels(line.engine.model.served_name, priority).inc(waiting)
 
     def _line(self, engine: Backend) -> _Line:
         line = self._lines.get(engine.id)
@@ -415,7 +415,7 @@ class _Line:
         seconds = self.retry_at - self._admission.monotonic()
         return ApiError(
             503,
-            f"The model '{self.engine.model.name}' cannot be loaded: {self.failure}",
+            f"The model '{self.engine.model.served_name}' cannot be loaded: {self.failure}",
             code="model_load_failed",
             retry_after_seconds=max(1, math.ceil(seconds)),
         )
@@ -445,7 +445,7 @@ class _Line:
             longest = self._queue.longest_line(ticket.owner.priority)
             own = (self._queue.waiting_of(ticket.owner) + 1) / ticket.owner.weight
             full = self._refusal(
-                f"{beside} requests wait for the model '{self.engine.model.name}' already",
+                f"{beside} requests wait for the model '{self.engine.model.served_name}' already",
                 "queue_full",
                 self._seconds_until(ticket.owner, ticket.units),
             )
@@ -464,7 +464,7 @@ class _Line:
 
     def _late(self, owner: Tenancy, units: int) -> ApiError:
         return self._refusal(
-            f"The model '{self.engine.model.name}' cannot start on the request before its deadline",
+            f"The model '{self.engine.model.served_name}' cannot start on the request before its deadline",
             "deadline_unmeetable",
             self._seconds_until(owner, units),
         )
@@ -474,7 +474,7 @@ class _Line:
         return ApiError(503, f"{what}; try again in {wait} s.", code=code, retry_after_seconds=wait)
 
     def _refused(self, error: ApiError) -> ApiError:
-        name = self.engine.model.name
+        name = self.engine.model.served_name
         self._admission.metrics.admission_refusals.labels(name, str(error.code)).inc()
         return error
 
@@ -485,7 +485,7 @@ class _Line:
         self.last_used = now
         if ticket.units:
             self._units[ticket.owner.priority] += self._size(ticket)
-        self._admission.metrics.admission_wait.labels(self.engine.model.name).observe(
+        self._admission.metrics.admission_wait.labels(self.engine.model.served_name).observe(
             ticket.queue_seconds
         )
 

@@ -71,14 +71,20 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 once every model that is to be loaded takes requests, otherwise 503; the body tells all states."""
+        """200 once every model that is to be loaded takes requests, otherwise 503; the body tells all states.
+
+        Of replicas, one is enough.
+        """
         states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
         for remote in gateway.router.remotes:
             is_closed = remote.breaker.state is BreakerState.CLOSED
             states[remote.model.name] = "ready" if is_closed else "unavailable"
-        is_ready = not gateway.draining and all(
-            engine.endpoint for engine in gateway.router.engines if engine.is_expected
-        )
+        takes: dict[str, bool] = {}
+        for engine in gateway.router.engines:
+            if engine.is_expected:
+                name = engine.model.served_name
+                takes[name] = takes.get(name, False) or engine.endpoint is not None
+        is_ready = not gateway.draining and all(takes.values())
         return json_response({"ready": is_ready, "models": states}, 200 if is_ready else 503)
 
     @app.get("/metrics")

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from serving.engines.remote import Remote
 from serving.engines.supervisor import Engine, EngineState
-from serving.gateway.routing import Backend, Candidate, Role, Route
+from serving.gateway.routing import Backend, Candidate, Role, Route, is_replica
 from serving.protocol.requests import ChatCompletionRequest, CompletionRequest, ModelRequest
 
 _CONVERSATIONS_REMEMBERED = 50_000
@@ -65,27 +65,27 @@ def marks_of(route: str, asked: ModelRequest) -> Marks:
 
 
 class Memory:
-    """Which model answered a conversation last, for so many conversations; the oldest are forgotten."""
+    """Where a conversation was answered last, for so many conversations; the oldest are forgotten."""
 
     def __init__(self, size: int = _CONVERSATIONS_REMEMBERED) -> None:
-        self._names: OrderedDict[bytes, str] = OrderedDict()
+        self._places: OrderedDict[bytes, str] = OrderedDict()
         self._size = size
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
     def find(self, mark: bytes | None) -> str | None:
-        """The model's name; None if it is not known."""
-        return None if mark is None else self._names.get(mark)
+        """Where; None if it is not known."""
+        return None if mark is None else self._places.get(mark)
 
-    def keep(self, marks: Marks, name: str) -> None:
-        """The conversation is warm at this model now."""
+    def keep(self, marks: Marks, place: str) -> None:
+        """The conversation is warm there now."""
         for mark in (marks.beginning, marks.whole):
             if mark is not None:
-                self._names[mark] = name
-                self._names.move_to_end(mark)
-        while len(self._names) > self._size:
-            self._names.popitem(last=False)
+                self._places[mark] = place
+                self._places.move_to_end(mark)
+        while len(self._places) > self._size:
+            self._places.popitem(last=False)
 
 
 class Balancer:
@@ -107,6 +107,8 @@ class Balancer:
             for each in route.candidates
             if each.role is Role.FALLBACK or (each.role is Role.SPILL_OVER and may_spill)
         ]
+        # A replica that is not wanted now gets no requests, and is not loaded for one.
+        targets = [each for each in targets if is_wanted(each.backend)] or targets[:1]
         up = [each for each in targets if not is_down(each.backend)]
         if up and up[0].weight is not None:
             up = self._by_weight(up, marks)
@@ -120,9 +122,9 @@ class Balancer:
     def _by_weight(self, targets: Sequence[Candidate], marks: Marks) -> list[Candidate]:
         """At random, but a conversation that goes on stays where it is."""
         warm = self.memory.find(marks.earlier)
-        first = next((each for each in targets if each.name == warm), None)
+        first = next((each for each in targets if each.place == warm), None)
         if first is None:
-            (first,) = self._rng.choices(targets, [each.weight or 0.0 for each in targets])
+            (first,) = self._rng.choices(targets, [_share(each, targets) for each in targets])
         return [first, *(each for each in targets if each is not first)]
 
     def _by_load(self, targets: Sequence[Candidate], marks: Marks) -> list[Candidate]:
@@ -136,13 +138,26 @@ class Balancer:
             ),
         )
         warm = self.memory.find(marks.earlier) or self.memory.find(marks.beginning)
-        first = next((each for each in ordered if each.name == warm), None)
+        first = next((each for each in ordered if each.place == warm), None)
         if first is None:
             return ordered
         others = [each for each in ordered if each is not first]
         if load.waiting(first.backend) and not all(load.waiting(each.backend) for each in others):
             return ordered
         return [first, *others]
+
+
+def _share(target: Candidate, targets: Sequence[Candidate]) -> float:
+    """Its part of the weight, which replicas of a model have together."""
+    assert target.weight is not None
+    if not is_replica(target.backend):
+        return target.weight
+    return target.weight / sum(each.name == target.name for each in targets)
+
+
+def is_wanted(backend: Backend) -> bool:
+    """Whether it is to have requests: of replicas, as many as there is work for."""
+    return not is_replica(backend) or (isinstance(backend, Engine) and backend.is_expected)
 
 
 def is_down(backend: Backend) -> bool:

@@ -99,7 +99,7 @@ class Dispatcher:
                     reason = str(passed.error.code)
                     self._meter.passed_on(attempt.route, candidate.backend.model.name, reason)
                     continue
-                self.balancer.memory.keep(plan.marks, candidate.name)
+                self.balancer.memory.keep(plan.marks, candidate.place)
                 response.headers[MODEL_HEADER] = candidate.backend.model.name
                 response.headers[SERVED_AS_HEADER] = candidate.role.value
                 return response

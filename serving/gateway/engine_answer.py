@@ -55,9 +55,9 @@ def object_of(engine: Backend, payload: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
-        raise bad_answer(engine.model.name) from error
+        raise bad_answer(engine.model.served_name) from error
     if not isinstance(body, dict):
-        raise bad_answer(engine.model.name)
+        raise bad_answer(engine.model.served_name)
     return body
 
 
@@ -71,7 +71,7 @@ def relayed(
         try:
             payload = orjson.dumps(_told(answer, object_of(engine, payload), translation))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise bad_answer(engine.model.name) from error
+            raise bad_answer(engine.model.served_name) from error
     retry_after = answer.headers.get("retry-after")
     headers = {"retry-after": retry_after} if retry_after else {}
     return Response(payload, answer.status, headers, media_type="application/json")
@@ -103,13 +103,13 @@ def engine_gone(engine: Backend) -> ApiError:
     if isinstance(engine, Remote):
         return ApiError(
             503,
-            f"The server of the model '{engine.model.name}' broke off.",
+            f"The server of the model '{engine.model.served_name}' broke off.",
             code="remote_broke_off",
             retry_after_seconds=_RETRY_AFTER_SECONDS,
         )
     return ApiError(
         503,
-        f"The engine of '{engine.model.name}' stopped while it worked on this request; "
+        f"The engine of '{engine.model.served_name}' stopped while it worked on this request; "
         "it is being started again.",
         code="engine_stopped",
         retry_after_seconds=_RETRY_AFTER_SECONDS,

@@ -50,7 +50,7 @@ class EngineCall:
         try:
             return await self._post()
         except aiohttp.ServerTimeoutError as error:
-            name = self.engine.model.name
+            name = self.engine.model.served_name
             raise ApiError(
                 504, f"The engine of '{name}' does not answer.", code="engine_timeout"
             ) from error

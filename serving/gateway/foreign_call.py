@@ -47,7 +47,7 @@ class ForeignCall(EngineCall):
         super().__init__(session, engine, endpoint, body, sent, headers)
         # Answers tell the names of models and adapters, never an alias.
         if body.model not in [adapter.name for adapter in engine.model.adapters]:
-            body = body.model_copy(update={"model": engine.model.name})
+            body = body.model_copy(update={"model": engine.model.served_name})
         self._asked = body
         self._events = self._events_of(body) if isinstance(body, GenerationRequest) else None
         self._response: aiohttp.ClientResponse | None = None
@@ -95,7 +95,7 @@ class ForeignCall(EngineCall):
         try:
             return response, orjson.dumps(self._whole(body))
         except (AttributeError, LookupError, TypeError) as error:
-            raise bad_answer(self.engine.model.name) from error
+            raise bad_answer(self.engine.model.served_name) from error
 
     async def chunks(self, upstream: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The events of a stream that was opened; raises :class:`aiohttp.ClientError` if it is cut off."""

@@ -105,7 +105,10 @@ class Meter:
         prices: PriceBook,
         power: PowerSource,
         tracing: Tracing | None = None,
+        *,
+        is_one_rig: bool = True,
     ) -> None:
+        """``is_one_rig``: all engines share the hardware that ``cost`` knows; else each has as much for itself."""
         self._ledger = ledger
         self._metrics = metrics
         self._cost = cost
@@ -113,7 +116,8 @@ class Meter:
         self._power = power
         self._tracing = tracing
         self._shared_times: defaultdict[str, SharedTime] = defaultdict(SharedTime)
-        self._rig = SharedRig()
+        self._is_one_rig = is_one_rig
+        self._rigs: defaultdict[str, SharedRig] = defaultdict(SharedRig)
 
     def configure(self, cost: CostModel, prices: PriceBook) -> None:
         """Price what ends from now on in another way."""
@@ -122,10 +126,10 @@ class Meter:
 
     def started(self, request: Request, body: ModelRequest) -> None:
         """A request goes to its engine."""
-        self._metrics.in_flight.labels(request.model.name).inc()
+        self._metrics.in_flight.labels(request.model.served_name).inc()
         request.entered = self._shared_times[request.model.name].enter()
         if not isinstance(request.model, RemoteModel):
-            request.entered_rig = self._rig.enter(request.model.name)
+            request.entered_rig = self._rig_of(request).enter(request.model.name)
         if self._tracing is None:
             return
         # A batch's lines have no trace yet, and who asked for work in the background has been answered.
@@ -142,10 +146,10 @@ class Meter:
         now = time.monotonic()
         if request.last_chunk_at is None:
             request.first_chunk_at = now
-            self._metrics.ttft.labels(request.model.name).observe(now - request.arrived_at)
+            self._metrics.ttft.labels(request.model.served_name).observe(now - request.arrived_at)
         else:
             gap = (now - request.last_chunk_at) / chunks
-            itl = self._metrics.itl.labels(request.model.name)
+            itl = self._metrics.itl.labels(request.model.served_name)
             for _ in range(chunks):
                 itl.observe(gap)
         request.last_chunk_at = now
@@ -154,8 +158,8 @@ class Meter:
         """A request that was started is another model's after all: it does not count here."""
         self._shared_times[request.model.name].leave(request.entered)
         if not isinstance(request.model, RemoteModel):
-            self._rig.leave(request.model.name, request.entered_rig)
-        self._metrics.in_flight.labels(request.model.name).dec()
+            self._rig_of(request).leave(request.model.name, request.entered_rig)
+        self._metrics.in_flight.labels(request.model.served_name).dec()
         if request.trace is not None and request.began_trace:
             request.trace.answered(503)
 
@@ -187,7 +191,9 @@ class Meter:
         timings = measured or _observed(request, ended_at)
         is_remote = isinstance(request.model, RemoteModel)
         # A remote kept none of this rig's hardware busy; several models of its own share it.
-        share = 0.0 if is_remote else self._rig.leave(request.model.name, request.entered_rig)
+        share = 0.0
+        if not is_remote:
+            share = self._rig_of(request).leave(request.model.name, request.entered_rig)
         prefill_busy_seconds = share * timings.prefill_busy_seconds
         decode_busy_seconds = share * timings.decode_busy_seconds
         busy_seconds = prefill_busy_seconds + decode_busy_seconds
@@ -198,7 +204,7 @@ class Meter:
             started_at=request.arrived_unix,
             request_id=request.id,
             user=request.user,
-            model=request.adapter or request.model.name,
+            model=request.adapter or request.model.served_name,
             engine=request.model.engine,
             endpoint=request.endpoint,
             status=status,
@@ -223,7 +229,7 @@ class Meter:
             api_usd=request.purchase.usd(usage) if request.purchase else 0.0,
             route=request.route,
             served_as=request.served_as,
-            base_model=request.model.name if request.adapter else "-",
+            base_model=request.model.served_name if request.adapter else "-",
             service_tier=request.service_tier,
             idle_joules=busy_seconds * draw.idle_watts,
         )
@@ -255,7 +261,7 @@ class Meter:
         )
 
     def _count(self, record: UsageRecord, request: Request, ended_at: float) -> None:
-        metrics, model = self._metrics, request.model.name
+        metrics, model = self._metrics, request.model.served_name
         metrics.in_flight.labels(model).dec()
         metrics.requests.labels(model, record.endpoint, str(record.status)).inc()
         metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
@@ -289,6 +295,9 @@ class Meter:
             metrics.tenant_cost.labels(tenant).inc(record.usd)
         for reference in self._prices.references:
             metrics.commercial_cost.labels(model, reference).inc(self._usd_at(reference, record))
+
+    def _rig_of(self, request: Request) -> SharedRig:
+        return self._rigs["" if self._is_one_rig else request.model.name]
 
     def _usd_at(self, reference: str, record: UsageRecord) -> float:
         return self._prices.usd(

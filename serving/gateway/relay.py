@@ -180,7 +180,7 @@ class Relay:
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
             if attempt.may_pass_on and answer.status in PASSED_ON:
-                raise refusal_of(engine.model.name, answer, payload)
+                raise refusal_of(engine.model.served_name, answer, payload)
             object_of(engine, payload)
             status = answer.status
         except ApiError as error:
@@ -196,7 +196,7 @@ class Relay:
             elif reservation:
                 reservation.settle(0, 0.0)
             if status is not None:
-                self._meter.unmetered(engine.model.name, caller.endpoint, status)
+                self._meter.unmetered(engine.model.served_name, caller.endpoint, status)
         return relayed(engine, answer, payload)
 
     @contextlib.contextmanager
@@ -252,7 +252,7 @@ class Relay:
                 if attempt.may_pass_on and error.status in PASSED_ON:
                     raise PassedOn(error) from error
                 status = error.status
-            self._meter.unmetered(engine.model.name, caller.endpoint, status)
+            self._meter.unmetered(engine.model.served_name, caller.endpoint, status)
             raise
 
     def _call(
@@ -286,7 +286,7 @@ class Relay:
         except ApiError as error:
             if attempt.may_pass_on:
                 raise PassedOn(error) from error
-            self._meter.unmetered(engine.model.name, caller.endpoint, error.status)
+            self._meter.unmetered(engine.model.served_name, caller.endpoint, error.status)
             raise
 
     def _reserve(self, caller: Caller, engine: Backend, tokens: int) -> Reservation | None:
@@ -294,7 +294,7 @@ class Relay:
         try:
             return self._limits.reserve(caller.identity, tokens)
         except ApiError as error:
-            self._meter.unmetered(engine.model.name, caller.endpoint, error.status)
+            self._meter.unmetered(engine.model.served_name, caller.endpoint, error.status)
             self._meter.refused(str(error.code))
             raise
 
@@ -316,7 +316,7 @@ class Relay:
             answer, payload = answering.result()
             if attempt.may_pass_on and answer.status in PASSED_ON:
                 self._withdraw(request)
-                raise PassedOn(refusal_of(call.engine.model.name, answer, payload))
+                raise PassedOn(refusal_of(call.engine.model.served_name, answer, payload))
             if request.trace:
                 request.trace.saw(payload)
             final = final_of(call.engine, answer, payload)
@@ -368,14 +368,14 @@ class Relay:
             if upstream.status != 200:
                 if attempt.may_pass_on and upstream.status in PASSED_ON:
                     self._withdraw(request)
-                    raise PassedOn(refusal_of(call.engine.model.name, upstream, payload))
+                    raise PassedOn(refusal_of(call.engine.model.served_name, upstream, payload))
                 final = final_of(call.engine, upstream, payload)
                 response = relayed(call.engine, upstream, payload, translation)
                 self._finish(request, upstream.status, final)
                 return response
             if upstream.content_type != "text/event-stream":
                 upstream.close()
-                raise bad_answer(call.engine.model.name)
+                raise bad_answer(call.engine.model.served_name)
         except (ApiError, aiohttp.ClientError) as error:
             refusal = error if isinstance(error, ApiError) else engine_gone(call.engine)
             raise self._failed(request, refusal, attempt) from error
@@ -559,8 +559,8 @@ def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
     changes: dict[str, Any] = {}
     if isinstance(engine, Remote):
         changes["model"] = engine.name_there
-    elif body.model in (engine.model.name, *engine.model.aliases):
-        changes["model"] = engine.model.name
+    elif body.model in (engine.model.served_name, *engine.model.aliases):
+        changes["model"] = engine.model.served_name
     elif body.model not in adapters_of(engine):
         raise ApiError(
             503,

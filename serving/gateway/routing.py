@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -35,6 +36,11 @@ class Candidate:
     role: Role
     weight: float | None = None
 
+    @property
+    def place(self) -> str:
+        """Where a conversation is warm: replicas know one name, and each has a cache of its own."""
+        return f"{self.name}@{self.backend.model.name}" if is_replica(self.backend) else self.name
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -57,15 +63,17 @@ class Router:
         """``routes`` lead to models that are there: :func:`serving.config.load_config` sees to it."""
         self.engines = engines
         self.remotes = remotes
-        self._backends: dict[str, Backend] = {
-            name: backend
-            for backend in self.backends
-            for name in (backend.model.name, *backend.model.aliases, *adapters_of(backend))
-        }
+        # Replicas share their names.
+        self._backends: dict[str, list[Backend]] = defaultdict(list)
+        for backend in self.backends:
+            model = backend.model
+            for name in (model.served_name, *model.aliases, *adapters_of(backend)):
+                self._backends[name].append(backend)
         self._by_name: dict[str, Backend | Route] = {
-            **self._backends,
+            **{name: self._found(name) for name in self._backends},
             **{route.name: self._route(route) for route in routes},
         }
+        self._replicas = {each.model.name: each for each in engines if is_replica(each)}
 
     @property
     def backends(self) -> tuple[Backend, ...]:
@@ -91,17 +99,51 @@ class Router:
             code="model_not_found",
         )
 
+    def engine(self, name: str) -> Engine:
+        """The engine of a model or replica; raises :class:`ApiError`: 404 if there is none of the name, 409 if it has no engine."""
+        if name in self._replicas:
+            return self._replicas[name]
+        found = self.find(name)
+        if isinstance(found, Engine):
+            return found
+        there = [each.model.name for each in self._backends.get(name, ()) if is_replica(each)]
+        mend = f"; its replicas are {', '.join(there)}" if there else ""
+        raise ApiError(
+            409, f"'{name}' has no engine of its own on this machine{mend}.", code="no_engine"
+        )
+
+    def _found(self, name: str) -> Backend | Route:
+        """The backend of a name, or a route over its replicas."""
+        backends = self._backends[name]
+        if not is_replica(backends[0]):
+            return backends[0]
+        own_name = _own_name(backends[0], name)
+        return Route(own_name, tuple(_candidates(own_name, backends, Role.TARGET, None)), None)
+
     def _route(self, route: RouteConfig) -> Route:
         named = [
             *((target.model, Role.TARGET, target.weight) for target in route.targets),
             *((name, Role.FALLBACK, None) for name in route.fallback),
             *((name, Role.SPILL_OVER, None) for name in route.spill_over),
         ]
-        candidates = tuple(
-            Candidate(own_name_of(self._backends[name], name), self._backends[name], role, weight)
+        candidates = [
+            candidate
             for name, role, weight in named
-        )
-        return Route(route.name, candidates, route.max_wait_seconds)
+            for candidate in _candidates(name, self._backends[name], role, weight)
+        ]
+        return Route(route.name, tuple(candidates), route.max_wait_seconds)
+
+
+def _candidates(
+    name: str, backends: Sequence[Backend], role: Role, weight: float | None
+) -> Iterable[Candidate]:
+    """The backends that have a name."""
+    return (Candidate(_own_name(backend, name), backend, role, weight) for backend in backends)
+
+
+def is_replica(backend: Backend) -> bool:
+    """Whether it is one of several engines of a model."""
+    return isinstance(backend, Engine) and backend.model.is_replica
 
 
 def adapters_of(backend: Backend) -> list[str]:
@@ -116,9 +158,11 @@ def adapter_of(backend: Backend, name: str) -> str | None:
 
 def own_name_of(found: Backend | Route, name: str) -> str:
     """The name of the model, adapter or route that answers to ``name``: ``name`` itself unless it is an alias."""
-    if isinstance(found, Route):
-        return found.name
-    return name if name in adapters_of(found) else found.model.name
+    return found.name if isinstance(found, Route) else _own_name(found, name)
+
+
+def _own_name(backend: Backend, name: str) -> str:
+    return name if name in adapters_of(backend) else backend.model.served_name
 
 
 def label_of(found: Backend | Route) -> str:
@@ -149,7 +193,7 @@ def endpoint_of(backend: Backend) -> Endpoint:
     }.get(backend.state, "is shutting down")
     raise ApiError(
         503,
-        f"The model '{backend.model.name}' {doing}; try again in a moment.",
+        f"The model '{backend.model.served_name}' {doing}; try again in a moment.",
         code="model_not_ready",
         retry_after_seconds=_RETRY_AFTER_SECONDS,
     )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -236,6 +237,15 @@ def test_backup_and_upgrade(scratch: Scratch, cache_dir: Path) -> None:
     assert (scratch.folder / "restored.yaml").read_text() == config.read_text()
 
 
+def published(services: dict[str, Any]) -> dict[str, list[str]]:
+    """The addresses of this machine at which services can be reached."""
+    return {
+        service: [each["host_ip"] for each in settings["ports"]]
+        for service, settings in services.items()
+        if settings.get("ports")
+    }
+
+
 @pytest.mark.parametrize("name", ["cpu", "cuda", "vllm"])
 def test_images_and_profiles(name: str) -> None:
     run("hadolint", "--failure-threshold", "info", ROOT / "docker" / f"{name}.Dockerfile")
@@ -250,18 +260,17 @@ def test_images_and_profiles(name: str) -> None:
         "config",
     ]
     services = yaml.safe_load(run("docker-compose", *words))["services"]
-    # All are inside; what others reach is the gateway, and Grafana from this machine.
-    ports = {
-        service: [each["host_ip"] for each in settings.get("ports", [])]
-        for service, settings in services.items()
-    }
-    assert ports.pop(f"rigserve-{name}") == ["127.0.0.1"]
-    assert ports.pop("grafana") == ["127.0.0.1"]
-    assert not any(ports.values())
+    # All are inside, and there alone but for the gateway, which others reach, and who tells of alerts.
+    gateway = f"rigserve-{name}"
+    assert published(services) == {gateway: ["127.0.0.1"]}
+    outside = {gateway: {"front"}, "alertmanager": {"out"}}
     for service, settings in services.items():
-        assert "inside" in settings["networks"], service
+        assert settings["networks"].keys() == {"inside"} | outside.get(service, set()), service
         assert settings["read_only"], service
         assert settings["cap_drop"] == ["ALL"], service
+    words[:0] = ["-f", folder / "compose.yaml", "-f", folder / "grafana.yaml"]
+    with_grafana = yaml.safe_load(run("docker-compose", *words))["services"]
+    assert published(with_grafana) == {gateway: ["127.0.0.1"], "grafana": ["127.0.0.1"]}
     has_gpu = "deploy" in services[f"rigserve-{name}"]
     assert has_gpu == (name != "cpu")
 

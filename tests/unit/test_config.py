@@ -56,7 +56,16 @@ def test_the_default_config_loads_and_shows_every_key() -> None:
         (FiltersConfig, written["models"][0]["filters"]),
         *(
             (type(getattr(config, key)), written[key])
-            for key in ("server", "storage", "logging", "tracing", "memory", "cost")
+            for key in (
+                "server",
+                "storage",
+                "logging",
+                "tracing",
+                "memory",
+                "scaling",
+                "cluster",
+                "cost",
+            )
         ),
         (type(config.cost.power), written["cost"]["power"]),
         (type(config.cost.ranges), written["cost"]["ranges"]),

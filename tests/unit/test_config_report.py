@@ -47,7 +47,7 @@ def report(tmp_path: Path, text: str) -> list[str]:
         ("    aliases: [ok, 1]\n", "4: models[0].aliases[1]: expected text; got 1; put it in quotes"),
         ("server:\n  allow_remote: maybe\n", "5: server.allow_remote: expected true or false; got 'maybe'"),
         ("server:\n", "4: server: expected keys and values; got nothing"),
-        ("servr: {}\n", "4: servr: unknown key; did you mean 'server'?; known: server, models, routes, storage, logging, tracing, memory, cost"),
+        ("servr: {}\n", "4: servr: unknown key; did you mean 'server'?; known: server, models, routes, storage, logging, tracing, memory, scaling, cluster, cost"),
         ("    port: 8000\n", "4: models[0].port: port 8000 is taken by server.port; choose another, or leave it out for a free one"),
         ("storage:\n  cache_dir: ~no-such-user/x\n", "5: storage.cache_dir: there is no home folder for '~no-such-user/x'; write the path out"),
     ],

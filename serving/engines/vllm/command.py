@@ -73,7 +73,7 @@ def arguments(
     """What follows the module's name. ``adapters`` are by vLLM's names for them; ``rank`` is the highest that may come."""
     flags: dict[str, object] = {
         "--model": served,
-        "--served-model-name": model.name,
+        "--served-model-name": model.served_name,
         "--host": host,
         "--port": port,
         "--max-model-len": model.context_length,
@@ -91,6 +91,8 @@ def arguments(
     if on_gpu:
         flags["--tensor-parallel-size"] = model.tensor_parallel
         flags["--pipeline-parallel-size"] = model.pipeline_parallel
+    if model.over_nodes:
+        flags["--distributed-executor-backend"] = "ray"
     optional = {
         "--quantization": model.quantization,
         "--max-num-batched-tokens": model.max_batch_tokens,
@@ -183,7 +185,7 @@ def _adapters(
     if not slots:
         return ()
     modules = [
-        json.dumps({"name": name, "path": str(path), "base_model_name": model.name})
+        json.dumps({"name": name, "path": str(path), "base_model_name": model.served_name})
         for name, path in adapters.items()
     ]
     words = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(rank)]

@@ -197,6 +197,7 @@ class VllmLauncher:
 _OF_OTHERS = (
     *("max_queue", "queue_timeout_seconds", "step_timeout_seconds", "start_timeout_seconds"),
     *("load", "pinned", "ttl_seconds", "group", "swap_priority", "memory_mib"),
+    *("replicas", "max_replicas"),
 )
 
 

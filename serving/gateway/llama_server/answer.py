@@ -33,7 +33,7 @@ def refusal(
     """An error response as an exception; one that says nothing was done for the request is :class:`NotStarted`."""
     error = body.get("error")
     told: Mapping[str, Any] = error if isinstance(error, dict) else {}
-    message = str(told.get("message") or f"The engine of '{model.name}' answers {status}.")
+    message = str(told.get("message") or f"The engine of '{model.served_name}' answers {status}.")
     if told.get("type") == _TOO_LONG or _TOO_LONG_TO_EMBED in message:
         return NotStarted(
             400,
@@ -44,7 +44,7 @@ def refusal(
     if status == _NOT_IMPLEMENTED:
         return NotStarted(
             400,
-            f"The model '{model.name}' cannot be asked this: {message}",
+            f"The model '{model.served_name}' cannot be asked this: {message}",
             param="model",
             code=UNSUPPORTED_PARAMETER,
         )

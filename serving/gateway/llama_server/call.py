@@ -52,7 +52,7 @@ class LlamaServerCall(ForeignCall):
         ):
             raise NotStarted(
                 400,
-                f"'tools' is not supported: the chat template of the model '{self._model.name}' has no place for "
+                f"'tools' is not supported: the chat template of the model '{self._model.served_name}' has no place for "
                 "tools and their calls, and llama-server would leave them out.",
                 param="tools",
                 code=UNSUPPORTED_PARAMETER,
@@ -67,7 +67,7 @@ class LlamaServerCall(ForeignCall):
             raise engine_gone(self.engine) from error
         text = object_of(self.engine, payload).get("prompt")
         if not isinstance(text, str):
-            raise bad_answer(self.engine.model.name)
+            raise bad_answer(self.engine.model.served_name)
         self._url, self._body = url, orjson.dumps(to_tokenize(asked, text))
         self._response = None
 

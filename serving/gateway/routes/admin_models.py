@@ -38,7 +38,7 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
     @router.post("/{name:path}/load")
     async def load(name: str) -> Response:
         """Have a model ready; returns when it is. Idle models leave if their room is needed."""
-        engine = _engine(gateway, name)
+        engine = gateway.router.engine(name)
         try:
             await fleet.load(engine, lambda other: not _requests(other, traffic))
         except NoRoomError as error:
@@ -53,7 +53,7 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
 
         With requests in flight that takes `?force=true`: they break off.
         """
-        engine = _engine(gateway, name)
+        engine = gateway.router.engine(name)
         force = _flag(http, "force")
         if (requests := _requests(engine, traffic)) and not force:
             raise ApiError(
@@ -66,14 +66,6 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
         return json_response(_told(engine, traffic))
 
     return router
-
-
-def _engine(gateway: Gateway, name: str) -> Engine:
-    """The engine of a model; raises :class:`ApiError`: 404 if there is no model, 409 if it has no engine here."""
-    found = gateway.router.find(name)
-    if not isinstance(found, Engine):
-        raise ApiError(409, f"'{name}' has no engine of its own on this machine.", code="no_engine")
-    return found
 
 
 def _requests(engine: Engine, traffic: Traffic) -> int:

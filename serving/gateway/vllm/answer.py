@@ -50,11 +50,11 @@ def refusal(
     """An error response as an exception; one that says nothing was done for the request is :class:`NotStarted`."""
     error = body.get("error")
     told: Mapping[str, Any] = error if isinstance(error, dict) else body
-    message = str(told.get("message") or f"The engine of '{model.name}' answers {status}.")
+    message = str(told.get("message") or f"The engine of '{model.served_name}' answers {status}.")
     if status == 404:
         return NotStarted(
             400,
-            f"The model '{model.name}' cannot be asked this: it has no {asked.path}.",
+            f"The model '{model.served_name}' cannot be asked this: it has no {asked.path}.",
             param="model",
             code=UNSUPPORTED_PARAMETER,
         )

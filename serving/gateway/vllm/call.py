@@ -69,7 +69,7 @@ class VllmCall(ForeignCall):
             if known.isdisjoint(names):
                 raise NotStarted(
                     400,
-                    f"'{param}' is not supported: the chat template of the model '{self._model.name}' does not know "
+                    f"'{param}' is not supported: the chat template of the model '{self._model.served_name}' does not know "
                     f"{' or '.join(names)}, and vLLM would leave it out.",
                     param=param,
                     code=UNSUPPORTED_PARAMETER,
