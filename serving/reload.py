@@ -291,7 +291,7 @@ class Reloader:
     async def _take_up(self, of_file: Config, added: Sequence[AddedAdapter]) -> Changes:
         with_its_adapters, left_out = with_added(of_file, added)
         new = with_replicas(with_its_adapters)
-        changes = changes_of(self.config, new, self._supervisor.needs_restart)
+        changes = self._changes_to(new)
         with located(self._file):
             filters_of(with_its_adapters.models, lenient=new.server.lenient)
         renewed = [
@@ -316,6 +316,13 @@ class Reloader:
         self._file_config, self.added = of_file, tuple(added)
         return changes
 
+    def _changes_to(self, new: Config) -> Changes:
+        engines = {engine.model.name: engine for engine in self._gateway.router.engines}
+        return changes_of(
+            *(self.config, new),
+            lambda old, new: self._supervisor.needs_restart(engines[old.name], new),
+        )
+
     async def _turn_over(self, new: Config) -> asyncio.Task[None]:
         """Take up one config in whole; gives what is done when those that leave have left. Raises as :meth:`serve_added`."""
         data = price_data(Path(new.storage.data_dir))
@@ -323,10 +330,7 @@ class Reloader:
         api_prices = prices_of(new.remote_models, data)
         supervisor = self._supervisor
         old = {engine.model.name: engine for engine in self._gateway.router.engines}
-        changes = changes_of(
-            *(self.config, new),
-            lambda before, after: supervisor.needs_restart(old[before.name], after),
-        )
+        changes = self._changes_to(new)
         fresh = {
             model.name: supervisor.make(model)
             for model in new.local_models

@@ -169,7 +169,7 @@ class Context:
 
     def saved_bytes(self, slot: int) -> int:
         """What :meth:`save` would return takes."""
-        return llama_cpp.llama_state_seq_get_size(self.handle, slot)
+        return int(llama_cpp.llama_state_seq_get_size(self.handle, slot))
 
     def save(self, slot: int) -> NDArray[np.uint8] | None:
         """The slot's cells as bytes for :meth:`restore`; None if llama.cpp cannot tell them."""
