@@ -42,6 +42,8 @@ from serving.planner.commands import PlanError, add_plan_command, fit_warning
 from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
 from serving.serve import ServeError, launchers_of, ledger_path, log_folder, serve
+from serving.tuning.commands import add_tune_command
+from serving.tuning.subject import TuneError
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PlanError,
         PriceDataError,
         ServeError,
+        TuneError,
         UnknownModel,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_command(commands, default_config=_DEFAULT_CONFIG)
 
     add_plan_command(commands, default_config=_DEFAULT_CONFIG)
+    add_tune_command(commands, default_config=_DEFAULT_CONFIG, launchers_of=launchers_of)
 
     add_cost_command(
         commands, default_config=_DEFAULT_CONFIG, duration=_duration, accounts=_accounts
