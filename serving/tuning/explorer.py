@@ -6,6 +6,7 @@ cheap to learn, since every measurement tells of all keys. What it is not true o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from serving.tuning.space import Point, Space
 
 # Standard deviations of logarithms: of a measurement, of the base, and of what values are thought to do beforehand.
-_NOISE, _OF_BASE, _OF_VALUES = 0.05, 0.2, 0.25
+_NOISE, _OF_BASE, _OF_VALUES = 0.05, 0.2, 0.15
 
 
 class Explorer:
@@ -35,6 +36,8 @@ class Explorer:
         self._precision: NDArray[np.float64] = np.diag(precision)
         self._weighted = precision * self._expected
         self._zero: float | None = None
+        # Numbers of values, key by key, that were not proposed yet.
+        self._open = [deque(range(1, size)) for size in space.sizes]
 
     def learn(self, point: Point, score: float) -> None:
         """A measurement's score, a logarithm; the first is what others are compared with."""
@@ -50,11 +53,25 @@ class Explorer:
         return self._zero is not None
 
     def guess(self) -> tuple[Point, float]:
-        """The best point and its score, were the effects as they may well be: what is little known is tried, too."""
+        """A point, and its score, were the effects as they may well be.
+
+        At first the likeliest with two values that are new, one of the first key, which matters most, and one of the
+        others in turns: each is seen once, whatever was expected of it. Then the best by a sample of the effects.
+        """
         covariance = np.linalg.inv(self._precision)
         effects = self._rng.multivariate_normal(self._mean(), covariance)
-        point = self._best_of(effects)
+        point = self._with_new_values(self.best()) if any(self._open) else self._best_of(effects)
         return point, (self._zero or 0.0) + float(self._row(point) @ effects)
+
+    def _with_new_values(self, point: Point) -> Point:
+        changed = list(point)
+        if self._open[0]:
+            changed[0] = self._open[0].popleft()
+        # Keys with as many values left as others come first in their order.
+        fullest = max(range(len(self._open)), key=lambda key: (key > 0) * len(self._open[key]))
+        if self._open[fullest]:
+            changed[fullest] = self._open[fullest].popleft()
+        return tuple(changed)
 
     def best(self) -> Point:
         """The best point by what is likeliest."""

@@ -25,8 +25,11 @@ _SURVIVORS = 1 / 3
 _LEAST_PAIRS, _MOST_PAIRS = 3, 9
 # Guesses that were tried already, until a space counts as known.
 _MOST_STALE_GUESSES = 200
-# A failure teaches the explorer as if there had been so many times fewer tokens than of the worst.
-_FAILURE = math.log(1.5)
+# What cannot fit takes no time.
+_MOST_TRIALS = 500
+# A failure, or a broken limit, teaches the explorer no more than so many times fewer tokens than the first: it is
+# blamed on all keys that were changed, until others clear them.
+_WORST = math.log(2)
 # Student's t at 95 %, of two pairs and more (W. Gosset; any table has it).
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
 
@@ -106,7 +109,7 @@ class Search:
         rng = np.random.default_rng(seed)
         self._explorers = [Explorer(space, rng) for space in spaces]
         self._seen: set[tuple[int, Point]] = set()
-        self._worst: float | None = None
+        self._first: float | None = None
         self._pairs: list[tuple[Measured, Measured]] = []
         self._contender: Candidate | None = None
 
@@ -160,23 +163,24 @@ class Search:
                 self._try(likeliest, "explore", rounds)
 
     def _guesses(self) -> Iterator[Candidate]:
-        """New candidates, each of the space that is thought to have the best, until there are none."""
+        """New candidates, each of the space that is thought to have the best, until there are none.
+
+        A space of which nothing worked is left alone, unless that is so of all.
+        """
         stale = 0
-        while stale < _MOST_STALE_GUESSES:
-            guesses = [
-                (score, number, point)
-                for number, explorer in enumerate(self._explorers)
-                if explorer.knows_base
-                for point, score in [explorer.guess()]
-            ]
-            for _, number, point in sorted(guesses, reverse=True):
-                candidate = self._candidate(number, point)
-                if candidate is not None:
-                    stale = 0
-                    yield candidate
-                    break
-            else:
+        while stale < _MOST_STALE_GUESSES and len(self.trials) < _MOST_TRIALS:
+            working = [n for n, explorer in enumerate(self._explorers) if explorer.knows_base]
+            guesses = []
+            for number in working or range(len(self._explorers)):
+                point, score = self._explorers[number].guess()
+                guesses.append((score, number, point))
+            _, number, point = max(guesses)
+            candidate = self._candidate(number, point)
+            if candidate is None:
                 stale += 1
+            else:
+                stale = 0
+                yield candidate
 
     def _candidate(self, space: int, point: Point) -> Candidate | None:
         """A point that was not tried, and whose values go together; None otherwise."""
@@ -261,9 +265,10 @@ class Search:
     def _learn(self, candidate: Candidate, result: Result) -> None:
         if isinstance(result, Measured):
             score = self._goal.score(result)
-            self._worst = score if self._worst is None else min(self._worst, score)
-        elif self._worst is None:
+            self._first = score if self._first is None else self._first
+            score = max(score, self._first - _WORST)
+        elif self._first is None:
             return
         else:
-            score = self._worst - _FAILURE
+            score = self._first - _WORST
         self._explorers[candidate.space].learn(candidate.point, score)
