@@ -25,6 +25,7 @@ def config_text(outcome: Outcome, work: Work, machine: str) -> str:
         f"Quality: {quality_of(model)}.",
     ]
     comments = "".join(f"# {line}\n" for line in lines)
-    told = model.model_dump(mode="json", exclude_unset=True)
-    document = {"models": [{"name": told.pop("name"), "engine": model.engine, **told}]}
+    told = model.model_dump(mode="json", exclude_defaults=True)
+    told = {"name": model.name, "engine": model.engine, **told}
+    document = {"models": [told]}
     return f"{comments}\n{yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}"

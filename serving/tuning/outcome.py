@@ -126,6 +126,10 @@ def changes_of(default: ModelConfig, model: ModelConfig) -> Sequence[tuple[str, 
 
 
 def quality_of(model: ModelConfig) -> str:
-    """What its quantization costs in quality."""
+    """What its quantization costs in quality, and that of its cache."""
     quantization = getattr(model, "quantization", None)
-    return "as its file has it" if quantization is None else note_of(quantization.upper())
+    words = "as its file has it" if quantization is None else note_of(quantization.upper())
+    cache = getattr(model, "kv_type", None) or getattr(model, "kv_cache_dtype", "auto")
+    if cache not in ("auto", "F16", "BF16", "bfloat16"):
+        words += f"; cache in {cache}: loss not measured"
+    return words
