@@ -170,7 +170,7 @@ def to_json(outcome: Outcome, work: Work) -> dict[str, Any]:
         "output_tokens": work.output_tokens,
         "interrupted": outcome.was_interrupted,
         "reason": outcome.reason,
-        "best": outcome.best and outcome.best.model.model_dump(mode="json", exclude_unset=True),
+        "best": outcome.best and outcome.best.model.model_dump(mode="json", exclude_defaults=True),
         "best_is_default": outcome.best is not None and outcome.best.is_default,
         "ratio": outcome.comparison
         and outcome.comparison.ratio(lambda each: each.tokens_per_second),

@@ -48,7 +48,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, cache_dir: Path) ->
     assert sum(trial["is_default"] for trial in compared) == len(compared) / 2
     assert any(not trial["is_default"] for trial in others)
     [best] = load_config(whole / "best.yaml").local_models
-    assert best.model_dump(mode="json", exclude_unset=True) == report["best"]
+    assert best.model_dump(mode="json", exclude_defaults=True) == report["best"]
     assert report["reason"] in (whole / "best.yaml").read_text()
     assert "</html>" in (whole / "best.html").read_text()
 
