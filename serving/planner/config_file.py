@@ -31,6 +31,8 @@ def config_text(plan: Plan, option: Option, *, source: str | None = None, title:
     if option.engine == "vllm" and len(option.offload.shares) > 1:
         keys.append(("tensor_parallel", len(option.offload.shares)))
     keys += [("context_length", settings.context_length), ("max_sequences", settings.slots)]
+    if settings.has_small_cache:
+        keys.append(("kv_type", settings.key_type))
     if not option.offload.shares:
         keys.append(("devices", "[cpu]"))
     elif option.offload.layers is not None:

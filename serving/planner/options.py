@@ -25,12 +25,16 @@ _LEAST_CONTEXT = 4096
 # When only some of a model is on cards: as much as a chat needs, for context is dear then.
 _SPLIT_CONTEXT = 8192
 _USERS_TO_SHOW = (1, 4, 16)
+# Where it gives more context; llama.cpp quantizes heads whose widths are whole blocks.
+_SMALL_CACHE, _BLOCK = "Q8_0", 32
 # Over so many cards a model's heads can be shared out.
 _VLLM_CARDS = (1, 2, 4, 8)
 # Of a card's memory, what is left beside displays and a reserve.
 _SHARE_FOR_ENGINES = 0.97
 # So much worse in quality may an option be that keeps all on the cards, rather than one that does not.
 _GRADES_OF_A_SPLIT = 2
+# What a quantized cache loses was measured here for no model.
+_GRADES_OF_A_SMALL_CACHE = 1
 # Slower than this is slower than people read.
 COMFORTABLE_TOKENS_PER_SECOND = 8.0
 # What a config has main memory set aside for, if it does not say.
@@ -118,8 +122,11 @@ def _rank(option: Option) -> tuple[object, ...]:
         not option.meets_wishes,
         option.speed.users,
         not is_comfortable,
-        grade_of(option.mixture) + (_GRADES_OF_A_SPLIT if option.is_split else 0),
+        grade_of(option.mixture)
+        + (_GRADES_OF_A_SPLIT if option.is_split else 0)
+        + (_GRADES_OF_A_SMALL_CACHE if option.settings.has_small_cache else 0),
         option.settings.context_length < _SPLIT_CONTEXT,
+        option.settings.has_small_cache,
         -option.speed.all_users,
         option.engine,
         -option.settings.context_length,
@@ -162,6 +169,12 @@ class _Maker:
         self._shares = tuple(float(card.memory_bytes) for card in rig.cards)
         self._has_windows = any(
             isinstance(layer.mixer, Attention) and layer.mixer.window_tokens is not None
+            for layer in self._architecture.layers
+        )
+        self._may_shrink_cache = all(
+            isinstance(layer.mixer, Attention)
+            and not layer.mixer.key_width % _BLOCK
+            and not layer.mixer.value_width % _BLOCK
             for layer in self._architecture.layers
         )
         self._has_experts = any(
@@ -254,6 +267,15 @@ class _Maker:
             ours is None or theirs.settings.context_length > ours.settings.context_length
         ):
             yield theirs
+        small = (
+            self._longest(mixture, "llama_cpp", on_cards, users, self._contexts, _SMALL_CACHE)
+            if self._may_shrink_cache
+            else None
+        )
+        if small is not None and (
+            ours is None or small.settings.context_length > ours.settings.context_length
+        ):
+            yield small
         if ours or theirs or not self._rig.cards:
             return
         short = (
@@ -300,18 +322,36 @@ class _Maker:
         return best
 
     def _longest(
-        self, mixture: str, engine: Engine, offload: Offload, users: int, contexts: tuple[int, ...]
+        self,
+        mixture: str,
+        engine: Engine,
+        offload: Offload,
+        users: int,
+        contexts: tuple[int, ...],
+        cache_type: str = "F16",
     ) -> Option | None:
         for context in contexts:
-            option = self._option(mixture, engine, offload, users, context)
+            option = self._option(mixture, engine, offload, users, context, cache_type)
             if option is not None:
                 return option
         return None
 
     def _option(
-        self, mixture: str, engine: Engine, offload: Offload, users: int, context: int
+        self,
+        mixture: str,
+        engine: Engine,
+        offload: Offload,
+        users: int,
+        context: int,
+        cache_type: str,
     ) -> Option | None:
-        settings = Settings(context, users, has_full_windows=engine == "llama_cpp")
+        settings = Settings(
+            context,
+            users,
+            key_type=cache_type,
+            value_type=cache_type,
+            has_full_windows=engine == "llama_cpp",
+        )
         if self._architecture.is_encoder:
             settings = Settings(context, batch_tokens=context, is_pooled=True)
         weights = self._subject.weights(mixture)
