@@ -11,12 +11,19 @@ from serving.cost.model import CostModel
 from serving.hardware.catalog import catalog_cards
 from serving.models.architecture import Attention, Experts
 from serving.planner.memory import MIB, Memory, Offload, Parts, memory_of
+from serving.planner.published import awq_source_of
 from serving.planner.quality import grade_of
 from serving.planner.rig import Device, Rig, together
 from serving.planner.settings import Settings
 from serving.planner.speed import Speed, speed_of
 from serving.planner.subject import Subject
-from serving.planner.vllm import DEFAULT_STEP_TOKENS, VLLM_HOST_BYTES, in_fp8, vllm_memory
+from serving.planner.vllm import (
+    DEFAULT_STEP_TOKENS,
+    VLLM_HOST_BYTES,
+    in_awq,
+    in_fp8,
+    vllm_memory,
+)
 
 Engine = Literal["llama_cpp", "llama_server", "vllm"]
 # Tokens of one request, in the order in which they are tried.
@@ -190,15 +197,22 @@ class _Maker:
                 yield from self._of(mixture, count)
 
     def _of_vllm(self, users: int) -> Iterator[Option]:
-        """In 16 bits, and in FP8 where the card computes in it; over all cards if they are equal."""
+        """In 16 bits, in FP8 where the card computes in it, in AWQ's 4 bits where that is published; over all cards if
+        they are equal."""
         cards, architecture = self._rig.cards, self._architecture
         card = cards[0].card if cards else None
         kernels = card.architecture.kernels.get("vllm", ()) if card else ()
         are_equal = len({each.name for each in cards}) == 1 and len(cards) in _VLLM_CARDS
         if not kernels or not are_equal or self._subject.repo is None or architecture.is_encoder:
             return
-        for mixture in ("BF16", "FP8") if "fp8_w8a8" in kernels else ("BF16",):
-            if mixture == "FP8" or mixture in self._subject.mixtures:
+        offered = {
+            "BF16": "BF16" in self._subject.mixtures,
+            "FP8": "fp8_w8a8" in kernels,
+            # Without Marlin's kernels it is for memory alone, and slow.
+            "AWQ": "marlin" in kernels and awq_source_of(self._subject.name) is not None,
+        }
+        for mixture, is_offered in offered.items():
+            if is_offered:
                 for context in self._contexts:
                     option = self._vllm_option(mixture, users, context)
                     if option is not None:
@@ -209,8 +223,8 @@ class _Maker:
         cards, architecture = self._rig.cards, self._architecture
         assert cards[0].card is not None
         weights = self._subject.weights("BF16")
-        if mixture == "FP8":
-            weights = in_fp8(weights)
+        if mixture != "BF16":
+            weights = in_fp8(weights) if mixture == "FP8" else in_awq(weights)
         found = vllm_memory(
             architecture,
             weights.total_bytes,
@@ -234,6 +248,7 @@ class _Maker:
             Settings(context, users, batch_tokens=DEFAULT_STEP_TOKENS),
             users=users,
             context_tokens=min(context, 2 * self._wishes.prompt_tokens),
+            # AWQ's weights are made FP16 on their way into the units.
             is_quantized=mixture == "FP8",
             is_vllm=True,
         )

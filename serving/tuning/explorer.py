@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from serving.tuning.space import Point, Space
 
 # Standard deviations of logarithms: of a measurement, of the base, and of what values are thought to do beforehand.
-_NOISE, _OF_BASE, _OF_VALUES = 0.05, 0.2, 0.15
+_NOISE, _OF_BASE, _OF_VALUES = 0.08, 0.2, 0.15
+# How often each value of the first key is proposed at first: what other programs do to one measurement is not its fault.
+_TIMES_FIRST = 2
 
 
 class Explorer:
@@ -36,8 +38,9 @@ class Explorer:
         self._precision: NDArray[np.float64] = np.diag(precision)
         self._weighted = precision * self._expected
         self._zero: float | None = None
-        # Numbers of values, key by key, that were not proposed yet.
+        # Numbers of values, key by key, that are still to be proposed.
         self._open = [deque(range(1, size)) for size in space.sizes]
+        self._open[0] *= _TIMES_FIRST
 
     def learn(self, point: Point, score: float) -> None:
         """A measurement's score, a logarithm; the first is what others are compared with."""
@@ -56,7 +59,7 @@ class Explorer:
         """A point, and its score, were the effects as they may well be.
 
         At first the likeliest with two values that are new, one of the first key, which matters most, and one of the
-        others in turns: each is seen once, whatever was expected of it. Then the best by a sample of the effects.
+        others in turns: each is seen, whatever was expected of it. Then the best by a sample of the effects.
         """
         covariance = np.linalg.inv(self._precision)
         effects = self._rng.multivariate_normal(self._mean(), covariance)
