@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -62,6 +63,7 @@ from serving.gateway.tls import Certificate, TlsError
 from serving.gateway.tracing import Tracing, TracingError
 from serving.handover import HandoverError, LastAnswers, inherited_listener
 from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.memory import host_free_mib, resident_mib
 from serving.hardware.telemetry import Telemetry
 from serving.hardware.wall import MeterError
 from serving.keys.ring import KeyRing
@@ -109,7 +111,9 @@ def serve(config: Config, file: Path) -> None:
 
     Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``PriceDataError``, ``UnknownModel``.
     """
-    filled = Fitting(config, launchers_of(config)).fill(fetch=True)
+    filled = Fitting(config, launchers_of(config), host_free_mib(resident_mib([os.getpid()]))).fill(
+        fetch=True
+    )
     for line in filled.lines:
         _log.info("%s", line)
     config = filled.config

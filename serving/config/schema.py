@@ -885,7 +885,9 @@ class MemoryConfig(Section):
     """How much memory engines may have together. Who does not fit beside the others waits until some leave."""
 
     budget_mib: int | None = Field(
-        None, ge=1, description="Main memory for engines. Unset: the machine's, less the reserve."
+        None,
+        ge=1,
+        description="Main memory for engines. Unset: what other programs leave of the machine's, less the reserve.",
     )
     reserve_mib: int = Field(
         512, ge=0, description="Main memory to leave free where budget_mib is not set."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from serving.engines.engine import Endpoint, Engine, EngineStartError, EngineSta
 from serving.engines.fitting import Fitting
 from serving.engines.launch import Footprint, Launcher
 from serving.engines.placement import HOST, Device, Need, Plan, Resident, can_ever_fit, place
-from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_total_mib, resident_mib
+from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_free_mib, resident_mib
 from serving.models.sources import ModelError
 
 __all__ = [
@@ -67,7 +68,7 @@ class Supervisor:
 
     def filled(self, config: Config) -> Config:
         """A config with numbers for what it leaves open; may download files. Raises ``ModelError``, ``ConfigError``."""
-        filled = Fitting(config, self._launchers).fill(fetch=True)
+        filled = Fitting(config, self._launchers, _host_mib()).fill(fetch=True)
         for line in filled.lines:
             _log.info("%s", line)
         return filled.config
@@ -262,7 +263,7 @@ class Supervisor:
     def _devices(self) -> list[Device]:
         budget_mib = self.memory.budget_mib
         if budget_mib is None:
-            budget_mib = host_total_mib() - self.memory.reserve_mib
+            budget_mib = _host_mib() - self.memory.reserve_mib
         cards = {gpu.uuid: gpu for each in self._launchers.values() for gpu in self._gpus(each)}
         return [Device(HOST, budget_mib)] + [
             # What our own engines hold is not free, and yet theirs to share.
@@ -325,6 +326,14 @@ def _never(engine: Engine, need: Need, devices: Sequence[Device]) -> str:
         "prefix_cache_mib, gpu_layers), or correct the figures: memory_mib of the model, "
         "memory.budget_mib"
     )
+
+
+def _host_mib() -> int:
+    """Main memory that is free, or held by this process, and by the engines below it.
+
+    This process's own is to come out of the reserve.
+    """
+    return host_free_mib(resident_mib(family_of(os.getpid())))
 
 
 def _held_mib(pid: int, on_gpu: bool) -> dict[str, int]:

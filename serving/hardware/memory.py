@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,11 @@ def host_available_mib(mount: Path = _CGROUPS, proc: Path = _PROC) -> int:
     return max(0, min((available_mib, *(group.limit_mib - group.used_mib for group in groups))))
 
 
+def host_free_mib(ours_mib: int = 0, mount: Path = _CGROUPS, proc: Path = _PROC) -> int:
+    """Main memory that nobody else holds now; ``ours_mib`` is held, and yet ours to use."""
+    return min(host_total_mib(mount, proc), host_available_mib(mount, proc) + ours_mib)
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """A control group with a limit of memory: what this process is in, or what that is in."""
@@ -98,10 +103,11 @@ def _limited_groups(mount: Path, proc: Path) -> list[_Group]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, usage, cached = mount, "memory.max", "memory.current", "inactive_file"
+            root, limit, usage = mount, "memory.max", "memory.current"
+            cached = ("inactive_file ", "active_file ")
         elif "memory" in controllers.split(","):
             root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+            cached = ("total_inactive_file ", "total_active_file ")
         else:
             continue
         folder = root / path.lstrip("/")
@@ -115,13 +121,14 @@ def _limited_groups(mount: Path, proc: Path) -> list[_Group]:
     return groups
 
 
-def _group(folder: Path, limit: str, usage: str, cached: str) -> _Group | None:
+def _group(folder: Path, limit: str, usage: str, cached: Sequence[str]) -> _Group | None:
     """What a group's files say; None without a limit."""
     try:
         limit_bytes = int((folder / limit).read_text())
         used_bytes = int((folder / usage).read_text())
         # Files that were read count as used, but make way.
-        used_bytes -= _field((folder / "memory.stat").read_text(), f"{cached} ")
+        stat = (folder / "memory.stat").read_text()
+        used_bytes -= sum(_field(stat, name) for name in cached)
     except (OSError, ValueError):  # "max", for one
         return None
     return _Group(limit_bytes // MIB, used_bytes // MIB)

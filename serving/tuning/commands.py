@@ -95,6 +95,14 @@ def add_tune_command(
 
 
 def _tune(args: argparse.Namespace) -> int:
+    try:
+        return _tuned(args)
+    except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _tuned(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     launchers: Launchers = args.launchers_of(config)
     _check_files(args)

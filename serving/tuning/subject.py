@@ -19,7 +19,7 @@ from serving.engines.fitting import Fitting
 from serving.engines.footprint import contents_of
 from serving.engines.launch import Launcher
 from serving.hardware.catalog import UnknownCard, find_card
-from serving.hardware.memory import gpus
+from serving.hardware.memory import gpus, host_free_mib
 from serving.models.architecture import Architecture
 from serving.models.catalog import find_model
 from serving.models.requantize import type_name
@@ -76,17 +76,19 @@ def default_of(name: str, config: Config, source: str | None) -> ModelConfig:
 def filled(model: ModelConfig, config: Config, launchers: Launchers) -> ModelConfig:
     """The model with numbers instead of ``auto``, its files here; raises ``ConfigError``, ``ModelError``."""
     alone = config.model_copy(update={"models": (model,), "routes": ()})
-    [only] = Fitting(alone, launchers).fill(fetch=True).config.local_models
+    [only] = Fitting(alone, launchers, host_free_mib()).fill(fetch=True).config.local_models
     return only
 
 
 def fit_check(config: Config, launchers: Launchers) -> Callable[[ModelConfig], str | None]:
     """Says why a model cannot fit on this machine, by the planner's memory model; None if it may."""
 
+    free_mib = host_free_mib()
+
     def fits(model: ModelConfig) -> str | None:
         alone = config.model_copy(update={"models": (model,), "routes": ()})
         try:
-            Fitting(alone, launchers).check()
+            Fitting(alone, launchers, free_mib).check()
         except ConfigError as error:
             return error.problems[0].message
         return None
@@ -132,6 +134,8 @@ def _gguf(
         )
     contents = contents_of(launchers[engine].prepare(default))
     architecture = contents.model.architecture
+    if architecture.is_encoder:
+        raise TuneError(f"{default.name} makes embeddings; chats are what is measured")
     current = default.quantization or type_name(contents.model.gguf[0].header.file_type)
     types = [] if keep_quantization else list(types_for(current, most_loss))
     rig = _rig(config)

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import psutil
 
-from serving.hardware.memory import family_of, host_available_mib, host_total_mib, resident_mib
+from serving.hardware.memory import (
+    family_of,
+    host_available_mib,
+    host_free_mib,
+    host_total_mib,
+    resident_mib,
+)
 
 _HOLDS_64_MIB = "block = b'x' * 2**26; print('up', flush=True); input()"
 
@@ -68,6 +74,9 @@ def test_the_tightest_of_all_groups_above_counts(tmp_path: Path) -> None:
     write_group(tmp_path / "user.slice" / "rig.service", 2, str(500 * 2**20), 20 * 2**20, 0)
     assert host_total_mib(tmp_path, proc) == 300
     assert host_available_mib(tmp_path, proc) == 10
+    assert host_free_mib(0, tmp_path, proc) == 10
+    assert host_free_mib(200, tmp_path, proc) == 210
+    assert host_free_mib(400, tmp_path, proc) == 300
 
 
 def test_what_a_process_and_its_children_hold() -> None:
