@@ -70,7 +70,7 @@ CASES = (
     Case("many slots, Q8_0 cache", 1200, {**_SMALL, "context_length": 512, "kv_type": "Q8_0"}, "max_sequences", 1),
     Case("no flash attention", 1200, {**_SMALL, "max_sequences": 4, "flash_attention": False}, "context_length"),
     Case("large steps", 1400, {**_SMALL, "context_length": 4096, "max_sequences": 2}, "max_batch_tokens"),
-    Case("a pool", 1200, {**_SMALL, "context_length": 1024, "max_sequences": 16}, "kv_tokens"),
+    Case("a pool", 1200, {**_SMALL, "context_length": 512, "max_sequences": 64}, "kv_tokens", 512),
     Case("a prefix cache", 1400, {**_SMALL, "context_length": 1024, "max_sequences": 4}, "prefix_cache_mib", 16),
     Case("BF16 weights", 1400, {**_SMALL, "quantization": "BF16", "max_sequences": 4}, "context_length"),
     Case("a draft model", 1400, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length"),
@@ -121,11 +121,11 @@ class _Trial:
 
     def fits(self, keys: Mapping[str, Any]) -> bool:
         """What `config check` would say in the group, asked here as that takes no second."""
-        config = load_config(self.config(keys))
         budget_mib = self.case.limit_mib - self.case.reserve_mib - _OF_KERNEL_MIB
-        memory = config.memory.model_copy(update={"budget_mib": budget_mib})
-        config = config.model_copy(update={"memory": memory})
         try:
+            config = load_config(self.config(keys))
+            memory = config.memory.model_copy(update={"budget_mib": budget_mib})
+            config = config.model_copy(update={"memory": memory})
             Fitting(config, launchers_of(config)).check()
         except ConfigError:
             return False

@@ -107,7 +107,7 @@ def test_awq_is_offered_where_it_is_published() -> None:
         options = plan(of_catalog(model), rig, Wishes(users=4), CostConfig()).options
         return {(each.engine, each.mixture) for each in options}
 
-    assert ("vllm", "AWQ") in engines("qwen3-14b", "rtx 3060 12gb")
-    assert ("vllm", "BF16") not in engines("qwen3-14b", "rtx 3060 12gb")
-    assert ("vllm", "AWQ") not in engines("qwen3-14b", "rtx 2080 ti")
+    assert ("vllm", "AWQ") in engines("qwen3-8b", "rtx 3060 12gb")
+    assert ("vllm", "BF16") not in engines("qwen3-8b", "rtx 3060 12gb")
+    assert ("vllm", "AWQ") not in engines("qwen3-8b", "rtx 2080 ti")
     assert ("vllm", "AWQ") not in engines("mistral-nemo-instruct-2407", "rtx 3090")
