@@ -17,7 +17,8 @@ class Measured:
 
     ``tokens_per_second`` are all users' generated tokens over the time from the first request to the last answer's
     end. ``latency_p95_seconds`` is normalized: of whole requests, per generated token. Prices are fully loaded, as
-    ``energy_source`` knows the energy.
+    ``energy_source`` knows the energy. ``others_share`` is what other programs took of the processors meanwhile; None
+    where nobody tells.
     """
 
     tokens_per_second: float
@@ -29,6 +30,7 @@ class Measured:
     usd_per_million: float
     energy_source: str
     requests: int
+    others_share: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Its fields."""

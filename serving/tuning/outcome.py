@@ -8,6 +8,7 @@ from statistics import median
 
 from serving.config import ModelConfig
 from serving.planner.quality import note_of
+from serving.tuning.bench import MOST_OF_OTHERS
 from serving.tuning.goal import Failed, Goal, Measured
 from serving.tuning.search import Candidate, Comparison, Search, Trial
 from serving.tuning.space import identity
@@ -83,9 +84,17 @@ class Outcome:
             **{
                 name: median(getattr(each, name) for each in measured)
                 for name in Measured.__slots__
-                if name != "energy_source"
+                if name not in ("energy_source", "others_share")
             },
             energy_source=measured[-1].energy_source,
+        )
+
+    @property
+    def disturbed(self) -> int:
+        """How many measurements other programs disturbed, also when repeated."""
+        return sum(
+            isinstance(each.result, Measured) and (each.result.others_share or 0.0) > MOST_OF_OTHERS
+            for each in self.trials
         )
 
     def _of(self, candidate: Candidate) -> list[Measured]:

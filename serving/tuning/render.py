@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from serving.tuning.bench import Work
+from serving.tuning.bench import MOST_OF_OTHERS, Work
 from serving.tuning.goal import Failed, Measured
 from serving.tuning.outcome import Outcome, changes_of, quality_of
 from serving.tuning.search import Candidate, Phase, Trial
@@ -98,6 +98,7 @@ def render(outcome: Outcome, work: Work) -> RenderableType:
         ),
         *_tables(outcome),
         Text(outcome.reason, style="bold"),
+        *_disturbances(outcome),
         *_failures(outcome),
     )
 
@@ -147,6 +148,18 @@ def _ratio(outcome: Outcome, name: str) -> str:
         return ""
     ratio = outcome.comparison.ratio(lambda each: float(getattr(each, name)))
     return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})" if ratio else ""
+
+
+def _disturbances(outcome: Outcome) -> list[RenderableType]:
+    if not outcome.disturbed:
+        return []
+    return [
+        Text(
+            f"{outcome.disturbed} of {len(outcome.trials)} measurements were made beside other programs that took more than "
+            f"{MOST_OF_OTHERS:.0%} of the processors; end those, and run it again with --fresh.",
+            style="yellow",
+        )
+    ]
 
 
 def _failures(outcome: Outcome) -> list[RenderableType]:

@@ -34,7 +34,10 @@ def test_what_is_offered_fits() -> None:
     ):
         assert found.options
         for option in found.options:
-            assert option.headroom_bytes == headroom_bytes(option.memory, found.rig) >= 0
+            # vLLM's is what it has room for in its cache; of the card it takes the same whatever is asked for.
+            assert option.headroom_bytes >= 0
+            if option.engine != "vllm":
+                assert option.headroom_bytes == headroom_bytes(option.memory, found.rig)
 
 
 def test_the_recommended_one_is_on_the_card_and_loses_little() -> None:
