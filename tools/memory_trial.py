@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -293,18 +292,18 @@ def _held_mib(process: subprocess.Popen[str]) -> int:
     return resident_mib(family_of(process.pid) - {process.pid})
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table."""
-    lines = [
-        "| case | limit, MiB | the largest that passes | said to need, MiB | engine held at most, MiB | group's peak, MiB | tokens | killed |",
-        "|---|--:|---|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {each.case.name} | {each.case.limit_mib:,} | {each.setting} | {each.said_mib:,} | {each.engine_mib:,} "
-        f"| {each.peak_mib:,} | {each.tokens:,} | {each.kills} |"
-        for each in outcomes
-    ]
-    return "\n".join(lines)
+_HEADING = """\
+| case | limit, MiB | the largest that passes | said to need, MiB | engine held at most, MiB | group's peak, MiB | tokens | killed |
+|---|--:|---|--:|--:|--:|--:|--:|"""
+
+
+def row(outcome: Outcome) -> str:
+    """A line of the table."""
+    case = outcome.case
+    return (
+        f"| {case.name} | {case.limit_mib:,} | {outcome.setting} | {outcome.said_mib:,} | {outcome.engine_mib:,} "
+        f"| {outcome.peak_mib:,} | {outcome.tokens:,} | {outcome.kills} |"
+    )
 
 
 def main() -> int:
@@ -317,13 +316,20 @@ def main() -> int:
     chosen = [
         case for case in CASES if args.case is None or any(part in case.name for part in args.case)
     ]
-    outcomes = []
+    failed = False
+    print(_HEADING, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         sources = {WIDE: str(write_wide_cache(Path(folder) / "wide.gguf", resolve(EMBEDDED)))}
         for case in chosen:
             began = time.monotonic()
-            outcome = run_case(case, sources)
-            outcomes.append(outcome)
+            try:
+                outcome = run_case(case, sources)
+            except RuntimeError as error:
+                print(f"{case.name}: {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            failed = failed or bool(outcome.problems)
+            print(row(outcome), flush=True)
             seconds = time.monotonic() - began
             told = "; ".join(outcome.problems) or "held"
             print(
@@ -331,8 +337,7 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-    print(f"{date.today()}\n\n{markdown(outcomes)}")
-    return 1 if any(outcome.problems for outcome in outcomes) else 0
+    return int(failed)
 
 
 if __name__ == "__main__":
