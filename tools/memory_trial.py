@@ -69,7 +69,7 @@ CASES = (
     Case("many slots, Q8_0 cache", 1200, {**_SMALL, "context_length": 512, "kv_type": "Q8_0"}, "max_sequences", 1),
     Case("no flash attention", 1200, {**_SMALL, "max_sequences": 4, "flash_attention": False}, "context_length"),
     Case("large steps", 1400, {**_SMALL, "context_length": 4096, "max_sequences": 2}, "max_batch_tokens"),
-    Case("a pool", 1200, {**_SMALL, "context_length": 512, "max_sequences": 64}, "kv_tokens", 512),
+    Case("a pool", 1200, {**_SMALL, "context_length": 512, "max_sequences": 32}, "kv_tokens", 512),
     Case("a prefix cache", 1400, {**_SMALL, "context_length": 1024, "max_sequences": 4}, "prefix_cache_mib", 16),
     Case("BF16 weights", 1400, {**_SMALL, "quantization": "BF16", "max_sequences": 4}, "context_length"),
     Case("a draft model", 1400, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length"),
