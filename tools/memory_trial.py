@@ -75,7 +75,7 @@ CASES = (
     Case("a draft model", 1400, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length"),
     Case("a tight reserve", 900, {**_SMALL, "max_sequences": 4}, "context_length", reserve_mib=256),
     Case("wide cache, many slots", 3072, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, WIDE),
-    Case("wide cache, long contexts", 3072, {"max_sequences": 8, "prefix_cache_mib": 0}, "context_length", source=WIDE),
+    Case("wide cache, long contexts", 3072, {"max_sequences": 32, "prefix_cache_mib": 0}, "context_length", source=WIDE),
     Case("wide cache, a prefix cache", 3072, {"max_sequences": 8, "context_length": 2048}, "prefix_cache_mib", 64, WIDE),
 )  # fmt: skip
 
@@ -177,7 +177,7 @@ class _Trial:
         """One request with a prompt of so many tokens, no two alike; the tokens that came of it."""
         # A word that is one token; the number makes them differ from the first on.
         prompt = f"{number} " + "sea " * (tokens - _SPARE_TOKENS)
-        body = {"model": "m", "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+        body: Any = {"model": "m", "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
         answer = requests.post(
             f"http://127.0.0.1:{self.port}/v1/completions", json=body, timeout=_ANSWER_SECONDS
         )

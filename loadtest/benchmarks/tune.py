@@ -97,12 +97,8 @@ def _markdown(
         if models["default"].get(key) != models["tuned"].get(key)
     ]
     rows = []
-    for label, figure in (
-        ("tok/s, all users", lambda s: s.completion_tokens_per_second),
-        ("TTFT p50, ms", lambda s: s.ttft_seconds.p50 * 1e3),
-        ("TPOT p50, ms", lambda s: s.tpot_seconds.p50 * 1e3),
-    ):
-        ours, theirs = ([float(figure(each)) for each in found[name]] for name in found)
+    for number, label in enumerate(("tok/s, all users", "TTFT p50, ms", "TPOT p50, ms")):
+        ours, theirs = ([_figures(each)[number] for each in found[name]] for name in found)
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         rows.append(
             f"| {label} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} | "
@@ -122,6 +118,19 @@ def _markdown(
             "",
         ]
     )
+
+
+def _figures(summary: Summary) -> tuple[float, float, float]:
+    """Tokens per second of all users, and medians of TTFT and TPOT in milliseconds."""
+    rate, ttft, tpot = (
+        summary.completion_tokens_per_second,
+        summary.ttft_seconds,
+        summary.tpot_seconds,
+    )
+    assert rate is not None
+    assert ttft is not None
+    assert tpot is not None
+    return rate, ttft.p50 * 1e3, tpot.p50 * 1e3
 
 
 def _shown(words: Sequence[str]) -> list[str]:
