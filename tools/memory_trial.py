@@ -1,7 +1,7 @@
 """``python -m tools.memory_trial``: tries to run a rig out of memory with configs that are said to fit, and fails.
 
 Each case is a rig in a control group with a limit of memory, as a container has. Of one setting it takes the largest value
-that `rigserve config check` lets pass there; then every slot is filled to its last tokens, twice, so that the prefix
+that fits there, which `rigserve config check` has to let pass; then every slot is filled to its last tokens, twice, so that the prefix
 cache is full, too. Nothing may be killed, and all requests must be answered. Writes Markdown to standard output; ends with
 status 1 if a case was killed, or its engine took more than was said.
 """
