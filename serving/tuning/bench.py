@@ -25,8 +25,9 @@ from serving.tuning.goal import Failed, Measured, Result
 _POLL_SECONDS = 0.1
 _LAST_LINES = 3
 _MOST_REASON_CHARACTERS = 300
-# A measurement beside other programs that take more than so much of the processors is repeated, so often at most.
-MOST_OF_OTHERS, _MOST_TRIES = 0.1, 3
+# A measurement beside other programs that take more than so much of the processors is repeated; after so many that
+# were no better, no more: the machine is always busy.
+MOST_OF_OTHERS, _MOST_VAIN_REPEATS = 0.1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +48,18 @@ class Bench:
 
     def __init__(self, config: Config, work: Work) -> None:
         self._config, self._work = config, work
+        self._repeats_left = _MOST_VAIN_REPEATS
 
     def measure(self, model: ModelConfig, rounds: int) -> tuple[Result, float]:
         """What users saw, each of whom asked so many times, and how many seconds that took in all.
 
-        When other programs took much of the processors meanwhile it is measured again, some times.
+        When other programs took much of the processors meanwhile it is measured again, unless that was in vain before.
         """
         began = time.monotonic()
-        for _ in range(_MOST_TRIES):
+        result = self._once(model, rounds)
+        while _is_disturbed(result) and self._repeats_left:
             result = self._once(model, rounds)
-            if isinstance(result, Failed) or (result.others_share or 0.0) <= MOST_OF_OTHERS:
-                break
+            self._repeats_left -= _is_disturbed(result)
         return result, time.monotonic() - began
 
     def _once(self, model: ModelConfig, rounds: int) -> Result:
@@ -137,6 +139,10 @@ class Bench:
             "memory": config.memory.model_dump(mode="json", exclude_unset=True),
             "cost": config.cost.model_dump(mode="json", exclude_unset=True),
         }
+
+
+def _is_disturbed(result: Result) -> bool:
+    return isinstance(result, Measured) and (result.others_share or 0.0) > MOST_OF_OTHERS
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, seconds: float, log: Path) -> None:
