@@ -11,7 +11,7 @@ else
 SETUP = '$(PYTHON)' -m tools.setup --this-python
 endif
 
-.PHONY: help serve test programs image-steps vllm test-vllm soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-engines bench-overload bench-ledger bench-client setup setup-dev python clean
+.PHONY: help serve test programs image-steps vllm test-vllm soak chaos fuzz lint audit api-docs bench-engine bench-peers bench-gateway bench-engines bench-overload bench-ledger bench-client bench-tune setup setup-dev python clean
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
@@ -29,6 +29,7 @@ help:
 	@echo 'make bench-overload   measure how many answers still come in time at ten times the capacity'
 	@echo 'make bench-client   measure what the load generator takes in, and whether vllm bench serve measures the same'
 	@echo 'make bench-ledger   a year of ten million requests: how long it takes to write, to take on, to report'
+	@echo 'make bench-tune   tune the embedded model, then measure the winner beside the default'
 	@echo 'make clean   remove .venv'
 	@echo 'Variables: CONFIG=my.yaml  RIGSERVE_BUILD=auto|cpu|cuda  PYTHON=python3.12  TEST_PROCESSES=2'
 
@@ -106,6 +107,10 @@ bench-client: setup-dev
 	.venv/bin/python -m loadtest.benchmarks.client.capacity --out docs/results/load.md
 	.venv/bin/python -m loadtest.benchmarks.client.agreement --server clockwork --seconds 8 --out docs/results/load.md
 	.venv/bin/python -m loadtest.benchmarks.client.agreement --out docs/results/load.md
+
+# Needs a quiet machine.
+bench-tune: setup-dev
+	.venv/bin/python -m loadtest.benchmarks.tune --out docs/results/tune.md $(BENCH)
 
 setup: python
 	@$(SETUP)

@@ -44,6 +44,8 @@ from serving.protocol.errors import ApiError
 from serving.quantization.commands import add_quantize_action
 from serving.serve import ServeError, ledger_path, log_folder, serve
 from serving.site import launchers_of
+from serving.tuning.commands import add_tune_command
+from serving.tuning.subject import TuneError
 
 _DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PlanError,
         PriceDataError,
         ServeError,
+        TuneError,
         UnknownModel,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench_command(commands, default_config=_DEFAULT_CONFIG)
 
     add_plan_command(commands, default_config=_DEFAULT_CONFIG)
+    add_tune_command(commands, default_config=_DEFAULT_CONFIG, launchers_of=launchers_of)
 
     add_cost_command(
         commands, default_config=_DEFAULT_CONFIG, duration=_duration, accounts=_accounts

@@ -13,6 +13,7 @@ from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.llama_server import LlamaServerLauncher
 from serving.engines.vllm.launcher import VllmLauncher
 from serving.hardware.energy import EnergyMeter, open_meter
+from serving.hardware.memory import host_usable_mib
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class ThisMachine:
         ]
         if problems:
             raise ConfigError(problems)
-        filled = Fitting(config, launchers_of(config)).fill(fetch=True)
+        filled = Fitting(config, launchers_of(config), host_usable_mib()).fill(fetch=True)
         for line in filled.lines:
             _log.info("%s", line)
         return filled.config

@@ -93,6 +93,42 @@ def write_qwen2vl(path: Path, vocabulary: Path) -> Path:
     return _finish(writer)
 
 
+def write_wide_cache(path: Path, vocabulary: Path) -> Path:
+    """A small language model whose cache is large, 32 KiB a token: memory is full before much is computed."""
+    random, width, heads, head_width = _Weights(), 64, 32, 128
+    reader = gguf.GGUFReader(vocabulary)
+    writer = gguf.GGUFWriter(path, "llama")
+    _copy_fields(reader, writer, only="tokenizer.")
+    writer.add_block_count(2)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_key_length(head_width)
+    writer.add_value_length(head_width)
+    writer.add_rope_dimension_count(head_width)
+    writer.add_layer_norm_rms_eps(1e-6)
+    tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+    writer.add_tensor("token_embd.weight", random.matrix(tokens, width))
+    writer.add_tensor("output.weight", random.matrix(tokens, width))
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for layer in range(2):
+        for name in ("attn_q", "attn_k", "attn_v"):
+            writer.add_tensor(
+                f"blk.{layer}.{name}.weight", random.matrix(heads * head_width, width)
+            )
+        writer.add_tensor(
+            f"blk.{layer}.attn_output.weight", random.matrix(width, heads * head_width)
+        )
+        writer.add_tensor(f"blk.{layer}.ffn_gate.weight", random.matrix(2 * width, width))
+        writer.add_tensor(f"blk.{layer}.ffn_up.weight", random.matrix(2 * width, width))
+        writer.add_tensor(f"blk.{layer}.ffn_down.weight", random.matrix(width, 2 * width))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, np.float32))
+    return _finish(writer)
+
+
 def write_mamba(path: Path, vocabulary: Path) -> Path:
     """A recurrent language model: random weights, the vocabulary of another GGUF file."""
     random, width, inner, state, rank, kernel = _Weights(), 64, 128, 16, 4, 4

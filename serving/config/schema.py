@@ -33,6 +33,8 @@ Quantization = Literal[
     "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
 
+KvType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
+
 _BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _CELLS_OF_LLAMA_SERVER = 256
 # Arguments of llama-server that decide where it listens and to whom, and the key of the config that says so.
@@ -44,6 +46,7 @@ _ARGUMENTS_OF_OURS = {
     **dict.fromkeys(("-a", "--alias"), "set name and aliases"),
     **dict.fromkeys(("-mm", "--mmproj"), "set projector"),
     **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers"), "set gpu_layers"),
+    **dict.fromkeys(("-ctk", "--cache-type-k", "-ctv", "--cache-type-v"), "set kv_type"),
     **dict.fromkeys(("--host", "--port"), "engines listen on loopback; set port, if any"),
     **dict.fromkeys(("--api-key", "--api-key-file"), "it is made anew for each start"),
 }
@@ -424,6 +427,14 @@ class GgufModel(EngineModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads for compute. Unset: the machine's physical cores."
     )
+    kv_type: KvType = Field(
+        "F16",
+        description="How keys and values are kept: Q8_0 takes half the memory of F16, Q4_0 a quarter, for some loss.",
+    )
+    flash_attention: bool = Field(
+        True,
+        description="Compute attention in one kernel, where llama.cpp has it for the device; false: in several, which takes more memory.",
+    )
     context_length: Annotated[int, *_or_auto(2048, 64)] = Field(
         4096,
         ge=64,
@@ -440,6 +451,14 @@ class GgufModel(EngineModel):
         ge=-1,
         description="Layers on the GPU; -1 is all of them, auto as many as fit. Ignored by a CPU build.",
     )
+
+    @model_validator(mode="after")
+    def _kernel_for_its_cache(self) -> GgufModel:
+        if self.kv_type in ("Q8_0", "Q4_0") and not self.flash_attention:
+            raise ValueError(
+                f"kv_type {self.kv_type} needs flash_attention: true; llama.cpp has no other kernel for it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _checksum_of_something(self) -> GgufModel:
@@ -940,7 +959,9 @@ class MemoryConfig(Section):
     """How much memory engines may have together. Who does not fit beside the others waits until some leave."""
 
     budget_mib: int | None = Field(
-        None, ge=1, description="Main memory for engines. Unset: the machine's, less the reserve."
+        None,
+        ge=1,
+        description="Main memory for engines. Unset: what other programs leave of the machine's, less the reserve.",
     )
     reserve_mib: int = Field(
         512, ge=0, description="Main memory to leave free where budget_mib is not set."

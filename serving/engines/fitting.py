@@ -45,12 +45,14 @@ class Filled:
 class Fitting:
     """Knows this machine's memory, and what the models of a config need of it."""
 
-    def __init__(self, config: Config, launchers: Mapping[str, Launcher[Any]]) -> None:
-        """``launchers`` by the config's ``engine`` names."""
+    def __init__(
+        self, config: Config, launchers: Mapping[str, Launcher[Any]], host_mib: int | None = None
+    ) -> None:
+        """``launchers`` by the config's ``engine`` names; ``host_mib`` of main memory are there, all of it if None."""
         self._config = config
         self._launchers = launchers
         self._cards = gpus() if any(each.uses_gpus for each in launchers.values()) else []
-        self._devices = _devices(config.memory, self._cards)
+        self._devices = _devices(config.memory, self._cards, host_mib or host_total_mib())
 
     def check(self) -> tuple[str, ...]:
         """A line for each model of which it cannot be told whether it fits, since its files are not here.
@@ -200,11 +202,11 @@ class Fitting:
         )
 
 
-def _devices(memory: MemoryConfig, cards: Sequence[Gpu]) -> list[Device]:
-    """What engines may have, were nothing else running."""
+def _devices(memory: MemoryConfig, cards: Sequence[Gpu], host_mib: int) -> list[Device]:
+    """What engines may have, were nothing else running on the cards."""
     budget_mib = memory.budget_mib
     if budget_mib is None:
-        budget_mib = host_total_mib() - memory.reserve_mib
+        budget_mib = host_mib - memory.reserve_mib
     return [
         Device(HOST, budget_mib),
         *(Device(card.uuid, card.total_mib - memory.gpu_reserve_mib) for card in cards),

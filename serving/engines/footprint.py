@@ -124,6 +124,9 @@ def _settings(model: GgufModel, described: ModelDescription) -> Settings:
         slots=model.max_sequences,
         batch_tokens=model.max_batch_tokens,
         pool_tokens=model.kv_tokens if isinstance(model, LlamaCppModel) else None,
+        key_type=model.kv_type,
+        value_type=model.kv_type,
+        has_flash_attention=model.flash_attention,
         has_full_windows=is_ours,
     )
 

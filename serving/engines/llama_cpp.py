@@ -74,6 +74,8 @@ class LlamaCppLauncher:
             "--threads": model.threads or physical_cores(),
             "--gpu-layers": 0 if gpus == () else model.gpu_layers,
             "--prefix-cache-mib": model.prefix_cache_mib,
+            "--kv-type": model.kv_type,
+            "--flash-attention": "on" if model.flash_attention else "off",
             "--speculation": model.speculation,
             "--step-timeout-seconds": model.step_timeout_seconds,
         }

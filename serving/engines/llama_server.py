@@ -162,6 +162,9 @@ def _arguments(
         "--ubatch-size": rows,
         "--threads": model.threads or physical_cores(),
         "--n-gpu-layers": 0 if gpus == () else layers,
+        "--cache-type-k": model.kv_type.lower(),
+        "--cache-type-v": model.kv_type.lower(),
+        "--flash-attn": "auto" if model.flash_attention else "off",
         "--cache-ram": model.prefix_cache_mib,
         # What requests leave open is as OpenAI has it, and not as llama-server likes it.
         "--temp": 1,

@@ -16,7 +16,7 @@ from serving.config import MemoryConfig, ModelConfig, VllmModel
 from serving.engines.engine import Endpoint, Engine, EngineStartError, EngineState
 from serving.engines.launch import Footprint, Launcher
 from serving.engines.placement import HOST, Device, Need, Plan, Resident, can_ever_fit, place
-from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_total_mib, resident_mib
+from serving.hardware.memory import Gpu, family_of, gpu_mib_of, gpus, host_usable_mib, resident_mib
 from serving.models.sources import ModelError
 
 __all__ = [
@@ -308,7 +308,7 @@ class Supervisor:
     def _devices(self) -> list[Device]:
         budget_mib = self.memory.budget_mib
         if budget_mib is None:
-            budget_mib = host_total_mib() - self.memory.reserve_mib
+            budget_mib = host_usable_mib() - self.memory.reserve_mib
         cards = {gpu.uuid: gpu for each in self._launchers.values() for gpu in self._gpus(each)}
         return [Device(HOST, budget_mib)] + [
             # What our own engines hold is not free, and yet theirs to share.

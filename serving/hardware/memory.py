@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pynvml
 
 MIB = 2**20
 _PROC = Path("/proc")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +67,79 @@ def gpu_mib_of(pids: Collection[int]) -> dict[str, int] | None:
     return held
 
 
-def host_total_mib(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+def host_total_mib(mount: Path = _CGROUPS, proc: Path = _PROC) -> int:
     """Main memory that processes here may use: the machine's, or a container's limit below it."""
     total_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
-    try:
-        limit = cgroup_limit.read_text().strip()
-    except OSError:
-        limit = "max"
-    return min(total_mib, int(limit) // MIB) if limit.isdecimal() else total_mib
+    return min((total_mib, *(group.limit_mib for group in _limited_groups(mount, proc))))
 
 
-def host_available_mib(cgroup: Path = _CGROUP_LIMIT.parent, proc: Path = _PROC) -> int:
+def host_available_mib(mount: Path = _CGROUPS, proc: Path = _PROC) -> int:
     """Main memory that processes here may still take, before others are pushed out."""
     available_mib = _field((proc / "meminfo").read_text(), "MemAvailable:") // 1024
-    limit_mib = host_total_mib(cgroup / "memory.max")
+    groups = _limited_groups(mount, proc)
+    return max(0, min((available_mib, *(group.limit_mib - group.used_mib for group in groups))))
+
+
+def host_free_mib(ours_mib: int = 0, mount: Path = _CGROUPS, proc: Path = _PROC) -> int:
+    """Main memory that nobody else holds now; ``ours_mib`` is held, and yet ours to use."""
+    return min(host_total_mib(mount, proc), host_available_mib(mount, proc) + ours_mib)
+
+
+def host_usable_mib() -> int:
+    """Main memory that is free, or held by this process and by engines below it.
+
+    What this process itself holds is to come out of a reserve.
+    """
+    return host_free_mib(resident_mib(family_of(os.getpid())))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A control group with a limit of memory: what this process is in, or what that is in."""
+
+    limit_mib: int
+    used_mib: int
+
+
+def _limited_groups(mount: Path, proc: Path) -> list[_Group]:
+    """Those whose limits hold for this process, of either version of control groups."""
     try:
-        used_mib = int((cgroup / "memory.current").read_text()) // MIB
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = mount, "memory.max", "memory.current"
+            cached = ("inactive_file ", "active_file ")
+        elif "memory" in controllers.split(","):
+            root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = ("total_inactive_file ", "total_active_file ")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        # Of a container that does not see where it is from outside, the root is its own.
+        for each in (folder, *folder.parents) if folder.is_dir() else (root,):
+            group = _group(each, limit, usage, cached)
+            if group is not None:
+                groups.append(group)
+            if each == root:
+                break
+    return groups
+
+
+def _group(folder: Path, limit: str, usage: str, cached: Sequence[str]) -> _Group | None:
+    """What a group's files say; None without a limit."""
+    try:
+        limit_bytes = int((folder / limit).read_text())
+        used_bytes = int((folder / usage).read_text())
         # Files that were read count as used, but make way.
-        used_mib -= _field((cgroup / "memory.stat").read_text(), "inactive_file") // MIB
-    except (OSError, ValueError):
-        return available_mib
-    return max(0, min(available_mib, limit_mib - used_mib))
+        stat = (folder / "memory.stat").read_text()
+        used_bytes -= sum(_field(stat, name) for name in cached)
+    except (OSError, ValueError):  # "max", for one
+        return None
+    return _Group(limit_bytes // MIB, used_bytes // MIB)
 
 
 def resident_mib(pids: Iterable[int], proc: Path = _PROC) -> int:

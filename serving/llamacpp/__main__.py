@@ -20,7 +20,7 @@ from serving.llamacpp.adapters import AdapterFile
 from serving.llamacpp.embedder import Embedder
 from serving.llamacpp.embedding_server import create_embedding_app
 from serving.llamacpp.engine import Engine, EngineOptions
-from serving.llamacpp.runtime import Model, RuntimeFault, pooling_of
+from serving.llamacpp.runtime import KvType, Model, RuntimeFault, pooling_of
 from serving.llamacpp.server import create_app
 from serving.llamacpp.speculation import SpeculationKind
 from serving.protocol.errors import ApiError
@@ -43,6 +43,10 @@ def main() -> int:
     parser.add_argument("--max-batch-tokens", type=int, default=512, help="prompt tokens per step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU; -1: all")
+    parser.add_argument("--kv-type", choices=get_args(KvType), default="F16", help="of the cache")
+    parser.add_argument(
+        "--flash-attention", choices=("on", "off"), default="on", help="on: where there is a kernel"
+    )
     parser.add_argument("--kv-tokens", type=int, help="KV cells in all; default: slots x context")
     parser.add_argument(
         "--prefix-cache-mib", type=int, default=1024, help="main memory for prefixes"

@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from serving.chat.rendering import ChatPrompt, ChatRenderer, Reply
 from serving.chat.template import ChatTemplate
 from serving.llamacpp.adapters import AdapterFile, Adapters
 from serving.llamacpp.grammar import Grammar, GrammarCompiler
 from serving.llamacpp.images import ImageReader
-from serving.llamacpp.runtime import Context, Image, Model, use_small_pages
+from serving.llamacpp.runtime import Context, Image, KvType, Model, use_small_pages
 from serving.llamacpp.sampling import SamplingParams
 from serving.llamacpp.scheduler import QueueFull, Scheduler
 from serving.llamacpp.sequence import Event, Job, TextDelta
@@ -45,6 +46,8 @@ class EngineOptions:
     adapters: list[AdapterFile]
     projector_path: Path | None
     kv_tokens: int | None
+    kv_type: KvType
+    flash_attention: Literal["on", "off"]
     prefix_cache_mib: int
     speculation: SpeculationKind
     draft_model_path: Path | None
@@ -71,6 +74,8 @@ class Engine:
             batch_tokens=options.max_batch_tokens,
             threads=options.threads,
             kv_tokens=options.kv_tokens,
+            kv_type=options.kv_type,
+            flash_attention=options.flash_attention == "on",
         )
         template = ChatTemplate(
             self._model.chat_template,

@@ -55,7 +55,7 @@ def add_plan_command(commands: Any, *, default_config: Path) -> None:
     command.add_argument("--context", metavar="N", type=int, help="tokens of one request")
     command.add_argument("--users", metavar="N", type=int, help="requests at a time")
     command.add_argument(
-        "--slo", metavar="ttft=1s,tpot=50ms", type=_slo, default={}, help="latencies to keep"
+        "--slo", metavar="ttft=1s,tpot=50ms", type=parse_slo, default={}, help="latencies to keep"
     )
     command.add_argument(
         "--write", metavar="FILE", type=Path, help="write the recommended option as a config"
@@ -165,7 +165,7 @@ def _positive(name: str, number: int | None, most: int | None = None) -> int | N
     return number
 
 
-def _slo(text: str) -> dict[str, float]:
+def parse_slo(text: str) -> dict[str, float]:
     """``ttft=1s,tpot=50ms`` as seconds by name."""
     found: dict[str, float] = {}
     for part in text.split(","):

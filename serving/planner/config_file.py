@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving.planner.memory import Memory
 from serving.planner.options import Option, Plan
-from serving.planner.published import source_of
+from serving.planner.published import awq_source_of, source_of
 from serving.planner.quality import note_of
 from serving.planner.render import where
 
@@ -31,6 +31,8 @@ def config_text(plan: Plan, option: Option, *, source: str | None = None, title:
     if option.engine == "vllm" and len(option.offload.shares) > 1:
         keys.append(("tensor_parallel", len(option.offload.shares)))
     keys += [("context_length", settings.context_length), ("max_sequences", settings.slots)]
+    if settings.has_small_cache:
+        keys.append(("kv_type", settings.key_type))
     if not option.offload.shares:
         keys.append(("devices", "[cpu]"))
     elif option.offload.layers is not None:
@@ -46,6 +48,8 @@ def config_text(plan: Plan, option: Option, *, source: str | None = None, title:
 
 def _source(plan: Plan, option: Option, source: str | None) -> tuple[str, str | None]:
     if option.engine == "vllm":
+        if option.mixture == "AWQ":
+            return source or str(awq_source_of(plan.subject.name)), None
         return source or f"hf://{plan.subject.repo}", "fp8" if option.mixture == "FP8" else None
     if source is not None:
         return source, option.mixture if plan.subject.known_weights is None else None

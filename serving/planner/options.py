@@ -11,12 +11,19 @@ from serving.cost.model import CostModel
 from serving.hardware.catalog import catalog_cards
 from serving.models.architecture import Attention, Experts
 from serving.planner.memory import MIB, Memory, Offload, Parts, memory_of
+from serving.planner.published import awq_source_of
 from serving.planner.quality import grade_of
 from serving.planner.rig import Device, Rig, together
 from serving.planner.settings import Settings
 from serving.planner.speed import Speed, speed_of
 from serving.planner.subject import Subject
-from serving.planner.vllm import DEFAULT_STEP_TOKENS, VLLM_HOST_BYTES, in_fp8, vllm_memory
+from serving.planner.vllm import (
+    DEFAULT_STEP_TOKENS,
+    VLLM_HOST_BYTES,
+    in_awq,
+    in_fp8,
+    vllm_memory,
+)
 
 Engine = Literal["llama_cpp", "llama_server", "vllm"]
 # Tokens of one request, in the order in which they are tried.
@@ -25,12 +32,16 @@ _LEAST_CONTEXT = 4096
 # When only some of a model is on cards: as much as a chat needs, for context is dear then.
 _SPLIT_CONTEXT = 8192
 _USERS_TO_SHOW = (1, 4, 16)
+# Where it gives more context; llama.cpp quantizes heads whose widths are whole blocks.
+_SMALL_CACHE, _BLOCK = "Q8_0", 32
 # Over so many cards a model's heads can be shared out.
 _VLLM_CARDS = (1, 2, 4, 8)
 # Of a card's memory, what is left beside displays and a reserve.
 _SHARE_FOR_ENGINES = 0.97
 # So much worse in quality may an option be that keeps all on the cards, rather than one that does not.
 _GRADES_OF_A_SPLIT = 2
+# What a quantized cache loses was measured here for no model.
+_GRADES_OF_A_SMALL_CACHE = 1
 # Slower than this is slower than people read.
 COMFORTABLE_TOKENS_PER_SECOND = 8.0
 # What a config has main memory set aside for, if it does not say.
@@ -118,8 +129,11 @@ def _rank(option: Option) -> tuple[object, ...]:
         not option.meets_wishes,
         option.speed.users,
         not is_comfortable,
-        grade_of(option.mixture) + (_GRADES_OF_A_SPLIT if option.is_split else 0),
+        grade_of(option.mixture)
+        + (_GRADES_OF_A_SPLIT if option.is_split else 0)
+        + (_GRADES_OF_A_SMALL_CACHE if option.settings.has_small_cache else 0),
         option.settings.context_length < _SPLIT_CONTEXT,
+        option.settings.has_small_cache,
         -option.speed.all_users,
         option.engine,
         -option.settings.context_length,
@@ -164,6 +178,12 @@ class _Maker:
             isinstance(layer.mixer, Attention) and layer.mixer.window_tokens is not None
             for layer in self._architecture.layers
         )
+        self._may_shrink_cache = all(
+            isinstance(layer.mixer, Attention)
+            and not layer.mixer.key_width % _BLOCK
+            and not layer.mixer.value_width % _BLOCK
+            for layer in self._architecture.layers
+        )
         self._has_experts = any(
             isinstance(layer.feed_forward, Experts) for layer in self._architecture.layers
         )
@@ -177,15 +197,22 @@ class _Maker:
                 yield from self._of(mixture, count)
 
     def _of_vllm(self, users: int) -> Iterator[Option]:
-        """In 16 bits, and in FP8 where the card computes in it; over all cards if they are equal."""
+        """In 16 bits, in FP8 where the card computes in it, in AWQ's 4 bits where that is published; over all cards if
+        they are equal."""
         cards, architecture = self._rig.cards, self._architecture
         card = cards[0].card if cards else None
         kernels = card.architecture.kernels.get("vllm", ()) if card else ()
         are_equal = len({each.name for each in cards}) == 1 and len(cards) in _VLLM_CARDS
         if not kernels or not are_equal or self._subject.repo is None or architecture.is_encoder:
             return
-        for mixture in ("BF16", "FP8") if "fp8_w8a8" in kernels else ("BF16",):
-            if mixture == "FP8" or mixture in self._subject.mixtures:
+        offered = {
+            "BF16": "BF16" in self._subject.mixtures,
+            "FP8": "fp8_w8a8" in kernels,
+            # Without Marlin's kernels it is for memory alone, and slow.
+            "AWQ": "marlin" in kernels and awq_source_of(self._subject.name) is not None,
+        }
+        for mixture, is_offered in offered.items():
+            if is_offered:
                 for context in self._contexts:
                     option = self._vllm_option(mixture, users, context)
                     if option is not None:
@@ -196,8 +223,8 @@ class _Maker:
         cards, architecture = self._rig.cards, self._architecture
         assert cards[0].card is not None
         weights = self._subject.weights("BF16")
-        if mixture == "FP8":
-            weights = in_fp8(weights)
+        if mixture != "BF16":
+            weights = in_fp8(weights) if mixture == "FP8" else in_awq(weights)
         found = vllm_memory(
             architecture,
             weights.total_bytes,
@@ -221,6 +248,7 @@ class _Maker:
             Settings(context, users, batch_tokens=DEFAULT_STEP_TOKENS),
             users=users,
             context_tokens=min(context, 2 * self._wishes.prompt_tokens),
+            # AWQ's weights are made FP16 on their way into the units.
             is_quantized=mixture == "FP8",
             is_vllm=True,
         )
@@ -254,6 +282,15 @@ class _Maker:
             ours is None or theirs.settings.context_length > ours.settings.context_length
         ):
             yield theirs
+        small = (
+            self._longest(mixture, "llama_cpp", on_cards, users, self._contexts, _SMALL_CACHE)
+            if self._may_shrink_cache
+            else None
+        )
+        if small is not None and (
+            ours is None or small.settings.context_length > ours.settings.context_length
+        ):
+            yield small
         if ours or theirs or not self._rig.cards:
             return
         short = (
@@ -300,18 +337,36 @@ class _Maker:
         return best
 
     def _longest(
-        self, mixture: str, engine: Engine, offload: Offload, users: int, contexts: tuple[int, ...]
+        self,
+        mixture: str,
+        engine: Engine,
+        offload: Offload,
+        users: int,
+        contexts: tuple[int, ...],
+        cache_type: str = "F16",
     ) -> Option | None:
         for context in contexts:
-            option = self._option(mixture, engine, offload, users, context)
+            option = self._option(mixture, engine, offload, users, context, cache_type)
             if option is not None:
                 return option
         return None
 
     def _option(
-        self, mixture: str, engine: Engine, offload: Offload, users: int, context: int
+        self,
+        mixture: str,
+        engine: Engine,
+        offload: Offload,
+        users: int,
+        context: int,
+        cache_type: str,
     ) -> Option | None:
-        settings = Settings(context, users, has_full_windows=engine == "llama_cpp")
+        settings = Settings(
+            context,
+            users,
+            key_type=cache_type,
+            value_type=cache_type,
+            has_full_windows=engine == "llama_cpp",
+        )
         if self._architecture.is_encoder:
             settings = Settings(context, batch_tokens=context, is_pooled=True)
         weights = self._subject.weights(mixture)

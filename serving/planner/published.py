@@ -24,6 +24,21 @@ _FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
+# Those that Qwen publishes in AWQ's 4 bits, beside the 16-bit ones.
+_AWQ_REPOSITORIES: Mapping[str, str] = {
+    **{f"qwen3-{size.casefold()}": f"Qwen/Qwen3-{size}-AWQ" for size in ("4B", "8B", "14B", "32B")},
+    **{
+        f"qwen2.5-{size.casefold()}-instruct": f"Qwen/Qwen2.5-{size}-Instruct-AWQ"
+        for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+    },
+}
+
+
+def awq_source_of(name: str) -> str | None:
+    """A ``source`` for vLLM, of a model whose layers are in 4 bits; None if none is known."""
+    repository = _AWQ_REPOSITORIES.get(name)
+    return None if repository is None else f"hf://{repository}"
+
 
 def source_of(name: str, mixture: str) -> tuple[str, str | None] | None:
     """A ``source`` for a config, and the ``quantization`` to make of it if it is not published so; None if unknown."""

@@ -101,7 +101,8 @@ def _cells(plan: Plan, option: Option) -> list[RenderableType]:
             f" {loss_text(option.mixture)}",
             (f"\n{where(option)}{engine}", "dim"),
         ),
-        f"{speed.users} x\n{option.settings.context_length:,}",
+        f"{speed.users} x\n{option.settings.context_length:,}"
+        + (f"\ncache {option.settings.key_type}" if option.settings.has_small_cache else ""),
         _memory_bar(plan.rig, option),
         f"{_figure(speed.one_user)}\n{first:.2g} s",
         _figure(speed.all_users),
@@ -254,6 +255,7 @@ def _option_json(option: Option, plan: Plan) -> dict[str, Any]:
         "quality": note_of(option.mixture),
         "engine": option.engine,
         "context_length": option.settings.context_length,
+        "kv_type": option.settings.key_type,
         "users": speed.users,
         "gpu_layers": option.offload.layers,
         "experts_on_cpu": option.offload.experts_on_cpu,

@@ -10,7 +10,7 @@ from typing import Literal
 from serving.hardware.bandwidth import read_gb_per_second
 from serving.hardware.catalog import Card, UnknownCard, find_card
 from serving.hardware.cpu import cpu
-from serving.hardware.memory import gpus, host_total_mib
+from serving.hardware.memory import gpus, host_free_mib
 
 MIB = 2**20
 Kind = Literal["nvidia", "amd", "intel", "apple", "amd_unified", "cpu"]
@@ -98,10 +98,13 @@ class RigError(Exception):
 
 
 def this_rig(*, reserve_mib: int, gpu_reserve_mib: int) -> Rig:
-    """This machine: its memory's speed is measured, which takes half a second. Raises :class:`RigError`."""
+    """This machine with the memory that is free now; its speed is measured, which takes half a second.
+
+    Raises :class:`RigError`.
+    """
     host = _host(
         cpu().name,
-        (host_total_mib() - reserve_mib) * MIB,
+        (host_free_mib() - reserve_mib) * MIB,
         1e9 * read_gb_per_second(),
         cpu().cores * _clock_hz(),
         cpu().instruction_sets,

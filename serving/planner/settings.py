@@ -29,6 +29,11 @@ class Settings:
     is_pooled: bool = False
 
     @property
+    def has_small_cache(self) -> bool:
+        """Whether it is quantized."""
+        return self.key_type not in ("F32", "F16", "BF16")
+
+    @property
     def step_tokens(self) -> int:
         """The most tokens of one step."""
         return min(max(self.batch_tokens, self.slots), self.streams * self.cells)

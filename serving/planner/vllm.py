@@ -23,6 +23,8 @@ _GIB = 2**30
 # CUDA's context and libraries, and graphs, as it logs them for one card ("non_torch_memory", "CUDA graph pool").
 _NON_TORCH_BYTES = int(0.6 * _GIB)
 _ELEMENT_BYTES = 2
+# A scale of 16 bits and a zero point of 4 for 128 weights.
+_AWQ_BITS = 4 + (16 + 4) / 128
 # What its processes take of main memory: Python, PyTorch, and CUDA's libraries.
 VLLM_HOST_BYTES = 4 * _GIB
 # Of a step, tokens computed at once when nobody says.
@@ -65,10 +67,24 @@ def vllm_memory(
 
 def in_fp8(weights: ModelWeights) -> ModelWeights:
     """16-bit weights whose layers are made FP8 while they are loaded; embeddings and output stay."""
+    return _with_layers_in(weights, 8.0)
+
+
+def in_awq(weights: ModelWeights) -> ModelWeights:
+    """16-bit weights whose layers are in 4 bits, as AutoAWQ writes them; embeddings and output stay."""
+    return _with_layers_in(weights, _AWQ_BITS)
+
+
+def _with_layers_in(weights: ModelWeights, bits: float) -> ModelWeights:
+    share = bits / (8 * _ELEMENT_BYTES)
     return replace(
         weights,
         layers=tuple(
-            replace(layer, total_bytes=layer.total_bytes // 2, expert_bytes=layer.expert_bytes // 2)
+            replace(
+                layer,
+                total_bytes=int(layer.total_bytes * share),
+                expert_bytes=int(layer.expert_bytes * share),
+            )
             for layer in weights.layers
         ),
     )

@@ -31,10 +31,19 @@ def estimate(path: Path, **options: Any) -> Footprint:
             "prefix_cache_mib": 16,
             "max_batch_tokens": 256,
         },
+        # Twice as many tokens as above, in as much memory.
+        {"context_length": 1024, "max_sequences": 2, "prefix_cache_mib": 0, "kv_type": "Q8_0"},
+        {
+            "context_length": 512,
+            "max_sequences": 2,
+            "prefix_cache_mib": 0,
+            "flash_attention": False,
+        },
     ],
 )
-def test_of_a_chat_model(model_path: Path, options: dict[str, int]) -> None:
-    with EngineServer(model_path, **options) as engine:
+def test_of_a_chat_model(model_path: Path, options: dict[str, Any]) -> None:
+    flags = options | {"flash_attention": "on" if options.get("flash_attention", True) else "off"}
+    with EngineServer(model_path, **flags) as engine:
         # Prompts of a full batch each, and more of them than slots: all buffers and prefixes are filled.
         for number in range(options["max_sequences"] + 1):
             prompt = f"{number} " + "sea " * (options["context_length"] - 32)

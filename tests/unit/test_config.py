@@ -182,3 +182,9 @@ def test_model_paths_are_relative_to_the_config(tmp_path: Path) -> None:
     assert isinstance(model, LlamaCppModel)
     assert model.source == model.projector == str(tmp_path / "m.gguf")
     assert model.draft_model == str(tmp_path / "small.gguf")
+
+
+def test_a_quantized_cache_needs_its_kernel(tmp_path: Path) -> None:
+    more = "kv_type: Q8_0, flash_attention: false"
+    with pytest.raises(ConfigError, match="kv_type Q8_0 needs flash_attention: true"):
+        load(tmp_path, f"models: [{{name: m, source: package://a/m.gguf, {more}}}]\n")

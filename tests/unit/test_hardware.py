@@ -196,6 +196,8 @@ def test_cards_on_the_bus_are_seen_without_a_driver(tmp_path: Path) -> None:
 
 def test_memory_that_files_take_is_free_in_a_container(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/\n")
     assert host_available_mib(tmp_path, tmp_path) == 8192
     (tmp_path / "memory.max").write_text(f"{1024 * 2**20}\n")
     (tmp_path / "memory.current").write_text(f"{800 * 2**20}\n")

@@ -10,7 +10,7 @@ from serving.models.catalog import find_model
 from serving.planner.options import Wishes, plan
 from serving.planner.rig import assumed_rig
 from serving.planner.subject import of_catalog
-from serving.planner.vllm import BLOCK_TOKENS, activation_bytes, kv_blocks, vllm_memory
+from serving.planner.vllm import BLOCK_TOKENS, activation_bytes, in_awq, kv_blocks, vllm_memory
 
 GIB = 2**30
 
@@ -89,3 +89,25 @@ def test_it_is_offered_where_it_runs() -> None:
     assert "vllm" not in engines("rtx 3090", "rtx 3060 12gb")
     assert "vllm" not in engines("m2 ultra 76-core 128gb")
     assert "vllm" not in engines()
+
+
+# graelo/Qwen2.5-7B-Instruct-1M-AWQ, of the same shape: safetensors of 4.48 and 1.09 GB.
+def test_awq_weights_are_as_large_as_published_ones() -> None:
+    model = find_model("qwen2.5-7b-instruct")
+    assert model is not None
+    weights = in_awq(of_catalog(model).weights("BF16"))
+    assert weights.total_bytes == pytest.approx(5.57e9, rel=0.005)
+
+
+def test_awq_is_offered_where_it_is_published() -> None:
+    def engines(name: str, card: str) -> set[tuple[str, str]]:
+        model = find_model(name)
+        assert model is not None
+        rig = assumed_rig([card], None, reserve_mib=512, gpu_reserve_mib=512)
+        options = plan(of_catalog(model), rig, Wishes(users=4), CostConfig()).options
+        return {(each.engine, each.mixture) for each in options}
+
+    assert ("vllm", "AWQ") in engines("qwen3-8b", "rtx 3060 12gb")
+    assert ("vllm", "BF16") not in engines("qwen3-8b", "rtx 3060 12gb")
+    assert ("vllm", "AWQ") not in engines("qwen3-8b", "rtx 2080 ti")
+    assert ("vllm", "AWQ") not in engines("mistral-nemo-instruct-2407", "rtx 3090")

@@ -12,7 +12,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from serving.llamacpp.runtime.adapters import LoraAdapter
-from serving.llamacpp.runtime.context import Context
+from serving.llamacpp.runtime.context import Context, KvType
 from serving.llamacpp.runtime.embedding import EmbeddingContext, PairFormat, Pooling, pooling_of
 from serving.llamacpp.runtime.faults import RuntimeFault
 from serving.llamacpp.runtime.model import Model
@@ -31,6 +31,7 @@ __all__ = [
     "EmbeddingContext",
     "Image",
     "ImageRows",
+    "KvType",
     "LoraAdapter",
     "Model",
     "PairFormat",

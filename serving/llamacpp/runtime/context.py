@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import compress, count
-from typing import Any
+from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from serving.llamacpp.runtime.adapters import LoraAdapter, use_adapter
@@ -17,6 +18,7 @@ from serving.llamacpp.runtime.model import Model
 from serving.llamacpp.runtime.multimodal import ImageRows
 
 _MAX_CELLS = 2**32
+KvType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 
 
 class Context:
@@ -35,10 +37,13 @@ class Context:
         batch_tokens: int,
         threads: int,
         kv_tokens: int | None = None,
+        kv_type: KvType = "F16",
+        flash_attention: bool = True,
     ) -> None:
         """Allocate the cells; a batch holds at most ``batch_tokens`` rows (or one for each slot).
 
-        Raises :class:`RuntimeFault` when the memory is not there.
+        With ``flash_attention`` llama.cpp takes that kernel where it has it for the device.
+        Raises :class:`RuntimeFault` when the memory is not there, or the model's heads do not suit ``kv_type``.
         """
         cells = kv_tokens or context_length * slots
         if cells >= _MAX_CELLS:
@@ -54,6 +59,9 @@ class Context:
         params.n_threads = threads
         params.n_threads_batch = threads
         params.kv_unified = kv_tokens is not None
+        params.type_k = params.type_v = int(GGMLQuantizationType[kv_type])
+        if not flash_attention:
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.no_perf = True
         handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not handle:
