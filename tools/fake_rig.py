@@ -54,5 +54,5 @@ class FakeLauncher:
 
 
 if __name__ == "__main__":
-    with patch("serving.serve.LlamaCppLauncher", FakeLauncher):
+    with patch("serving.site.LlamaCppLauncher", FakeLauncher):
         sys.exit(cli.main(sys.argv[1:]))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.config import ScalingConfig
-from serving.engines.supervisor import Engine, EngineStartError
+from serving.engines.supervisor import Engine, EngineStartError, EngineState
 from serving.gateway.admission import Admission
 from serving.gateway.fleet import Fleet
 from serving.gateway.routing import is_replica
@@ -131,6 +131,9 @@ class Scaler:
             for engine in engines:
                 if not engine.is_expected and engine.is_loaded and self._is_idle(engine):
                     self._begin(engine, self._fleet.unload(engine))
+                elif engine.is_expected and engine.state is EngineState.UNLOADED:
+                    # A reload wanted it while it was going.
+                    self._begin(engine, self._fleet.load(engine))
 
     def _load(self, engines: Sequence[Engine], wanted: Sequence[Engine]) -> Load:
         model = engines[0].model

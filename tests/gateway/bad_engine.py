@@ -149,6 +149,6 @@ class _BadEngine:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        with patch("serving.serve.LlamaCppLauncher", _Launcher):
+        with patch("serving.site.LlamaCppLauncher", _Launcher):
             sys.exit(cli.main(sys.argv[1:]))
     asyncio.run(_BadEngine(int(sys.argv[1])).serve())
