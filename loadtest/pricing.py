@@ -15,6 +15,7 @@ from serving.cost.traffic import Traffic, of_request
 _ENERGY = re.compile(
     r'^rigserve_(idle_)?energy_joules_total\{.*source="(\w+)".*\} (\S+)$', re.MULTILINE
 )
+_BUSY = {"prefill_busy_seconds", "decode_busy_seconds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,11 @@ def traffic_of(
     good = [record for record in records if record.error is None and not record.warmup]
     if not good or any(r.prompt_tokens is None or r.completion_tokens is None for r in good):
         return None
-    if all(record.timings for record in good):
-        prefill = sum(r.timings["prefill_busy_seconds"] for r in good if r.timings)
-        decode = sum(r.timings["decode_busy_seconds"] for r in good if r.timings)
+    # Other servers have timings, too, of other things.
+    timings = [r.timings for r in good if r.timings and r.timings.keys() >= _BUSY]
+    if len(timings) == len(good):
+        prefill = sum(each["prefill_busy_seconds"] for each in timings)
+        decode = sum(each["decode_busy_seconds"] for each in timings)
         timing_source = "engine"
     else:
         prefill, decode = _observed_busy_seconds(good)

@@ -236,9 +236,15 @@ def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
     assert stood_still is not None
     assert stood_still.energy_source == "estimated"
     assert stood_still.energy_joules == pytest.approx(1.25 * COST.power.load_watts)
-    # Without them: two requests that overlap keep the server busy for the time either is open.
+    # Without them, or with another server's: two requests that overlap keep it busy for the time either is open.
     foreign = traffic_of(
-        [record(), record(started_at=2.0, ended_at=4.0, first_token_at=2.5)], None, None, COST
+        [
+            record(timings={"prompt_ms": 3.0}),
+            record(started_at=2.0, ended_at=4.0, first_token_at=2.5),
+        ],
+        None,
+        None,
+        COST,
     )
     assert foreign is not None
     assert foreign.busy_seconds == pytest.approx(3.0)
