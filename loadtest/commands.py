@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from loadtest.arguments import count, positive
 from loadtest.options import BenchOptions, Join, overridden
 from loadtest.run import run_bench, run_worker
 from loadtest.scenario import DEFAULT, load_scenario, names, parse_duration
@@ -29,11 +30,11 @@ def add_bench_command(commands: Any, *, default_config: Path) -> None:
     command.add_argument("--out", type=Path, help="folder for the report (default: bench-TIME)")
     command.add_argument("--seed", type=int, default=0, help="chooses the prompts (default: 0)")
     instead = command.add_argument_group("instead of what the scenario says")
-    instead.add_argument("--users", type=_count, help="so many users that wait for their answers")
-    instead.add_argument("--rate", type=_rate, help="so many requests a second that do not wait")
+    instead.add_argument("--users", type=count, help="so many users that wait for their answers")
+    instead.add_argument("--rate", type=positive, help="so many requests a second that do not wait")
     instead.add_argument("--duration", type=_duration, help="of each stage, such as 30s, 2m, 1h")
-    instead.add_argument("--prompt-tokens", type=_count, help="length of all prompts")
-    instead.add_argument("--output-tokens", type=_count, help="length of all completions")
+    instead.add_argument("--prompt-tokens", type=count, help="length of all prompts")
+    instead.add_argument("--output-tokens", type=count, help="length of all completions")
     gate = command.add_argument_group("conditions; exit status 3 if one does not hold")
     gate.add_argument(
         "--slo", action="append", default=[], metavar="CONDITION",
@@ -116,19 +117,3 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
     return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return rate

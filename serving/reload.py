@@ -320,7 +320,7 @@ class Reloader:
         engines = {engine.model.name: engine for engine in self._gateway.router.engines}
         return changes_of(
             *(self.config, new),
-            lambda old, new: self._supervisor.needs_restart(engines[old.name], new),
+            lambda before, after: self._supervisor.needs_restart(engines[before.name], after),
         )
 
     async def _turn_over(self, new: Config) -> asyncio.Task[None]:

@@ -99,7 +99,9 @@ def log_folder(config: Config) -> Path:
 
 
 def serve(config: Config, file: Path, site: Site | None = None) -> None:
-    """Serve, with engines at ``site`` (this machine's, unless it is said), until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
+    """Serve until SIGTERM or SIGINT, then drain; take up ``file``, where the config came from, when it changes.
+
+    Engines are at ``site``, or on this machine.
 
     Raises :class:`ServeError`, ``ConfigError``, ``LedgerError``, ``ModelError``, ``PriceDataError``, ``UnknownModel``.
     """
@@ -141,20 +143,8 @@ def serve(config: Config, file: Path, site: Site | None = None) -> None:
         )
         runner.run(
             _serve(
-                *(
-                    site,
-                    config,
-                    file,
-                    listener,
-                    meter,
-                    metrics,
-                    access,
-                    keys,
-                    responses,
-                    files,
-                    batches,
-                ),
-                *(certificate, tracing, spending, adapters),
+                *(site, config, file, listener, meter, metrics, access, keys),
+                *(responses, files, batches, certificate, tracing, spending, adapters),
             )
         )
 

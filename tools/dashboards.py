@@ -480,7 +480,7 @@ def _choice(label: str, title: str) -> dashboard.QueryVariable:
         .label(title)
         .datasource(_SOURCE)
         .query(f"label_values(rigserve_engine_ready, {label})")
-        .regex("/([^#]*)/")
+        .regex("/([^#]*)/" if label == "model" else "")
         .refresh(types.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .multi(True)
         .include_all(True)

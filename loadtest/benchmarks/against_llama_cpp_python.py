@@ -29,6 +29,7 @@ import aiohttp
 import yaml
 
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 from loadtest.benchmarks.streams import Stream
 
 _MODEL = "model"
@@ -63,10 +64,7 @@ def main() -> int:
         }
         results = asyncio.run(_measure(servers, args))
     table = _table(results, args)
-    print(table)
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(table)
+    publish(table, args.out)
     return 0
 
 

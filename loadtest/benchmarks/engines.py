@@ -34,6 +34,7 @@ from loadtest.benchmarks.engine.prompts import Prompts
 from loadtest.benchmarks.engine.servers import require_full
 from loadtest.benchmarks.engine.table import percentile, processor
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 from loadtest.benchmarks.streams import Reply, Stream
 from loadtest.prompts import CORPUS_PATH
 from serving.config import load_config
@@ -279,10 +280,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the servers then, too
     report = measure(args)
-    print(report)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(report)
+    publish(report, args.out)
     return 0
 
 

@@ -31,6 +31,7 @@ import aiohttp
 
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 
 _MODEL = "smollm2-135m"
 _SLOTS = 4
@@ -159,10 +160,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(report)
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(report)
+    publish(report, args.out)
     return 0
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 from loadtest.measures import Summary
 from loadtest.waves import Waves, run_waves
 from serving.config import load_config
@@ -149,10 +150,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the servers then, too
     report = measure(args)
-    print(report)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(report)
+    publish(report, args.out)
     return 0
 
 

@@ -71,7 +71,7 @@ def _add_config(action: argparse.ArgumentParser, default_config: Path) -> None:
 
 def _start(args: argparse.Namespace) -> int:
     _require_ray()
-    made = _ray("get-auth-token", "--generate", capture=True)
+    made = _ray("get-auth-token", "--generate", quiet=True)
     keep_token()
     words = ["--head", f"--port={args.port}", "--include-dashboard=false"]
     status = _ray_start(args, words)
@@ -100,13 +100,13 @@ def _ray_start(args: argparse.Namespace, words: list[str]) -> int:
     return _ray("start", *words)
 
 
-def _ray(*words: str, capture: bool = False) -> int:
-    """Run Ray's own command."""
+def _ray(*words: str, quiet: bool = False) -> int:
+    """Run Ray's own command; ``quiet``: what it prints is for nobody."""
     environment = {**os.environ, **ray_environment(needs_token=True)}
     return subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", *words],
         env=environment,
-        stdout=subprocess.DEVNULL if capture else None,
+        stdout=subprocess.DEVNULL if quiet else None,
         check=False,
     ).returncode
 

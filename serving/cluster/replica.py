@@ -104,7 +104,8 @@ class Replica:
         if isinstance(model, VllmModel) and model.over_nodes:
             # It finds the cluster, and sees its node's cards, of which this actor has none.
             address = ray.get_runtime_context().gcs_address
-            inherited = {**os.environ, "RAY_ADDRESS": address}
+            host = ray.util.get_node_ip_address()
+            inherited = {**os.environ, "RAY_ADDRESS": address, "VLLM_HOST_IP": host}
             inherited.pop("CUDA_VISIBLE_DEVICES", None)
             return inherited
         return dict(os.environ)

@@ -52,7 +52,9 @@ class Fitting:
         self._config = config
         self._launchers = launchers
         self._cards = gpus() if any(each.uses_gpus for each in launchers.values()) else []
-        self._devices = _devices(config.memory, self._cards, host_mib or host_total_mib())
+        self._devices = _devices(
+            config.memory, self._cards, host_total_mib() if host_mib is None else host_mib
+        )
 
     def check(self) -> tuple[str, ...]:
         """A line for each model of which it cannot be told whether it fits, since its files are not here.

@@ -129,7 +129,7 @@ class Slots:
             sequence.leader, best = leader, 0
         elif best < there + SMALLEST_USEFUL_PREFIX:
             if there < _CONTINUES * len(target.tokens):
-                self._save(target)
+                self._keep(target)
             best = there
         elif source is not None and shared >= stored:
             self._empty(target, keep=True)
@@ -241,7 +241,7 @@ class Slots:
 
     def _empty(self, slot: Slot, *, keep: bool) -> None:
         if keep:
-            self._save(slot)
+            self._keep(slot)
         self._context.truncate(slot.number, 0)
         slot.tokens = []
 
@@ -250,8 +250,12 @@ class Slots:
         is_useful = len(slot.tokens) >= SMALLEST_USEFUL_PREFIX and self._store.capacity_bytes > 0
         return is_useful and not self._store.refresh(slot.tokens, slot.adapter)
 
+    def _keep(self, slot: Slot) -> None:
+        if self._is_unsaved(slot):
+            self._save(slot)
+
     def _save(self, slot: Slot) -> bool:
-        cells = self._context.save(slot.number) if self._is_unsaved(slot) else None
+        cells = self._context.save(slot.number)
         return cells is not None and self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
 
     def _restore(self, slot: Slot, saved: Saved) -> bool:

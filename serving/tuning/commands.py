@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
+from loadtest.arguments import count, positive
 from serving import __version__
 from serving.config import Config, ModelConfig, load_config
 from serving.engines.vllm.environment import Environments
@@ -63,9 +64,9 @@ def add_tune_command(
     command.add_argument(
         "--slo", metavar="ttft=1s,tpot=50ms", type=parse_slo, default={}, help="p95 to keep"
     )
-    command.add_argument("--users", metavar="N", type=_count, default=8, help="default: 8")
-    command.add_argument("--prompt-tokens", metavar="N", type=_count, default=78)
-    command.add_argument("--output-tokens", metavar="N", type=_count, default=128)
+    command.add_argument("--users", metavar="N", type=count, default=8, help="default: 8")
+    command.add_argument("--prompt-tokens", metavar="N", type=count, default=78)
+    command.add_argument("--output-tokens", metavar="N", type=count, default=128)
     command.add_argument(
         "--budget", metavar="MINUTES", type=_minutes, default=600.0, help="default: 10"
     )
@@ -74,7 +75,7 @@ def add_tune_command(
         help="default: the config's, or llama_cpp, and vLLM where it is installed; again for both",
     )  # fmt: skip
     command.add_argument(
-        "--max-loss", metavar="PERCENT", type=_percent, default=1.0,
+        "--max-loss", metavar="PERCENT", type=positive, default=1.0,
         help="what quantizations may add to perplexity (default: 1, or what the default's does)",
     )  # fmt: skip
     command.add_argument("--keep-quantization", action="store_true", help="leave the weights alone")
@@ -229,25 +230,5 @@ def _machine() -> str:
     return " + ".join((f"{processor.cores} x {processor.name}", *(card.name for card in gpus())))
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 def _minutes(text: str) -> float:
-    return 60 * _positive(text)
-
-
-def _percent(text: str) -> float:
-    return _positive(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return number
+    return 60 * positive(text)

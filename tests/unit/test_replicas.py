@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,7 @@ from serving.config import Config, ConfigError, ScalingConfig, load_config, with
 from serving.engines.supervisor import Engine, EngineState
 from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.routing import Route, Router, label_of
-from serving.gateway.scaling import Load, Policy
+from serving.gateway.scaling import Load, Policy, Scaler
 from serving.protocol.errors import ApiError
 from serving.reload import steps_of
 from tests.unit.test_balancing import NO_MARKS, Here
@@ -170,6 +171,39 @@ def test_one_goes_when_the_others_could_have_done_the_work_for_long() -> None:
     assert policy.change(120.0, calm, SCALING) == 0
     assert policy.change(180.0, calm, SCALING) == -1
     assert policy.change(181.0, load(2, 2), SCALING) == 0
+
+
+class Loader:
+    """A fleet that has engines ready at once."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.has_loaded = asyncio.Event()
+
+    async def load(self, engine: Engine) -> None:
+        self.loaded.append(engine.model.name)
+        engine.state = EngineState.READY
+        self.has_loaded.set()
+
+
+def test_one_that_is_wanted_again_while_it_goes_is_loaded_again() -> None:
+    first, second = replicas = engines(with_replicas(config()))[:2]
+    fleet = Loader()
+
+    async def look() -> None:
+        scaler = Scaler(cast(Any, fleet), cast(Any, Traffic()), lambda: replicas, lambda: SCALING)
+        looking = asyncio.create_task(scaler.run())
+        # As a reload leaves it that wants two where there was one.
+        second.state = EngineState.UNLOADING
+        await asyncio.sleep(0)
+        assert not fleet.loaded
+        second.state = EngineState.UNLOADED
+        await asyncio.wait_for(fleet.has_loaded.wait(), 60)
+        looking.cancel()
+
+    asyncio.run(look())
+    assert fleet.loaded == [second.model.name]
+    assert first.state is EngineState.READY
 
 
 def names(step: Config) -> list[tuple[str, int]]:

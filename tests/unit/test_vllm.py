@@ -290,6 +290,9 @@ class TestCommand:
             monkeypatch.delenv(name, raising=False)
         told = environment(a_model(), "key", None, on_gpu=True)
         assert (told["HF_HUB_OFFLINE"], told["VLLM_HOST_IP"]) == ("1", "127.0.0.1")
+        # Those on other nodes could not meet it there.
+        spread = environment(a_model(over_nodes=True), "key", None, on_gpu=True)
+        assert "VLLM_HOST_IP" not in spread
         drafting: Any = {"method": "draft_model", "model": "hf://a/b"}
         model = a_model(speculation=drafting)
         assert "HF_HUB_OFFLINE" not in environment(model, "key", None, on_gpu=True)

@@ -32,6 +32,7 @@ from loadtest.benchmarks.client.benches import bench
 from loadtest.benchmarks.client.clockwork import ITL_SECONDS, TTFT_SECONDS, Truth
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 from loadtest.probe import Probe
 from loadtest.scenario import Traffic
 from loadtest.workload import Workload
@@ -75,10 +76,7 @@ def main() -> int:
         parser.error("there is no vLLM to compare with; install it with: make vllm")
     with _server(args) as url, tempfile.TemporaryDirectory() as folder:
         text = _heading(args) + _measure(url, args, Path(folder))
-    print(text)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(text)
+    publish(text, args.out)
     return 0
 
 

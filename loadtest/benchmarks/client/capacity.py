@@ -21,6 +21,7 @@ from loadtest.benchmarks.client.benches import bench
 from loadtest.benchmarks.engine.table import processor
 from loadtest.benchmarks.gateway.servers import Cores
 from loadtest.benchmarks.processes import free_port, running
+from loadtest.benchmarks.results import publish
 
 _MS = 1e3
 
@@ -67,10 +68,7 @@ def main() -> int:
         "one core, all client processes the other.\n\n"
         f"Command: `python -m loadtest.benchmarks.client.capacity --seconds {args.seconds:g}`\n\n{table}\n"
     )
-    print(text)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(text)
+    publish(text, args.out)
     return 0
 
 

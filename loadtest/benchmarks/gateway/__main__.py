@@ -40,6 +40,7 @@ from loadtest.benchmarks.gateway.servers import (
     nginx,
     rigserve,
 )
+from loadtest.benchmarks.results import publish
 
 _CLIENTS = 32
 _IDLE_STREAMS = 1000
@@ -81,10 +82,7 @@ def main() -> int:
             cores.pin_me()
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 report = _heading(cores) + runner.run(_measure(servers, args))
-        print(report)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(report)
+        publish(report, args.out)
     except RuntimeError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1

@@ -138,12 +138,13 @@ def environment(
         "DO_NOT_TRACK": "1",
         # Adapters come and go by way of the gateway, which has the key.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        # Where its own processes meet. It would find out the machine's address by the way to one far away, and listen there.
-        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
         # Its workers fork processes that hold the log's pipe.
         "PYTHONUNBUFFERED": "1",
         **environment_of(gpus),
     }
+    if not model.over_nodes:
+        # Where its own processes meet. It would find out the machine's address by the way to one far away, and listen there.
+        told["VLLM_HOST_IP"] = os.environ.get("VLLM_HOST_IP", "127.0.0.1")
     if model.speculation is None or not (model.speculation.model or "").startswith(HUB):
         # All that it reads is here. What the operator has set counts, for files that extra_args name.
         told["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
