@@ -61,8 +61,9 @@ class Outcome:
                 if others
                 else "Nothing else was tried; give it a longer --budget."
             )
+        which = "What else was tried" if others == 1 else f"The best of {others} others"
         return (
-            f"Nothing beats the default surely. The best of {others} others has {ratio[0]:.2f} times its "
+            f"Nothing beats the default surely. {which} has {ratio[0]:.2f} times its "
             f"{self.figure_name} (95 %: {ratio[1]:.2f} to {ratio[2]:.2f})."
         )
 
