@@ -15,7 +15,7 @@ endif
 help:
 	@echo 'make serve   set up, then serve CONFIG (default: $(CONFIG)) on http://127.0.0.1:8000/v1'
 	@echo 'make test    set up, then run the tests'
-	@echo 'make test-vllm   install vLLM, then run its tests, which make test leaves out where it is not installed'
+	@echo 'make test-vllm   install vLLM, then run the tests with it, which make test leaves out'
 	@echo 'make soak    the randomized test of the engine at length (SOAK_REQUESTS=3000)'
 	@echo 'make chaos   engines are killed under load for minutes (CHAOS_SECONDS=300)'
 	@echo 'make fuzz    wrong requests by the thousand (FUZZ_REQUESTS=100000, FUZZ_SEED=1)'
@@ -37,7 +37,7 @@ serve: setup
 	@exec .venv/bin/rigserve serve '$(CONFIG)'
 
 test: setup-dev programs
-	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m 'not vllm'
 
 # Prometheus, promtool, hadolint and others, which tests of the deployment run.
 programs: setup-dev
@@ -48,7 +48,7 @@ vllm: setup-dev
 	.venv/bin/rigserve engines install vllm --version $(or $(VLLM_VERSION),0.32.0)
 
 test-vllm: vllm
-	.venv/bin/python -m pytest -k vllm tests/contract tests/e2e/test_vllm.py tests/unit/test_vllm.py
+	.venv/bin/python -m pytest -m vllm tests/contract tests/e2e/test_vllm.py
 
 # Thousands of requests of all kinds; `make test` has a short one.
 soak: setup-dev

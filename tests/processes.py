@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import openai
+import psutil
 import requests
 import yaml
 
@@ -24,12 +26,21 @@ START_SECONDS = 120.0
 session_pids: set[int] = set()
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Poll until ``condition`` is truthy; fails with ``what`` was awaited."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.05)
+
+
+def command_lines(pid: int) -> dict[int, list[str]]:
+    """The processes below one, and their command lines. One that ends just now is left out."""
+    lines = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            lines[child.pid] = child.cmdline()
+    return lines
 
 
 class Program:
@@ -65,6 +76,18 @@ class Program:
     def output(self) -> str:
         """Everything printed so far."""
         return "".join(self._lines)
+
+    def wait_for_output(self, text: str, seconds: float = 60.0) -> None:
+        """Wait until it has printed ``text``; fails with all it printed when it ends without."""
+
+        def has_said() -> bool:
+            has_ended = self.process.poll() is not None
+            if has_ended:
+                self._reader.join(5)
+            assert text in self.output or not has_ended, f"{text!r} never came:\n{self.output}"
+            return text in self.output
+
+        wait_for(has_said, repr(text), seconds)
 
     def get(self, path: str, **options: Any) -> requests.Response:
         """GET a path below the base URL."""
@@ -185,6 +208,12 @@ class RigServer(Program):
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until all models take requests."""
         wait_for(lambda: self.answers("/ready"), "the rig is ready", seconds)
+
+    def engines(self) -> list[psutil.Process]:
+        """The llama.cpp engines below the server, their guards left out."""
+        lines = command_lines(self.process.pid)
+        words = ["-m", "serving.llamacpp"]
+        return [psutil.Process(pid) for pid, line in lines.items() if line[1:3] == words]
 
     @property
     def client(self) -> openai.OpenAI:

@@ -154,7 +154,9 @@ class Search:
         for number, space in enumerate(self._spaces):
             self._try(Candidate(number, space.start, space.base), "explore", rounds)
         for candidate in self._guesses():
-            if self.spent_seconds >= share * self._budget:
+            # Something is compared with the default, however little time there is.
+            has_others = any(not trial.candidate.is_default for trial in self.trials)
+            if has_others and self.spent_seconds >= share * self._budget:
                 break
             self._try(candidate, "explore", rounds)
         for number, explorer in enumerate(self._explorers):

@@ -31,10 +31,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     needed = {name for mark in metafunc.definition.iter_markers("needs") for name in mark.args}
     able = [engine for engine in ENGINES if needed <= engine.capabilities]
     # The first test of each waits for its start.
-    engines = [
-        pytest.param(engine, id=engine.name, marks=pytest.mark.timeout(300 + engine.start_seconds))
-        for engine in able
-    ]
+    engines = []
+    for engine in able:
+        marks = [pytest.mark.timeout(300 + engine.start_seconds)]
+        if engine.engine == "vllm":
+            marks.append(pytest.mark.vllm)
+        engines.append(pytest.param(engine, id=engine.name, marks=marks))
     metafunc.parametrize("contract", engines, indirect=True, scope="session")
 
 

@@ -244,7 +244,7 @@ def test_adapters_of_the_config_change_without_another_engine(rig: RigServer, fo
     ]
     add(rig, "added", folder / "b.gguf")
     rewrite(rig, {**rig.config, "models": [{**model, "adapters": changed}]})
-    wait_for(lambda: f"changed updated: {BASE}" in rig.output, "it is taken up")
+    rig.wait_for_output(f"changed updated: {BASE}")
     assert set(parents(rig)) == {BASE, "gpt-4o-mini", "other", "silent", "added"}
     assert answer(rig, "silent") == answer(rig, BASE)
     stream.join(60)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 import requests
 import yaml
@@ -235,9 +234,8 @@ def test_an_engine_that_dies_costs_no_line(rig: RigServer) -> None:
     names = [f"l{number}" for number in range(10)]
     batch = begin(rig, [line(name, max_tokens=40) for name in names])
     wait_for(lambda: done(rig, batch.id) >= 2, "some lines are done")
-    for process in psutil.Process(rig.process.pid).children(recursive=True):
-        if process.cmdline()[1:3] == ["-m", "serving.llamacpp"]:
-            process.kill()
+    for engine in rig.engines():
+        engine.kill()
     batch = ended(rig, batch.id)
     assert [each["custom_id"] for each in content(rig, batch.output_file_id)] == names
     assert batch.error_file_id is None

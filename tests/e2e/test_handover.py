@@ -34,7 +34,7 @@ class ActivatedServer(RigServer):
         self._inherited = (listener.fileno(),)
 
     def wait_until_listening(self) -> None:
-        wait_for(lambda: "listening on" in self.output, "it listens", 60)
+        self.wait_for_output("listening on", 60)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_rows_are_neither_lost_nor_doubled(tmp_path: Path, cache_dir: Path) -> N
                 answered = len(load.answered)
                 wait_for(lambda: waiting_rows(rig) > 10, "rows wait in memory")
                 wait_for(lambda: len(load.answered) > answered + 20, "requests go on")
-            wait_for(lambda: "can be written again" in rig.output, "they are written", 60)
+            rig.wait_for_output("can be written again", 60)
             with locked_by_another_process(rig.ledger_path):
                 spool = rig.ledger_path.with_suffix(".spool")
                 wait_for(lambda: list(spool.glob("*.jsonl")), "rows are spooled")

@@ -31,12 +31,6 @@ def own_rig(tmp_path: Path, cache_dir: Path) -> Any:
         yield server
 
 
-def engine_processes(rig: RigServer) -> list[psutil.Process]:
-    """The engine processes below a server, their guards left out."""
-    children = psutil.Process(rig.process.pid).children(recursive=True)
-    return [p for p in children if p.cmdline()[1:3] == ["-m", "serving.llamacpp"]]
-
-
 def ledger_rows(rig: RigServer) -> list[tuple[Any, ...]]:
     with sqlite3.connect(rig.ledger_path) as connection:
         return connection.execute(
@@ -49,7 +43,7 @@ def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
         model="smollm2-135m", messages=HELLO, stream=True, extra_body=ENDLESS
     )
     next(iter(stream))
-    [engine] = engine_processes(own_rig)
+    [engine] = own_rig.engines()
     engine.send_signal(signal.SIGKILL)
     with pytest.raises(openai.APIError, match="stopped while it worked"):
         for _ in stream:
@@ -74,7 +68,7 @@ def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
 
 
 def test_a_killed_guard_takes_its_engine_along_and_both_come_back(own_rig: RigServer) -> None:
-    [engine] = engine_processes(own_rig)
+    [engine] = own_rig.engines()
     engine.parent().kill()
     psutil.wait_procs([engine], timeout=5)
     assert not engine.is_running()
@@ -83,7 +77,7 @@ def test_a_killed_guard_takes_its_engine_along_and_both_come_back(own_rig: RigSe
 
 
 def test_a_stopped_engine_does_not_hold_on_to_clients_that_leave(own_rig: RigServer) -> None:
-    [engine] = engine_processes(own_rig)
+    [engine] = own_rig.engines()
     engine.suspend()
     try:
         for stream in (True, False):
@@ -118,7 +112,7 @@ def test_sigterm_lets_streams_finish_and_turns_new_requests_away(own_rig: RigSer
     reader.start()
     wait_for(lambda: own_rig.total("rigserve_sequences_running") == 1, "the stream runs")
     own_rig.process.send_signal(signal.SIGTERM)
-    wait_for(lambda: "draining" in own_rig.output, "the drain begins")
+    own_rig.wait_for_output("draining")
     with pytest.raises(openai.InternalServerError) as refused:
         own_rig.client.chat.completions.create(model="smollm2-135m", messages=HELLO)
     assert refused.value.code == "draining"
@@ -209,7 +203,7 @@ def test_an_engine_port_in_use_is_a_clear_error(
         squatter.bind(("127.0.0.1", 0))
         squatter.listen()
         # An engine of another rigserve, or somebody who never says a word.
-        [other] = engine_processes(rig)
+        [other] = rig.engines()
         port = other.net_connections()[0].laddr.port if answers else squatter.getsockname()[1]
         result = run_serve(write_config(tmp_path, cache_dir, port=port, max_sequences=1))
     assert result.returncode == 2
@@ -248,6 +242,6 @@ def test_requests_while_loading_are_told_to_come_back(tmp_path: Path, cache_dir:
 def test_sigterm_while_a_model_is_prepared_does_not_wait_for_it(tmp_path: Path) -> None:
     # An empty cache: the first thing the server does is to requantize.
     with RigServer(write_config(tmp_path, tmp_path / "cache")) as rig:
-        wait_for(lambda: "preparing" in rig.output, "the preparation begins")
+        rig.wait_for_output("preparing")
         assert rig.stop(signal.SIGTERM, seconds=10) == 0
         assert "Traceback" not in rig.output

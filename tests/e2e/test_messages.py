@@ -14,7 +14,6 @@ import pytest
 import requests
 from anthropic.types import Message
 
-from tests.e2e.test_lifecycle import engine_processes
 from tests.processes import RigServer, wait_for, write_config
 from tests.thinking import SHOWN, TEMPLATE, with_template
 
@@ -342,7 +341,7 @@ def test_an_engine_that_dies_ends_a_stream_with_an_error(thinker: RigServer) -> 
         model=MODEL, messages=SHOWN_TURNS, max_tokens=400, stream=True
     )
     next(iter(stream))
-    [engine] = engine_processes(thinker)
+    [engine] = thinker.engines()
     engine.send_signal(signal.SIGKILL)
     with pytest.raises(anthropic.APIStatusError, match="stopped while it worked") as broken:
         for _ in stream:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from openai.types.chat import ChatCompletion
@@ -75,11 +74,6 @@ def pair(tmp_path: Path, cache_dir: Path) -> Iterator[RigServer]:
     with RigServer(path) as server:
         server.wait_until_ready()
         yield server
-
-
-def engines(rig: RigServer) -> list[psutil.Process]:
-    children = psutil.Process(rig.process.pid).children(recursive=True)
-    return [p for p in children if p.cmdline()[1:3] == ["-m", "serving.llamacpp"]]
 
 
 def test_the_engines_totals_are_what_clients_were_told(rig: RigServer) -> None:
@@ -197,7 +191,7 @@ def test_engines_that_do_not_answer_have_no_series_and_are_asked_together(pair: 
         "rigserve_engine_step_seconds_total",
     )
     assert all(before.has_model(name, model) for name in own for model in (MODEL, "second"))
-    processes = engines(pair)
+    processes = pair.engines()
     assert len(processes) == 2
     for process in processes:
         process.suspend()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import requests
 import yaml
 
-from tests.processes import RigServer, wait_for, write_config
+from tests.processes import RigServer, command_lines, wait_for, write_config
 
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
 
@@ -35,14 +34,9 @@ def write_models(
 
 def engine_pids(rig: RigServer) -> list[tuple[str, int]]:
     """Each engine's process, and the model that it serves."""
-    children = psutil.Process(rig.process.pid).children(recursive=True)
-    lines = {}
-    for child in children:
-        with contextlib.suppress(psutil.Error):  # one that ends just now
-            lines[child.pid] = child.cmdline()
     return [
         (line[line.index("--served-name") + 1], pid)
-        for pid, line in lines.items()
+        for pid, line in command_lines(rig.process.pid).items()
         if line[1:3] == ["-m", "serving.llamacpp"]
     ]
 

@@ -65,7 +65,7 @@ def test_a_stream_runs_through_a_reload_that_changes_its_model(two_models: RigSe
     ]
     rewrite(rig, rig.config)
     # The file is watched; nobody has to say anything.
-    wait_for(lambda: "changed added: third; restarted: first; updated: second" in rig.output, "it")
+    rig.wait_for_output("changed added: third; restarted: first; updated: second")
     assert reader.is_alive(), "the stream ended before the reload: make it longer"
 
     # From now on all is new, while the stream goes on on the old engine.
@@ -102,7 +102,7 @@ def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigSer
     # Only what asks for it is looked at here.
     quiet = {**rig.config, "server": {**rig.config["server"], "watch_config": False}}
     rewrite(rig, quiet)
-    wait_for(lambda: "changed settings: server.watch_config" in rig.output, "the first reload")
+    rig.wait_for_output("changed settings: server.watch_config")
     assert cli(rig, "config", "status").returncode == 0
 
     broken = rig.config_path.parent / "broken.gguf"
@@ -149,7 +149,7 @@ def test_a_changed_model_waits_for_the_room_of_its_old_engine(
         [old] = engines_below(rig).values()
         [only] = rig.config["models"]
         rewrite(rig, {**rig.config, "models": [{**only, "max_sequences": 3}]})
-        wait_for(lambda: "restarted: only" in rig.output, "it is taken up")
+        rig.wait_for_output("restarted: only")
         # Requests wait for the new engine.
         assert ask(rig, "only").usage.completion_tokens == 4
         assert engines_below(rig)["only"] != old

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pydantic
 import pytest
 import requests
@@ -462,8 +461,7 @@ def test_an_engine_killed_mid_answer(rig: RigServer) -> None:
     stream = iter(rig.client.responses.create(model=MODEL, stream=True, input=LONG, temperature=0))
     events = [next(stream) for _ in range(6)]
     assert events[-1].type == "response.output_text.delta"
-    children = psutil.Process(rig.process.pid).children(recursive=True)
-    [engine] = [child for child in children if child.cmdline()[1:3] == ["-m", "serving.llamacpp"]]
+    [engine] = rig.engines()
     engine.kill()
     events += stream
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]

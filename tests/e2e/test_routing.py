@@ -335,7 +335,7 @@ def test_a_reload_changes_routes_under_way_streams_go_on(near: RigServer) -> Non
     before = near.config["routes"]
     near.config["routes"] = [{"name": "careful", "targets": [{"model": "home"}]}]
     rewrite(near, near.config)
-    wait_for(lambda: "settings: routes" in near.output, "the reload")
+    near.wait_for_output("settings: routes")
     assert reader.is_alive(), "the stream ended before the reload: make it longer"
     assert ask(near, "careful").headers["x-rigserve-model"] == "home"
     assert ask(near, "spill").status_code == 404

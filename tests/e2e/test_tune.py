@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from serving.config import load_config
-from tests.processes import Program, wait_for, write_config
+from tests.processes import Program, write_config
 
 
 def command(config: Path, folder: Path) -> list[str]:
@@ -18,13 +20,14 @@ def command(config: Path, folder: Path) -> list[str]:
     return [sys.executable, "-m", "serving", *words.split(), "--write", str(folder / "best.yaml")]
 
 
+@pytest.mark.timeout(600)
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, cache_dir: Path) -> None:
     config = write_config(tmp_path, cache_dir, context_length=256, prefix_cache_mib=0)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     cut.mkdir()
     whole.mkdir()
     with Program(command(config, cut), "", {}) as tune:
-        wait_for(lambda: "\n2 trying: " in tune.output, "its second trial", 120)
+        tune.wait_for_output("\n2 trying: ", 180)
         assert tune.stop(signal.SIGINT, 60) == 130
     assert "1 trying: the default\n" in tune.output
     assert "interrupted; what was measured is kept in" in tune.output
@@ -35,7 +38,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, cache_dir: Path) ->
     assert (cut / "best.html").exists()
 
     ended = subprocess.run(
-        [*command(config, whole), "--json"], capture_output=True, text=True, timeout=150, check=False
+        [*command(config, whole), "--json"], capture_output=True, text=True, timeout=400, check=False
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "1 measurements are known from" in ended.stderr

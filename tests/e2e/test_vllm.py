@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import openai
-import psutil
 import pytest
 import requests
 
@@ -23,13 +22,13 @@ from serving.engines import guard
 from tests.e2e.test_fine_tune import TRAINED
 from tests.e2e.test_private_deployment import namespace, nothing_gets_out
 from tests.peft_files import write_peft
-from tests.processes import RigServer, wait_for, write_config
+from tests.processes import RigServer, command_lines, wait_for, write_config
 from tests.vllm import MISSING, vllm_python
 from tools.finetune.check import LEAST_OF_TUNED, MOST_OF_BASE
 from tools.finetune.examples import Examples
 from tools.finetune.measure import shares
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.vllm]
 
 START_SECONDS = 600.0
 ASKED: Any = {
@@ -116,8 +115,7 @@ def test_nobody_without_its_key_is_answered(own_rig: RigServer) -> None:
     """Also where vLLM itself would ask for none."""
     held = own_rig.get("/admin/models").json()["data"]
     assert held[0]["state"] == "ready"
-    family = psutil.Process(own_rig.process.pid).children(recursive=True)
-    lines = [child.cmdline() for child in family]
+    lines = command_lines(own_rig.process.pid).values()
     ports = {line[line.index("--port") + 1] for line in lines if "--port" in line}
     assert ports
     for port in ports:
@@ -191,8 +189,8 @@ def remove(rig: RigServer, name: str) -> requests.Response:
 
 def processes(rig: RigServer) -> set[int]:
     """The guards of its engines, one of each."""
-    family = psutil.Process(rig.process.pid).children(recursive=True)
-    return {each.pid for each in family if guard.__file__ in each.cmdline()}
+    lines = command_lines(rig.process.pid)
+    return {pid for pid, line in lines.items() if guard.__file__ in line}
 
 
 def listed(rig: RigServer) -> set[str]:

@@ -290,14 +290,14 @@ def test_https_with_a_certificate_that_is_renewed(tmp_path: Path, cache_dir: Pat
     with RigServer(path) as rig:
         port = rig.config["server"]["port"]
         url = f"https://{HOST}:{port}"
-        wait_for(lambda: f"listening on {url}/v1" in rig.output, "it listens", 60)
+        rig.wait_for_output(f"listening on {url}/v1", 60)
         assert requests.get(url + "/health", verify=str(certificate), timeout=10).status_code == 200
         metrics = requests.get(url + "/metrics", verify=str(certificate), timeout=10).text
         line = next(each for each in metrics.splitlines() if each.startswith("rigserve_tls_"))
         assert 6 < (float(line.split()[-1]) - time.time()) / 86400 < 7.1
         second, second_key = write_certificate(tmp_path, "second")
         certificate.write_bytes(second.read_bytes())
-        wait_for(lambda: "is not the key of" in rig.output, "the mismatch is told")
+        rig.wait_for_output("is not the key of")
         assert name_of_certificate(port) == "first"
         key.write_bytes(second_key.read_bytes())
         wait_for(lambda: name_of_certificate(port) == "second", "the renewed certificate is used")

@@ -252,7 +252,7 @@ def test_prompts_are_written_only_when_asked_and_only_there(
         assert written["request_id"] == 'a"b'
         assert written["body"]["messages"][0]["content"] == SECRET
         assert file.stat().st_mode & 0o777 == 0o600
-        wait_for(lambda: f'a"b 200 POST {CHAT}; smollm2-135m, ' in rig.output, "the human line")
+        rig.wait_for_output(f'a"b 200 POST {CHAT}; smollm2-135m, ')
         assert SECRET not in rig.output
 
 

@@ -120,6 +120,13 @@ def test_it_says_when_nothing_beats_the_default() -> None:
     assert outcome.reason.startswith("Nothing beats the default surely. The best of ")
 
 
+def test_something_is_compared_with_the_default_however_little_time_there_is() -> None:
+    outcome = tuned(Machine(GOOD), budget_seconds=1.0)
+    assert [trial.phase for trial in outcome.trials[:3]] == ["explore", "explore", "compare"]
+    assert outcome.comparison is not None
+    assert len(outcome.comparison.pairs) == 3
+
+
 def test_what_fails_is_a_result() -> None:
     machine = Machine(GOOD, lambda model: getattr(model, "quantization", None) == "BF16")
     outcome = tuned(machine)
