@@ -7,9 +7,9 @@ scheduler's thread owns the context and the samplers.
 import os
 
 # Read when llama.cpp's OpenMP is loaded, below. Its threads wait for each other a thousand times a step;
-# by default each burns milliseconds of a core that another program holds up. As long as this lasts from
-# one step to the next, and is much faster on a busy machine (docs/results/README.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+# by default each burns milliseconds of a core that another program holds up. This lasts from one step to
+# the next, and little longer: much faster on a busy machine (docs/results/README.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from serving.llamacpp.runtime.adapters import LoraAdapter
 from serving.llamacpp.runtime.context import Context, KvType
