@@ -48,7 +48,7 @@ _EFFICIENCIES: Mapping[Kind, _Efficiency] = MappingProxyType(
         "nvidia": _Efficiency(0.80, 0.90, 0.28, 0.50, 20e-6, 0.25, weights_per_clock=10),
         "amd": _Efficiency(0.75, 0.75, 0.36, 0.30, 30e-6, 0.35, weights_per_clock=5),
         "amd_unified": _Efficiency(0.76, 0.80, 0.28, 0.30, 30e-6, 0.30),
-        "intel": _Efficiency(0.50, 0.60, 0.20, 0.30, 40e-6, 0.50),
+        "intel": _Efficiency(0.65, 0.65, 0.20, 0.30, 80e-6, 0.50),
         "apple": _Efficiency(0.85, 0.85, 0.70, 0.70, 120e-6, 0.30),
         # Of the bandwidth that was measured here, or is assumed to be measurable.
         "cpu": _Efficiency(0.85, 0.85, 0.15, 0.50, 30e-6, 0.35),

@@ -45,7 +45,13 @@ DECODE = [
     ("qwen3-14b", "m4 pro 16-core 24gb", "Q4_K_M", 1, 26.6),
     ("gpt-oss-20b", "m4 pro 16-core 24gb", "MXFP4_MOE", 1, 66.5),
     ("qwen3-4b", "gtx 1050 ti", "Q4_K_M", 1, 17.3),
-    # The same, llmfit-core/data/benchmark_cache.json.
+    # PMZFX/intel-arc-pro-b70-benchmarks, SYCL, April 2026.
+    (LLAMA, "arc pro b70", "Q4_K_M", 1, 82.6),
+    ("phi-4", "arc pro b70", "Q4_K_M", 1, 43.7),
+    ("mistral-small-3.2-24b-instruct-2506", "arc pro b70", "Q4_K_M", 1, 30.1),
+    ("qwen3.5-27b", "arc pro b70", "Q4_K_M", 1, 20.4),
+    ("qwen3.6-35b-a3b", "arc pro b70", "Q4_K_M", 1, 54.7),
+    # AlexsJones/llmfit, llmfit-core/data/benchmark_cache.json.
     ("qwen3.6-35b-a3b", "rtx 4090", "Q4_K_M", 1, 165.1),
     ("qwen3.5-35b-a3b", "rtx 3090", "Q4_K_M", 1, 124.4),
     ("qwen3.6-35b-a3b", "rtx 5090", "Q4_K_M", 1, 210.4),
@@ -58,6 +64,9 @@ PREFILL = [
     (LLAMA, "m1 max 32-core 64gb", "Q4_K_M", 499.6),  # brand-o/normiebench#40
     ("llama-3.2-3b-instruct", "m1 ultra 64-core 128gb", "Q4_K_M", 2142.6),  # geerlingguy/ai-benchmarks#48
     (LLAMA, "ryzen ai max 390 64gb", "Q4_K_M", 833.0),  # deseven/strixhalo-homelab#11
+    (LLAMA, "arc pro b70", "Q4_K_M", 2452.0),  # PMZFX/intel-arc-pro-b70-benchmarks
+    ("phi-4", "arc pro b70", "Q4_K_M", 1424.0),
+    ("mistral-small-3.2-24b-instruct-2506", "arc pro b70", "Q4_K_M", 994.0),
 ]  # fmt: skip
 
 # Llama 2 7B in Q4_0, prompts of 512 tokens and answers of 128, in llama.cpp's lists of cards:
@@ -92,6 +101,7 @@ LISTED = [
     ("rx 7900 xtx", 3552, 167.1),
     ("rx 7900 xt", 3098, 116.2),
     ("radeon pro w7900", 3213, 121.2),
+    ("tesla p40", 934, 56.3),  # ggml-org/llama.cpp#4766
 ]
 
 
