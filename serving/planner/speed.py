@@ -16,7 +16,9 @@ from serving.models.architecture import (
     Attention,
     Experts,
     LatentAttention,
+    Layer,
     Mixer,
+    Recurrent,
 )
 from serving.planner.memory import Offload, places
 from serving.planner.quantization import row_bytes
@@ -27,7 +29,10 @@ from serving.planner.weights import ModelWeights
 
 @dataclass(frozen=True, slots=True)
 class _Efficiency:
-    """Shares of a kind of device's peaks, what a layer costs to start, and how far estimates have been off."""
+    """Shares of a kind of device's peaks, what a layer costs to start, and how far estimates have been off.
+
+    ``weights_per_clock`` is how many quantized weights a compute unit unpacks; None: that has not limited any.
+    """
 
     bandwidth: float
     bandwidth_of_16_bits: float
@@ -35,15 +40,16 @@ class _Efficiency:
     fp16: float
     layer_seconds: float
     uncertainty: float
+    weights_per_clock: float | None = None
 
 
 _EFFICIENCIES: Mapping[Kind, _Efficiency] = MappingProxyType(
     {
-        "nvidia": _Efficiency(0.80, 0.90, 0.28, 0.50, 20e-6, 0.25),
-        "amd": _Efficiency(0.55, 0.65, 0.28, 0.30, 30e-6, 0.35),
+        "nvidia": _Efficiency(0.80, 0.90, 0.28, 0.50, 20e-6, 0.25, weights_per_clock=10),
+        "amd": _Efficiency(0.75, 0.75, 0.36, 0.30, 30e-6, 0.35, weights_per_clock=5),
         "amd_unified": _Efficiency(0.76, 0.80, 0.28, 0.30, 30e-6, 0.30),
-        "intel": _Efficiency(0.50, 0.60, 0.20, 0.30, 40e-6, 0.50),
-        "apple": _Efficiency(0.62, 0.75, 0.70, 0.70, 60e-6, 0.30),
+        "intel": _Efficiency(0.65, 0.65, 0.20, 0.30, 80e-6, 0.50),
+        "apple": _Efficiency(0.85, 0.85, 0.70, 0.70, 120e-6, 0.30),
         # Of the bandwidth that was measured here, or is assumed to be measurable.
         "cpu": _Efficiency(0.85, 0.85, 0.15, 0.50, 30e-6, 0.35),
     }
@@ -51,14 +57,21 @@ _EFFICIENCIES: Mapping[Kind, _Efficiency] = MappingProxyType(
 # vLLM computes in 16 bits, or FP8 where the card does, in graphs, and loses nothing to small batches.
 _VLLM = _Efficiency(0.85, 0.90, 0.50, 0.55, 20e-6, 0.30)
 _VLLM_STEP_SECONDS = 1e-3
+# Cards without matrix units: one was a third slower than estimated (a GTX 1050 Ti), and few are measured.
+_UNCERTAINTY_WITHOUT_MATRIX_UNITS = 0.40
 # What a layer of latent attention costs beyond others', and what is known of its speed.
 _LATENT_LAYER_SECONDS, _LATENT_UNCERTAINTY = 80e-6, 0.40
 # Weights on their way to a card, over 16 lanes of PCIe 4.0 or 8 of 5.0, from memory that is not pinned.
 _PCIE_BYTES_PER_SECOND = 12e9
 # Layers, or experts, that some device beside the cards computes.
 _UNCERTAINTY_OF_SPLITS = 0.40
-# Experts have few rows each, and leave units idle.
-_EXPERTS_RATE = 0.45
+# Experts have few rows each, and leave units idle. To choose them, and to add up what they say, takes as many kernels
+# again as a layer has, and this much.
+_EXPERTS_RATE, _EXPERTS_LAYER_SECONDS = 0.45, 20e-6
+# A gated delta net's convolution, norms, gates and state are kernels that attention has not.
+_DELTA_NET_LAYER_SECONDS = 60e-6
+# Kernels for quantized weights use the instructions that gaming cards have, wherever there are wider ones.
+_QUANTIZED_OPERATIONS_PER_CLOCK = 2048
 # Kernels for a few rows at a time use a quarter of the rate, until those for many take over.
 _FEW_ROWS_LOSS, _MOST_ROWS_LOST = 3, 24
 # A step's sampling and book-keeping, for the step and for each sequence (docs/results/engine.md).
@@ -132,6 +145,8 @@ def speed_of(
     uncertainties = [part.factors.uncertainty for part in parts]
     if any(part.latent_layers for part in parts):
         uncertainties.append(_LATENT_UNCERTAINTY)
+    if any(_lacks_matrix_units(part.device) for part in parts):
+        uncertainties.append(_UNCERTAINTY_WITHOUT_MATRIX_UNITS)
     if len({part.device.kind == "cpu" for part in parts}) > 1:
         uncertainties.append(_UNCERTAINTY_OF_SPLITS)
     return Speed(
@@ -149,10 +164,12 @@ class _Part:
 
     device: Device
     factors: _Efficiency
-    layers: int = 0
     latent_layers: int = 0
+    start_seconds: float = 0.0
     always_bytes: int = 0
     expert_bytes: int = 0
+    always_elements: int = 0
+    expert_elements: int = 0
     operations: float = 0.0
     cache_bytes_per_token: float = 0.0
     # Of attention, for each row and each token that it looks at.
@@ -163,6 +180,7 @@ class _Part:
     ) -> float:
         """Of a step with so many rows, which look at so many cached tokens between them."""
         device, factors = self.device, self.factors
+        has_own_kernels = is_quantized and factors is not _VLLM
         read_bytes = (
             self.always_bytes
             + self.expert_bytes * share_of_experts
@@ -170,10 +188,14 @@ class _Part:
         )
         share = factors.bandwidth if is_quantized else factors.bandwidth_of_16_bits
         seconds = read_bytes / (share * device.bandwidth_bytes)
-        seconds += self.layers * factors.layer_seconds + self.latent_layers * _LATENT_LAYER_SECONDS
-        fp16_rate = factors.fp16 * device.fp16_operations
-        has_int8 = is_quantized and factors is not _VLLM
-        rate = factors.int8 * device.int8_operations if has_int8 else fp16_rate
+        if has_own_kernels and (unpacked := _unpacked_per_second(device, factors)):
+            elements = self.always_elements + self.expert_elements * share_of_experts
+            seconds = max(seconds, elements / unpacked)
+        seconds += self.start_seconds
+        if has_own_kernels:
+            rate = factors.int8 * _quantized_operations(device)
+        else:
+            rate = factors.fp16 * device.fp16_operations
         if rate:
             loses = device.kind != "cpu" and factors is not _VLLM
             lost = min(_FEW_ROWS_LOSS * (rows - 1), _MOST_ROWS_LOST) if loses else 0
@@ -211,10 +233,12 @@ def _parts(
         place = where[index]
         part = host if place is None else cards[place]
         of_experts = host if index < offload.experts_on_cpu else part
-        part.layers += 1
+        part.start_seconds += _start_seconds(layer, part.factors)
         part.latent_layers += isinstance(layer.mixer, LatentAttention)
         part.always_bytes += sizes.total_bytes - sizes.expert_bytes
+        part.always_elements += sizes.elements - sizes.expert_elements
         of_experts.expert_bytes += sizes.expert_bytes
+        of_experts.expert_elements += sizes.expert_elements
         part.cache_bytes_per_token += _cache_bytes_per_token(layer.mixer, settings)
         part.cache_operations += _cache_operations(layer.mixer)
         part.operations += 2.0 * (sizes.elements - sizes.expert_elements)
@@ -222,8 +246,52 @@ def _parts(
     output = where[-1]
     last = host if output is None else cards[output]
     last.always_bytes += weights.output_bytes
+    last.always_elements += architecture.width * architecture.vocabulary
     last.operations += 2.0 * architecture.width * architecture.vocabulary
     return [part for part in (host, *cards) if part.always_bytes or part.expert_bytes]
+
+
+def _start_seconds(layer: Layer, factors: _Efficiency) -> float:
+    """What a layer's kernels cost to start."""
+    seconds = factors.layer_seconds
+    match layer.mixer:
+        case LatentAttention():
+            seconds += _LATENT_LAYER_SECONDS
+        case Recurrent(kind="gated_delta_net"):
+            seconds += _DELTA_NET_LAYER_SECONDS
+    if isinstance(layer.feed_forward, Experts):
+        seconds += factors.layer_seconds + _EXPERTS_LAYER_SECONDS
+    return seconds
+
+
+def _unpacked_per_second(device: Device, factors: _Efficiency) -> float | None:
+    """How many quantized weights a card can unpack, where that may limit it."""
+    clocks = _clocks(device)
+    if clocks is None or factors.weights_per_clock is None:
+        return None
+    return factors.weights_per_clock * clocks
+
+
+def _quantized_operations(device: Device) -> float:
+    """INT8 operations a second that kernels for quantized weights have, which do not use the widest instructions."""
+    clocks = _clocks(device)
+    if clocks is None:
+        return device.int8_operations
+    return min(device.int8_operations, _QUANTIZED_OPERATIONS_PER_CLOCK * clocks)
+
+
+def _lacks_matrix_units(device: Device) -> bool:
+    """Whether llama.cpp multiplies on it without them."""
+    card = device.card
+    return card is not None and "mmq-dp4a" in card.architecture.kernels.get("llama_cpp", ())
+
+
+def _clocks(device: Device) -> float | None:
+    """A second, of all its compute units; None if they are not known."""
+    card = device.card
+    if card is None or card.rated_mhz is None:
+        return None
+    return 1e6 * card.compute_units * card.rated_mhz
 
 
 def _share_of_experts(architecture: Architecture, rows: int) -> float:

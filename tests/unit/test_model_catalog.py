@@ -21,6 +21,66 @@ TOLERANCE, WITH_VISION = 0.01, 0.02
 # "3B" may be what is computed with a token beside the embeddings, rounded: makers count differently.
 ACTIVE_TOLERANCE_PARAMETERS = 0.13
 
+# What the files of a model hold, of text, as others have counted: the Hub counts safetensors, llama.cpp prints
+# `n_params`, an index of weights says `total_size` (two bytes each).
+EXACT = {
+    "qwen2.5-0.5b-instruct": 494_032_768,
+    "qwen2.5-1.5b-instruct": 1_543_714_304,
+    "qwen2.5-3b-instruct": 3_085_938_688,
+    "qwen2.5-7b-instruct": 7_615_616_512,
+    "qwen2.5-32b-instruct": 32_763_876_352,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "deepseek-r1-distill-qwen-32b": 32_763_876_352,
+    "deepseek-v2-lite-chat": 15_706_484_224,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-coder-next": 79_674_391_296,
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-2b": 1_881_825_088,
+    "qwen3.5-4b": 4_205_751_296,
+    "qwen3.5-9b": 8_953_803_264,
+    "qwen3-embedding-0.6b": 595_776_512,
+    "qwen3-embedding-4b": 4_021_774_336,
+    "qwen3-embedding-8b": 7_567_295_488,
+    "llama-3.1-8b-instruct": 8_030_261_248,
+    "llama-3.2-1b-instruct": 1_235_814_400,
+    "llama-3.2-3b-instruct": 3_212_749_824,
+    "llama-3.3-70b-instruct": 70_553_706_496,
+    "gemma-2-2b-it": 2_614_341_888,
+    "gemma-3-270m-it": 268_098_176,
+    "gemma-3-1b-it": 999_885_952,
+    "embeddinggemma-300m": 302_863_104,
+    "mistral-7b-instruct-v0.3": 7_248_023_552,
+    "ministral-8b-instruct-2410": 8_019_808_256,
+    "mistral-nemo-instruct-2407": 12_247_782_400,
+    "mistral-small-24b-instruct-2501": 23_572_403_200,
+    "devstral-small-2507": 23_572_403_200,
+    "magistral-small-2506": 23_572_403_200,
+    "mistral-large-instruct-2411": 122_610_069_504,
+    "phi-3.5-mini-instruct": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini-instruct": 3_836_021_760,
+    "glm-4-9b-0414": 9_400_279_040,
+    "glm-4.5-air": 106_852_251_264,
+    "glm-4.7": 352_797_829_024,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "smollm2-135m-instruct": 134_515_008,
+    "smollm2-360m-instruct": 361_821_120,
+    "smollm2-1.7b-instruct": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-1124-7b-instruct": 7_298_617_344,
+    "granite-3.3-2b-instruct": 2_533_539_840,
+    "granite-3.3-8b-instruct": 8_170_864_640,
+    "seed-oss-36b-instruct": 36_151_104_512,
+    "lfm2-1.2b": 1_170_340_608,
+    "lfm2-2.6b": 2_569_272_320,
+    "nvidia-nemotron-nano-9b-v2": 8_888_227_328,
+    "minimax-m2.5": 228_689_764_864,
+    "nomic-embed-text-v1.5": 136_731_648,
+}
+
 
 def named(name: str) -> Architecture:
     model = find_model(name)
@@ -45,6 +105,11 @@ def test_it_has_the_models_that_people_ask_for() -> None:
 def test_the_architecture_has_the_published_number_of_parameters(model: CatalogModel) -> None:
     tolerance = WITH_VISION if model.counts_vision else TOLERANCE
     assert model.architecture.parameters == pytest.approx(model.parameters_published, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_architecture_has_what_the_files_hold_to_the_last_number(name: str) -> None:
+    assert named(name).parameters == EXACT[name]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +150,7 @@ def test_windows_are_where_the_family_has_them() -> None:
     assert windows("gpt-oss-20b")[:4] == [128, None, 128, None]
     assert windows("llama-4-scout-17b-16e-instruct")[:5] == [8192, 8192, 8192, None, 8192]
     assert windows("gemma-4-31b-it")[4:7] == [1024, None, 1024]
+    assert windows("embeddinggemma-300m")[4:7] == [512, None, 512]
     assert set(windows("qwen2.5-7b-instruct")) == {None}
     assert set(windows("phi-4-mini-instruct")) == {None}  # its window is longer than its context
 

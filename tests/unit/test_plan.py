@@ -106,13 +106,13 @@ def test_json_has_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["qwen3-9b"], "no model of the catalog; near it: qwen3-"),
+        (["qwen3-9b"], "no model of the catalog; near it: qwen3.5-9b, qwen3-8b"),
         (["qwen3-8b", "--gpu", "rtx 9999"], "--gpu: no card or machine of the catalog"),
         (["qwen3-8b", "--context", "0"], "--context is 0; give a number above 0"),
         (["qwen3-8b", "--context", "99999"], "--context is 99,999; qwen3-8b has 40,960 tokens at most"),
         (["qwen3-8b", "--users", "300"], "--users is 300; an engine has 256 at most"),
         (["no/such/file.gguf"], "there is no model file no/such/file.gguf"),
-        (["gemma-3-4b-it", "--gpu", "rtx 3090", "--write", "c.yaml"], "say where one is with --source"),
+        (["glm-4-9b-0414", "--gpu", "rtx 3090", "--write", "c.yaml"], "say where one is with --source"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(
