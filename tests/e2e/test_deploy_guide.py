@@ -47,7 +47,8 @@ case " $* " in
         while [ "${1#rigserve-}" = "$1" ]; do shift; done
         shift
         [ "$1" != rigserve ] || shift
-        exec rigserve "${@//\\/etc\\/rigserve/$SCRATCH/etc/rigserve}" ;;
+        set -- "${@//\\/etc\\/rigserve/$SCRATCH/etc/rigserve}"
+        exec rigserve "${@//\\/var\\/lib\\/rigserve/$SCRATCH/var/lib/rigserve}" ;;
     *" up "*)
         "$COMPOSE" $(echo "$@" | sed 's/ up .*//') config > $SCRATCH/config.yaml ;;
 esac
@@ -230,11 +231,19 @@ def test_backup_and_upgrade(scratch: Scratch, cache_dir: Path) -> None:
         yaml.safe_dump({"server": {}, "models": [{"name": "m", "source": "hf://o/r/f.gguf"}]})
     )
     small(config, cache_dir, scratch.folder, 8000)
+    # The image has the config at /etc/rigserve.
+    (etc := scratch.folder / "etc/rigserve").mkdir(parents=True)
+    shutil.copy(config, etc)
     scratch.do(f"rigserve keys create alice --config {config}", scratch.folder)
     told = scratch.do(commands("Backup and upgrade"), scratch.folder)
     assert "keys.sqlite: format" in told
     assert (scratch.folder / "restored-data/keys.sqlite").exists()
     assert (scratch.folder / "restored.yaml").read_text() == config.read_text()
+    # Also in the container, whose data folder is a volume.
+    data = scratch.folder / "var/lib/rigserve"
+    assert (data / "keys.sqlite").exists()
+    [aside] = data.glob("before-restore-*")
+    assert (aside / "keys.sqlite").exists()
 
 
 def published(services: dict[str, Any]) -> dict[str, list[str]]:
