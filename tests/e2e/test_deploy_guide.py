@@ -21,6 +21,8 @@ import pytest
 import requests
 import yaml
 
+from serving.cli import main
+from serving.config import load_config
 from serving.deployment import systemd
 from serving.engines.launch import free_port
 from tests.e2e.test_handover import ActivatedServer
@@ -304,7 +306,51 @@ def test_init_takes_flags_and_overwrites_nothing(scratch: Scratch, kind: str) ->
         assert "RIGSERVE_LISTEN=0.0.0.0:9000" in (scratch.folder / ".env").read_text()
     failing = scratch.do(f"{words} 2>&1 && exit 1 || true", scratch.folder)
     assert "is there already" in failing
-    assert "not ADDRESS:PORT" in scratch.do(
-        f"rigserve init {kind} --listen 9000 --out new 2>&1 || true",
-        scratch.folder,
-    )
+
+
+@pytest.mark.parametrize("listen", ["9000", "rig.example:9000", "127.0.0.1:70000"])
+def test_init_wants_an_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str
+) -> None:
+    words = ["--source", "hf://o/r/f.gguf", "--name", "m", "--out", str(tmp_path / "new")]
+    assert main(["init", "compose", *words, "--listen", listen]) == 2
+    assert "not ADDRESS:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "name", "told"),
+    [
+        ("config", "gone.gguf", "m", "there is no file"),
+        ("config", "hf://o/r/f.gguf", "'a b'", "name"),
+        ("compose", "here.gguf", "m", "containers do not see it"),
+        ("systemd", "/root/here.gguf", "m", "the service sees no homes"),
+    ],
+)
+def test_init_writes_nothing_that_would_not_be_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    source: str,
+    name: str,
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    words = ["--source", source, "--name", name, "--listen", "localhost:9000", "--out", "new"]
+    assert main(["init", kind, *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_has_the_units_name_what_they_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    words = ["--source", "here.gguf", "--name", "m", "--listen", "localhost:9000", "--out", "new"]
+    assert main(["init", "systemd", *words]) == 0
+    # systemd takes no names of hosts, and the config will be in another folder.
+    assert "ListenStream=127.0.0.1:9000\n" in (tmp_path / "new/rigserve.socket").read_text()
+    [model] = load_config(tmp_path / "new/rig.yaml").local_models
+    assert model.source == str(tmp_path / "here.gguf")
