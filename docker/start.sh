@@ -12,8 +12,12 @@ if [ ! -s secrets/grafana_password ]; then
 fi
 if [ ! -s secrets/metrics_key ]; then
     # Its own service only; the containers of monitoring need the key that is made here.
-    docker compose --profile "$profile" run --rm --no-deps "rigserve-$profile" \
-        keys create prometheus --config /etc/rigserve/rig.yaml --json > secrets/metrics_key.json
+    keys() {
+        docker compose --profile "$profile" run --rm --no-deps "rigserve-$profile" \
+            keys "$1" prometheus --config /etc/rigserve/rig.yaml --json > secrets/metrics_key.json
+    }
+    # Where the volume has that key already, and its secret is lost, it gets another.
+    keys create || keys rotate
     sed -n 's/.*"secret": "\(.*\)".*/\1/p' secrets/metrics_key.json | tr -d '\n' > secrets/metrics_key
     rm secrets/metrics_key.json
 fi

@@ -150,6 +150,9 @@ def test_with_containers(scratch: Scratch, cache_dir: Path) -> None:
     output = scratch.do(commands("With containers"), scratch.folder)
     again = scratch.do("docker/start.sh cpu", scratch.folder)
     assert "secret" not in again
+    # A folder that is new, and a volume that is not.
+    (scratch.folder / "docker/secrets/metrics_key").unlink()
+    scratch.do("docker/start.sh cpu", scratch.folder)
 
     composed = yaml.safe_load((scratch.folder / "config.yaml").read_text())
     services = composed["services"]
