@@ -6,10 +6,12 @@ case "${1:-}" in
     cpu | cuda | vllm) profile=$1 ;;
     *) echo "usage: $0 cpu|cuda|vllm" >&2; exit 2 ;;
 esac
-mkdir -p -m 0700 secrets
+mkdir -p secrets
+chmod 0700 secrets
 if [ ! -s secrets/grafana_password ]; then
     head -c 24 /dev/urandom | base64 > secrets/grafana_password
 fi
+[ -e secrets/hf_token ] || : > secrets/hf_token
 if [ ! -s secrets/metrics_key ]; then
     # Its own service only; the containers of monitoring need the key that is made here.
     keys() {
@@ -21,6 +23,6 @@ if [ ! -s secrets/metrics_key ]; then
     sed -n 's/.*"secret": "\(.*\)".*/\1/p' secrets/metrics_key.json | tr -d '\n' > secrets/metrics_key
     rm secrets/metrics_key.json
 fi
-# Prometheus and Grafana read them as users of their own; the folder lets nobody else in.
-chmod 0644 secrets/metrics_key secrets/grafana_password
+# Those who read them are users of their own; the folder lets nobody else in.
+chmod 0644 secrets/hf_token secrets/metrics_key secrets/grafana_password
 docker compose --profile "$profile" --profile monitoring up --detach --build
