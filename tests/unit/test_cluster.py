@@ -72,6 +72,29 @@ def test_a_large_model_takes_whole_cards() -> None:
     assert (whole.node, whole.gpus) == ("b", 2)
 
 
+def test_what_is_left_of_two_cards_is_no_third_one() -> None:
+    want = Want("m", cpu_mib=1, host_mib=1_000, gpu_mib=14_400)
+    node = Node("a", 16, 64_000, gpus=2, gpu_mib=24_000)
+    small = Node("b", 16, 64_000, gpus=1, gpu_mib=24_000)
+    taken = [share for name in ("m#1", "m#2") if (share := place(want, name, [node], []))]
+    assert [share.gpus for share in taken] == [0.6, 0.6]
+    # Ray would not give it what it was promised, and it would be born nowhere.
+    assert place(want, "m#3", [node], taken) is None
+    elsewhere = place(want, "m#3", [node, small], [*taken, replace(taken[0], node="b")])
+    assert elsewhere is None
+    third = place(want, "m#3", [node, small], taken)
+    assert third is not None
+    assert third.node == "b"
+    # Each of these has a card with another.
+    half = Want("n", cpu_mib=1, host_mib=1_000, gpu_mib=9_600)
+    halves: list[Share] = []
+    for name in ("n#1", "n#2"):
+        share = place(half, name, [node], [*taken, *halves])
+        assert share is not None
+        halves.append(share)
+    assert place(half, "n#3", [node], [*taken, *halves]) is None
+
+
 def test_a_model_for_cpus_leaves_cards_alone() -> None:
     want = Want("m", cpu_mib=100_000, gpu_mib=9_000, cpus=4, may_use_gpus=False)
     share = place(want, "m", GPU, [])

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
 from serving.engines.adapters import LiveAdapters
 from serving.engines.launch import AdapterFile, Files
-from serving.engines.vllm import adapters, containers
+from serving.engines.vllm import adapters, container_guard, containers
 from serving.engines.vllm.command import arguments, environment, kv_cache_bytes, lora_bytes
 from serving.engines.vllm.environment import Environment, Environments
 from serving.engines.vllm.failures import explain
@@ -327,7 +329,7 @@ class TestCommand:
         line = " ".join(launch.command)
         assert "secret" not in line
         assert launch.environment["VLLM_API_KEY"] == "secret"
-        assert launch.command[:2] == ["podman", "run"]
+        assert launch.command[3:5] == [container_guard.__file__, "podman"]
         assert "--publish 127.0.0.1:81:8000" in line
         assert '--gpus "device=GPU-1"' in line
         assert "--env VLLM_API_KEY" in line
@@ -343,6 +345,47 @@ class TestCommand:
         words = containers.command(a_model(image="i"), [], {}, [folder], port=1, gpus=())
         assert f"{blobs}:{blobs}:ro" in words
         assert "--gpus" not in words
+
+    def test_a_container_ends_with_the_engine(self, tmp_path: Path) -> None:
+        """To end the program that runs it does not end it."""
+        # A guard is known by its command line.
+        words = [sys.executable, "-c", "input()", "container_guard.py"]
+        living = subprocess.Popen(words, stdin=subprocess.PIPE)
+        lost, kept = "rigserve-999999999-0badc0de", f"rigserve-{living.pid}-0badc0de"
+        runtime = tmp_path / "podman"
+        runtime.write_text(
+            textwrap.dedent(f"""\
+            #!/bin/bash
+            cd {tmp_path}
+            echo "$@" >> asked
+            case $1 in
+                ps) echo {lost} {kept} other ;;
+                rm) touch gone-$3 ;;
+                run)
+                    trap '' TERM
+                    touch running
+                    until [ -e gone-$3 ]; do sleep 0.05; done ;;
+            esac
+            """)
+        )
+        runtime.chmod(0o755)
+        code = (
+            "from serving.engines.vllm.container_guard import main; "
+            f"main({str(runtime)!r}, ['image'], grace_seconds=0.1)"
+        )
+        guard = subprocess.Popen([sys.executable, "-c", code])
+        try:
+            wait_for((tmp_path / "running").exists, "the container runs")
+            guard.terminate()
+            guard.wait(60)
+        finally:
+            guard.kill()
+            living.communicate()
+        asked = (tmp_path / "asked").read_text()
+        removed = re.findall(r"(?m)^rm --force (\S+)$", asked)
+        assert removed[0] == lost
+        assert re.fullmatch(rf"rigserve-{guard.pid}-\w+", removed[1])
+        assert len(removed) == 2
 
     def test_what_is_for_the_gateway_restarts_nothing(self, tmp_path: Path) -> None:
         launcher = VllmLauncher(tmp_path, tmp_path)
