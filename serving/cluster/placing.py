@@ -87,6 +87,8 @@ def place(want: Want, replica: str, nodes: Sequence[Node], taken: Iterable[Share
 
 
 def _on_gpus(want: Want, replica: str, node: Node) -> Share | None:
+    if not node.gpus:
+        return None
     if want.cards is not None:
         gpus = float(want.cards)
     elif not node.gpu_mib:

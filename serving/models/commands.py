@@ -75,6 +75,8 @@ def _convert(args: argparse.Namespace) -> int:
         beside = Path(args.folder.rpartition("/")[2].partition("@")[0]).absolute()
     else:
         beside = folder = Path(args.folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}")
     if (folder / "adapter_config.json").exists():
         return _convert_adapter(args, folder)
     if not (folder / "config.json").exists():

@@ -72,6 +72,14 @@ def test_a_large_model_takes_whole_cards() -> None:
     assert (whole.node, whole.gpus) == ("b", 2)
 
 
+def test_one_that_asks_ray_for_its_cards_is_where_there_are_cards() -> None:
+    want = Want("m", cpu_mib=1, host_mib=1_000, gpu_mib=9_000, cards=0)
+    share = place(want, "m", [Node("gateway", 64, 256_000), GPU[0]], [])
+    assert share is not None
+    # It looks for the kind of cards on the machine that it is on.
+    assert (share.node, share.gpus, share.on_gpus) == ("a", 0.0, True)
+
+
 def test_what_is_left_of_two_cards_is_no_third_one() -> None:
     want = Want("m", cpu_mib=1, host_mib=1_000, gpu_mib=14_400)
     node = Node("a", 16, 64_000, gpus=2, gpu_mib=24_000)
