@@ -66,7 +66,7 @@ def place(want: Want, replica: str, nodes: Sequence[Node], taken: Iterable[Share
     On cards where the cluster has any, where the fewest replicas of its model are, and most is free.
     """
     taken = tuple(taken)
-    on_gpus = want.may_use_gpus and any(node.gpus for node in nodes)
+    on_gpus = _is_for_cards(want, nodes)
     found: list[tuple[tuple[int, float], Share]] = []
     for node in nodes:
         here = [share for share in taken if share.node == node.id]
@@ -84,6 +84,22 @@ def place(want: Want, replica: str, nodes: Sequence[Node], taken: Iterable[Share
         free = left[2] / node.gpus if on_gpus else left[1] / node.memory_mib
         found.append(((sum(each.model == want.model for each in here), -free), share))
     return min(found, key=lambda each: each[0], default=(None, None))[1]
+
+
+def needed(want: Want, nodes: Sequence[Node]) -> str:
+    """What :func:`place` looks for on one of these nodes, in words."""
+    if not _is_for_cards(want, nodes):
+        cpus = "all its cores" if want.cpus is None else f"{want.cpus} cores"
+        return f"{want.cpu_mib} MiB of main memory and {cpus} free"
+    if want.cards is None:
+        cards = f"{want.gpu_mib} MiB of cards' memory"
+    else:
+        cards = f"{want.cards} cards" if want.cards else "cards"
+    return f"{cards} and {want.host_mib} MiB of main memory free (devices: [cpu] has a model do without cards)"
+
+
+def _is_for_cards(want: Want, nodes: Sequence[Node]) -> bool:
+    return want.may_use_gpus and any(node.gpus for node in nodes)
 
 
 def _on_gpus(want: Want, replica: str, node: Node) -> Share | None:

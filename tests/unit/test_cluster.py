@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serving.cluster.placing import Node, Share, Want, place
+from serving.cluster.placing import Node, Share, Want, needed, place
 from serving.cluster.site import ClusterLauncher, RayCluster
 from serving.cluster.task import VARIABLE, Task
 from serving.config import Config, ConfigError, MeterConfig, PowerConfig, with_replicas
@@ -101,6 +101,17 @@ def test_what_is_left_of_two_cards_is_no_third_one() -> None:
         assert share is not None
         halves.append(share)
     assert place(half, "n#3", [node], [*taken, *halves]) is None
+
+
+def test_what_is_missing_is_what_was_looked_for() -> None:
+    large = Want("m", cpu_mib=1_000, host_mib=500, gpu_mib=90_000, cpus=4)
+    # c would have room for it without cards; it is not asked.
+    assert place(large, "m", GPU, []) is None
+    assert needed(large, GPU).startswith("90000 MiB of cards' memory and 500 MiB of main memory")
+    assert "devices: [cpu]" in needed(large, GPU)
+    assert needed(large, CPU) == "1000 MiB of main memory and 4 cores free"
+    assert needed(replace(large, may_use_gpus=False), GPU) == needed(large, CPU)
+    assert needed(replace(large, cards=4), GPU).startswith("4 cards and")
 
 
 def test_a_model_for_cpus_leaves_cards_alone() -> None:
