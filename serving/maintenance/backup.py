@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from serving import __version__
+from serving.folders import make_private
 
 # Of rows that are in both, the ledger takes one: so what waits for it is copied before it is.
 _FOLDERS = ("ledger.spool", "files")
@@ -90,7 +91,7 @@ def restore(archive: Path, data_dir: Path, config: Path) -> tuple[Backup, Path |
     """
     is_new = not data_dir.exists()
     with _told(f"nothing is restored to {data_dir}"):
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(data_dir)
         try:
             # Within it, as it may be all that can be written to: a volume of a container, the state of a service.
             with tempfile.TemporaryDirectory(dir=data_dir, prefix=".restore-") as folder:

@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.config import AdapterConfig, VllmModel
 from serving.engines.launch import AdapterFile, AdapterRoom
+from serving.folders import make_private
 from serving.models.safetensors_header import SafetensorsError, read_safetensors
 from serving.models.sources import ModelError
 
@@ -34,7 +35,7 @@ def folder_of(adapter: AdapterConfig, cache_dir: Path) -> Path:
         return path
     identity = json.dumps([str(path.resolve()), adapter.scale, config])
     scaled = cache_dir / f"lora-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    scaled.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(scaled)
     # Modules that have an alpha of their own do not follow the one of all.
     alphas = {
         "lora_alpha": adapter.scale * config.get("lora_alpha", 8),

@@ -21,6 +21,7 @@ from serving.engines.launch import AdapterFile, Files, Footprint, Launch
 from serving.engines.vllm import adapters, command, containers
 from serving.engines.vllm.environment import INSIDE, Environments
 from serving.engines.vllm.failures import explain
+from serving.folders import make_private
 from serving.hardware.memory import MIB, gpus, host_total_mib
 from serving.models.checksums import verify
 from serving.models.huggingface import HUB, Description, describe, is_gguf, resolve_folder
@@ -243,7 +244,7 @@ def _require_runtime(model: VllmModel) -> None:
 
 def _converted(file: Path, python: Path, cache_dir: Path) -> Path:
     """The folder made of a GGUF file: once, as long as its path, size and time stay the same. Raises :class:`ModelError`."""
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(cache_dir)
     stat = file.stat()
     identity = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
