@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
+from serving.folders import make_private
+
 _BUSY_SECONDS = 5.0
 
 
@@ -33,7 +35,7 @@ def open_database(
     :class:`DatabaseError`, also when a later ``version`` of rigserve has written it.
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         # Never open one that is there: to close it would drop the locks that other connections of this
         # process have on it, and whoever closes the database next would take their log away.
         with contextlib.suppress(FileExistsError):

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from serving.config import LoggingConfig
+from serving.folders import make_private
 
 _ENGINES = "rigserve.engine"
 _PROMPTS = "rigserve.prompts"
@@ -54,8 +55,7 @@ def set_up(config: LoggingConfig, folder: Path, *, verbose: bool = False) -> Non
     # It warns of every bad form; whoever sent it is told, and nobody else needs to know.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
-        for each in (folder.parent, folder):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
         logging.getLogger(_ENGINES).addHandler(_EngineFiles(folder))
         prompts = logging.getLogger(_PROMPTS)
         # Nowhere else, whatever the root logger does.

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from serving import __version__
 from serving.cluster.door import Door, new_secret, open_tunnel
 from serving.cluster.nodes import join, nodes, shares
-from serving.cluster.placing import Node, Share, place
+from serving.cluster.placing import Node, Share, needed, place
 from serving.cluster.replica import Replica
 from serving.cluster.task import VARIABLE, Task
 
@@ -97,7 +97,7 @@ async def _placed(task: Task, api_key: str, secret: bytes) -> tuple[Any, Share]:
             share = place(task.want, task.name, there, shares())
             if share is not None:
                 return _born(task, api_key, secret, share), share
-        missing = f"{task.name}: waits for room: no node has {_needed(task)}; nodes: {_told(there)}"
+        missing = f"{task.name}: waits for room: no node has {needed(task.want, there)}; nodes: {_told(there)}"
         if missing != told:
             _tell(missing)
             told = missing
@@ -126,16 +126,6 @@ async def _lines(replica: Any) -> AsyncIterator[str]:
             except StopAsyncIteration:
                 return
         yield line
-
-
-def _needed(task: Task) -> str:
-    want = task.want
-    cards = f"{want.cards} cards" if want.cards else f"{want.gpu_mib} MiB of cards' memory"
-    on_gpus = f"{cards} and {want.host_mib} MiB of main memory, or, without a card, "
-    cpus = "all its cores" if want.cpus is None else f"{want.cpus} cores"
-    return (
-        f"{on_gpus if want.may_use_gpus else ''}{want.cpu_mib} MiB of main memory and {cpus} free"
-    )
 
 
 def _told(there: list[Node]) -> str:

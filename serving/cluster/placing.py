@@ -66,7 +66,7 @@ def place(want: Want, replica: str, nodes: Sequence[Node], taken: Iterable[Share
     On cards where the cluster has any, where the fewest replicas of its model are, and most is free.
     """
     taken = tuple(taken)
-    on_gpus = want.may_use_gpus and any(node.gpus for node in nodes)
+    on_gpus = _is_for_cards(want, nodes)
     found: list[tuple[tuple[int, float], Share]] = []
     for node in nodes:
         here = [share for share in taken if share.node == node.id]
@@ -79,14 +79,32 @@ def place(want: Want, replica: str, nodes: Sequence[Node], taken: Iterable[Share
             # Sums of parts are not exact.
             round(node.gpus - sum(each.gpus for each in here) - share.gpus, 4),
         )
-        if min(left) < 0:
+        if min(left) < 0 or not _cards_can_be_given(node, [each.gpus for each in (*here, share)]):
             continue
         free = left[2] / node.gpus if on_gpus else left[1] / node.memory_mib
         found.append(((sum(each.model == want.model for each in here), -free), share))
     return min(found, key=lambda each: each[0], default=(None, None))[1]
 
 
+def needed(want: Want, nodes: Sequence[Node]) -> str:
+    """What :func:`place` looks for on one of these nodes, in words."""
+    if not _is_for_cards(want, nodes):
+        cpus = "all its cores" if want.cpus is None else f"{want.cpus} cores"
+        return f"{want.cpu_mib} MiB of main memory and {cpus} free"
+    if want.cards is None:
+        cards = f"{want.gpu_mib} MiB of cards' memory"
+    else:
+        cards = f"{want.cards} cards" if want.cards else "cards"
+    return f"{cards} and {want.host_mib} MiB of main memory free (devices: [cpu] has a model do without cards)"
+
+
+def _is_for_cards(want: Want, nodes: Sequence[Node]) -> bool:
+    return want.may_use_gpus and any(node.gpus for node in nodes)
+
+
 def _on_gpus(want: Want, replica: str, node: Node) -> Share | None:
+    if not node.gpus:
+        return None
     if want.cards is not None:
         gpus = float(want.cards)
     elif not node.gpu_mib:
@@ -96,6 +114,20 @@ def _on_gpus(want: Want, replica: str, node: Node) -> Share | None:
         # Ray gives parts of one card, or several whole ones.
         gpus = math.ceil(part * _STEPS_OF_A_GPU) / _STEPS_OF_A_GPU if part <= 1 else math.ceil(part)
     return Share(want.model, replica, node.id, 0.0, want.host_mib, gpus, on_gpus=True)
+
+
+def _cards_can_be_given(node: Node, shares: Iterable[float]) -> bool:
+    """Whether these fit on a node's cards: what is left of two cards is no third one."""
+    left = [_STEPS_OF_A_GPU] * int(node.gpus)
+    for share in sorted((round(each * _STEPS_OF_A_GPU) for each in shares if each), reverse=True):
+        # As Ray does: whole ones that nobody has, parts where the least is left over.
+        parts = [_STEPS_OF_A_GPU] * (share // _STEPS_OF_A_GPU) or [share]
+        for part in parts:
+            card = min((each for each in left if each >= part), default=None)
+            if card is None:
+                return False
+            left[left.index(card)] -= part
+    return True
 
 
 def _on_cpus(want: Want, replica: str, node: Node) -> Share | None:

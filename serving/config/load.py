@@ -33,7 +33,8 @@ from serving.config.schema import (
 
 __all__ = ["ConfigError", "Problem", "config_json_schema", "load_config", "located"]
 
-_REMOTE_SCHEMES = ("package://", "hf://")
+_HUB = "hf://"
+_REMOTE_SCHEMES = ("package://", _HUB)
 # Keys of a model, all of the same forms.
 _SOURCES = ("source", "projector", "draft_model")
 
@@ -200,6 +201,21 @@ def _place_vllm(document: Document, position: int, model: dict[str, Any]) -> Non
     for key in ("environment", "chat_template"):
         if isinstance(model.get(key), str):
             _place(document, parent, model, key)
+    speculation = model.get("speculation")
+    if isinstance(speculation, dict) and isinstance(speculation.get("model"), str):
+        _place_draft(document, (*parent, "speculation"), speculation)
+
+
+def _place_draft(document: Document, parent: KeyPath, speculation: dict[str, Any]) -> None:
+    """What vLLM guesses with is a folder that is there, or a repository; another name it would look for on the Hub."""
+    if speculation["model"].startswith(_HUB):
+        return
+    folder = _absolute(document, (*parent, "model"), speculation["model"])
+    speculation["model"] = str(folder)
+    if not folder.is_dir():
+        document.report(
+            (*parent, "model"), f"there is no folder {folder}; name one, or {_HUB}ORG/REPO"
+        )
 
 
 def _place_binary(document: Document, position: int, model: dict[str, Any]) -> None:

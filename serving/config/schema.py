@@ -574,6 +574,10 @@ class VllmModel(EngineModel):
     source: str = Field(
         description="A Hugging Face folder, or hf://ORG/REPO[@REVISION]; a GGUF file (package://PACKAGE/FILE.gguf, hf://ORG/REPO/FILE.gguf, or a path) is made into such a folder once."
     )
+    sha256: Sha256 | None = Field(
+        None,
+        description="What the source's folder or file must have; otherwise it is not served.",
+    )
     environment: str | None = Field(
         None,
         description="The Python of an environment that has vLLM. Unset: the one that `rigserve engines install vllm` has made.",

@@ -18,6 +18,8 @@ from genai_prices.data_snapshot import DataSnapshot
 from genai_prices.types import Provider, StartDateConstraint, _providers_from_raw
 from genai_prices.update_prices import DEFAULT_UPDATE_URL as UPDATE_URL
 
+from serving.folders import make_private
+
 __all__ = ["UPDATE_URL", "PriceData", "PriceDataError", "installed", "price_data", "update"]
 
 _FILE_NAME = "prices.json"
@@ -81,7 +83,7 @@ def update(data_dir: Path, url: str = UPDATE_URL) -> PriceData:
     file = data_dir / _FILE_NAME
     part = file.with_suffix(".part")
     try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(data_dir)
         part.write_text(json.dumps(kept), encoding="utf-8")
         os.replace(part, file)
     except OSError as error:

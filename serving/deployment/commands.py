@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from serving.config import load_config
+from serving.config import ConfigError, load_config
 from serving.deployment import systemd
 from serving.hardware.memory import gpus
 
@@ -28,7 +30,7 @@ class InitError(Exception):
 
 
 def add_init_command(commands: Any) -> None:
-    """Add ``init`` to the ``commands`` of argparse. What it runs raises :class:`InitError`, ``ConfigError``."""
+    """Add ``init`` to the ``commands`` of argparse. What it runs raises :class:`InitError`."""
     command = commands.add_parser(
         "init", help="write a config, systemd units or settings of compose"
     )
@@ -48,12 +50,14 @@ def add_init_command(commands: Any) -> None:
 
 def _init(args: argparse.Namespace) -> int:
     answers = {name: getattr(args, name) or _ask(name) for name in _QUESTIONS}
-    host, _, port = answers["listen"].rpartition(":")
-    if not host or not port.isdecimal():
-        raise InitError(f"--listen {answers['listen']!r} is not ADDRESS:PORT, such as 0.0.0.0:8000")
+    host, port = _listening(answers["listen"])
+    answers["listen"] = f"{host}:{port}"
+    answers["source"] = _source(answers["source"], args.kind)
+    config = _config(answers, host, port)
+    _check(config)
     files = {
-        "config": lambda: {"rig.yaml": _config(answers, host, int(port))},
-        "systemd": lambda: _systemd(answers, host, int(port), args.config_dir),
+        "config": lambda: {"rig.yaml": config},
+        "systemd": lambda: _systemd(answers, host, port, args.config_dir),
         "compose": lambda: {".env": _settings(answers)},
     }[args.kind]()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -64,9 +68,50 @@ def _init(args: argparse.Namespace) -> int:
     for name, text in files.items():
         (args.out / name).write_text(text)
         print(f"wrote {args.out / name}")
-    if "rig.yaml" in files:
-        load_config(args.out / "rig.yaml")
     return 0
+
+
+def _listening(listen: str) -> tuple[str, int]:
+    """The address, as URLs have it, and the port. Neither systemd nor Docker takes the name of a host."""
+    host, _, port = listen.rpartition(":")
+    address = host.strip("[]").replace("localhost", "127.0.0.1")
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        parsed = None
+    if parsed is None or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InitError(
+            f"--listen {listen!r} is not ADDRESS:PORT, an IP address and a port, such as 0.0.0.0:8000"
+        )
+    return f"[{parsed}]" if parsed.version == 6 else str(parsed), int(port)
+
+
+def _source(source: str, kind: str) -> str:
+    """The source, where the server will find it."""
+    if "://" in source:
+        return source
+    path = Path(source).expanduser().absolute()
+    if kind == "compose":
+        raise InitError(
+            f"--source {path}: containers do not see it; name a model on the Hub (hf://ORG/REPO/FILE.gguf), or put the "
+            "file on the volume `cache`, and say so in docker/.env: RIGSERVE_SOURCE=/var/cache/rigserve/FILE.gguf"
+        )
+    if kind == "systemd" and systemd.is_at_home(path):
+        raise InitError(
+            f"--source {path}: the service sees no homes; move the file, such as to /var/lib/rigserve"
+        )
+    return str(path)
+
+
+def _check(config: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="rigserve-init-") as folder:
+        file = Path(folder) / "rig.yaml"
+        file.write_text(config)
+        try:
+            load_config(file)
+        except ConfigError as error:
+            told = "; ".join(f"{each.path}: {each.message}" for each in error.problems)
+            raise InitError(f"nothing is written, as this would not be served: {told}") from error
 
 
 def _ask(name: str) -> str:
@@ -77,9 +122,9 @@ def _ask(name: str) -> str:
 
 
 def _config(answers: Mapping[str, str], host: str, port: int, **sections: Any) -> str:
-    is_open = host not in ("127.0.0.1", "localhost", "[::1]")
-    server: dict[str, Any] = {"host": host.strip("[]"), "port": port}
-    if is_open:
+    address = ipaddress.ip_address(host.strip("[]"))
+    server: dict[str, Any] = {"host": str(address), "port": port}
+    if not address.is_loopback:
         server["require_keys"] = True
     settings = {
         "server": server,

@@ -75,13 +75,17 @@ WantedBy=sockets.target
 
 def service(program: Path, config: Path, *, has_gpu: bool) -> str:
     """The service. Homes are hidden from it, unless the program is in one."""
-    is_at_home = program.is_relative_to("/home") or program.is_relative_to("/root")
     return _SERVICE.format(
         program=program,
         config=config,
-        home="read-only" if is_at_home else "yes",
+        home="read-only" if is_at_home(program) else "yes",
         devices=_GPU_DEVICES if has_gpu else _NO_DEVICES,
     )
+
+
+def is_at_home(path: Path) -> bool:
+    """Whether a path is in a place that the service does not see: somebody's home."""
+    return any(path.is_relative_to(home) for home in ("/home", "/root", "/run/user"))
 
 
 def socket(listen: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from serving.database import open_database
+from serving.folders import make_private
 from serving.protocol.errors import ApiError
 from serving.protocol.tenancy import NO_TENANT
 
@@ -131,7 +132,7 @@ class FileStore:
         keep_seconds: int | None,
         tenant: str,
     ) -> dict[str, Any]:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._folder)
         path = self._folder / file_id
         part = path.with_suffix(".part")
         try:

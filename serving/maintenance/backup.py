@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from serving import __version__
+from serving.folders import make_private
 
 # Of rows that are in both, the ledger takes one: so what waits for it is copied before it is.
 _FOLDERS = ("ledger.spool", "files")
@@ -49,7 +50,10 @@ def back_up(data_dir: Path, config: Path, archive: Path) -> Backup:
         raise BackupError(
             f"there is no {data_dir}; see storage.data_dir, or serve some requests first"
         )
-    with tempfile.TemporaryDirectory(dir=archive.absolute().parent, prefix=".backup-") as folder:
+    with (
+        _told(f"cannot write {archive}"),
+        tempfile.TemporaryDirectory(dir=archive.absolute().parent, prefix=".backup-") as folder,
+    ):
         copies, formats = Path(folder) / "data", dict[str, int]()
         copies.mkdir()
         for name in _FOLDERS:
@@ -81,26 +85,73 @@ def back_up(data_dir: Path, config: Path, archive: Path) -> Backup:
 def restore(archive: Path, data_dir: Path, config: Path) -> tuple[Backup, Path | None]:
     """Put a backup's data into ``data_dir``, and its config to ``config`` if there is none.
 
-    Nothing is changed unless all of the archive is whole. What was in ``data_dir`` moves aside; gives where to.
+    Nothing is changed unless all of the archive is whole. What was there of such data moves aside, into a folder within
+    ``data_dir``; gives where to. All else that is there, such as installed engines, stays in its place.
     Raises :class:`BackupError`, also while a server has the databases open.
     """
-    data_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=data_dir.absolute().parent, prefix=".restore-") as folder:
-        copies = Path(folder) / "data"
-        copies.mkdir(mode=0o700)
-        backup = _unpacked(archive, copies)
-        (copies / _MANIFEST).unlink()
-        restored_config = (copies / _CONFIG).read_bytes()
-        (copies / _CONFIG).unlink()
-        aside = None
-        if data_dir.exists():
-            _refuse_if_in_use(data_dir)
-            aside = data_dir.with_name(f"{data_dir.name}.before-restore-{time.time_ns()}")
-            data_dir.rename(aside)
-        copies.rename(data_dir)
-    if not config.exists():
-        config.write_bytes(restored_config)
+    is_new = not data_dir.exists()
+    with _told(f"nothing is restored to {data_dir}"):
+        make_private(data_dir)
+        try:
+            # Within it, as it may be all that can be written to: a volume of a container, the state of a service.
+            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".restore-") as folder:
+                copies = Path(folder)
+                backup = _unpacked(archive, copies)
+                (copies / _MANIFEST).unlink()
+                restored_config = (copies / _CONFIG).read_bytes()
+                (copies / _CONFIG).unlink()
+                _refuse_if_in_use(data_dir)
+                _own_as(data_dir, copies)
+                aside = _exchange(copies, data_dir)
+        except BaseException:
+            if is_new:
+                data_dir.rmdir()
+            raise
+    with _told(f"the data is restored, but cannot write {config}"):
+        if not config.exists():
+            config.write_bytes(restored_config)
     return backup, aside
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """An error of the system's becomes a :class:`BackupError`, which says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise BackupError(f"{what}: {where}{error.strerror or error}") from error
+
+
+def _exchange(copies: Path, data_dir: Path) -> Path | None:
+    """Move what is in ``copies`` into the data folder, and what was there aside; all of it, or nothing if that fails."""
+    aside = data_dir / f"before-restore-{time.time_ns()}"
+    there = [*data_dir.glob("*.sqlite*"), *(data_dir / name for name in _FOLDERS)]
+    moves = [(path, aside / path.name) for path in there if path.exists()]
+    if moves:
+        aside.mkdir(mode=0o700)
+        _own_as(data_dir, aside)
+    moves += [(path, data_dir / path.name) for path in copies.iterdir()]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            source.rename(target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            target.rename(source)
+        if aside.exists():
+            aside.rmdir()
+        raise
+    return aside if aside.exists() else None
+
+
+def _own_as(data_dir: Path, folder: Path) -> None:
+    """What root puts back is the server's, whose the data folder is."""
+    if os.geteuid() == 0:
+        owner = data_dir.stat()
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _unpacked(archive: Path, folder: Path) -> Backup:

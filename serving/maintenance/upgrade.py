@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from serving.adapters.store import AdapterStore
 from serving.cost.ledger import Ledger, LedgerError
 from serving.database import DatabaseError
 from serving.gateway.batch_store import BatchStore
@@ -23,13 +24,15 @@ class _Opened(Protocol):
     def close(self) -> None: ...
 
 
-_OPENERS: dict[str, Callable[[Path], _Opened]] = {
+DATABASES: dict[str, Callable[[Path], _Opened]] = {
     "ledger.sqlite": Ledger,
     "keys.sqlite": lambda path: KeyStore(path.parent),
     "responses.sqlite": ResponseStore,
     "files.sqlite": lambda path: FileStore(path.parent),
     "batches.sqlite": lambda path: BatchStore(path.parent),
+    "adapters.sqlite": lambda path: AdapterStore(path.parent),
 }
+"""Those of a data folder, and how a server opens them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def check_upgrade(data_dir: Path) -> list[Outcome]:
     """Open a copy of each database as a server would at its start; nothing of the original changes."""
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="rigserve-upgrade-") as folder:
-        for name, opener in _OPENERS.items():
+        for name, opener in DATABASES.items():
             if (data_dir / name).exists():
                 outcomes.append(_tried(data_dir / name, Path(folder) / name, opener))
     return outcomes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import filelock
 
+from serving.folders import make_private
 from serving.models.adapters import UnfitAdapter, check_adapter
 from serving.models.checksums import digest_of
 from serving.models.gguf import GgufError, read_header
@@ -32,7 +33,7 @@ def prepare_adapter(path: Path, base: Path, cache_dir: Path) -> Path:
 
 
 def _converted(folder: Path, base: Path, cache_dir: Path) -> Path:
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(cache_dir)
     content = digest_of(folder, cache_dir)
     with base.open("rb") as file:
         header = hashlib.sha256(file.read(read_header(base).data_offset_bytes)).hexdigest()

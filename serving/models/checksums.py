@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.folders import make_private
 from serving.models.sources import ModelError
 
 _FIRST_PART = re.compile(r"(.+)-00001-of-(\d{5})(\.[^.]+)")
@@ -73,7 +74,7 @@ def _digest_of_file(path: Path, cache_dir: Path | None) -> str:
             return remembered.decode()
     digest = _read(path)
     if _state(path) == state:  # else it was written to meanwhile
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(cache_dir)
         memo.write_text(digest)
     return digest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.models.checksums import digest_of
-from serving.models.huggingface import resolve_folder
+from serving.models.huggingface import HUB, is_gguf, resolve_folder
 from serving.models.peft import convert_adapter
 from serving.models.requantize import TYPES
 from serving.models.sources import ModelError, resolve
@@ -57,11 +57,16 @@ def _checksum(args: argparse.Namespace) -> int:
     for source in args.sources:
         path = Path(source).expanduser()
         try:
-            digest = digest_of(path if path.exists() else resolve(source))
+            digest = digest_of(path if path.exists() else _resolved(source))
         except OSError as error:
             raise ModelError(f"{source}: cannot read it: {error.strerror}") from error
         print(f"{digest}  {source}")
     return 0
+
+
+def _resolved(source: str) -> Path:
+    is_repository = source.startswith(HUB) and not is_gguf(source)
+    return resolve_folder(source) if is_repository else resolve(source)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -70,6 +75,8 @@ def _convert(args: argparse.Namespace) -> int:
         beside = Path(args.folder.rpartition("/")[2].partition("@")[0]).absolute()
     else:
         beside = folder = Path(args.folder).expanduser().absolute()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}")
     if (folder / "adapter_config.json").exists():
         return _convert_adapter(args, folder)
     if not (folder / "config.json").exists():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import filelock
 
+from serving.folders import make_private
 from serving.models.checksums import digest_of
 from serving.models.gguf import GgufError, read_header
 from serving.models.sources import ModelError
@@ -43,7 +44,7 @@ def prepare(source: Path, quantization: str | None, cache_dir: Path) -> Path:
     if quantization is None or _file_type(source) == _FILE_TYPES[quantization]:
         return source
     try:
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(cache_dir)
         target = (
             cache_dir / f"{source.stem}-{digest_of(source, cache_dir)[:16]}-{quantization}.gguf"
         )

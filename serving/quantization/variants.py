@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filelock
 
+from serving.folders import make_private
 from serving.hardware.memory import MIB, host_total_mib
 from serving.models.gguf import Header, read_header
 from serving.models.requantize import prepare, type_name
@@ -174,7 +175,7 @@ def _workplace(cache_dir: Path) -> Iterator[Path]:
     """An empty folder for what nobody needs afterwards. One at a time: two would spoil each other's speeds."""
     folder = cache_dir / "measuring"
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        make_private(cache_dir)
         with filelock.FileLock(cache_dir / ".measuring.lock", timeout=0):
             shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
             folder.mkdir()

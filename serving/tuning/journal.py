@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 from serving.config import ModelConfig
+from serving.folders import make_private
 from serving.tuning.goal import Failed, Measured, Result
 from serving.tuning.space import identity
 
@@ -18,7 +19,7 @@ class Journal:
         """Read what is there; raises OSError. A last line that was broken off is dropped."""
         self.path = path
         self._known: dict[tuple[str, int], deque[tuple[Result, float]]] = defaultdict(deque)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         whole = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:

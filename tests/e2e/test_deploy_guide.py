@@ -21,6 +21,8 @@ import pytest
 import requests
 import yaml
 
+from serving.cli import main
+from serving.config import load_config
 from serving.deployment import systemd
 from serving.engines.launch import free_port
 from tests.e2e.test_handover import ActivatedServer
@@ -47,7 +49,8 @@ case " $* " in
         while [ "${1#rigserve-}" = "$1" ]; do shift; done
         shift
         [ "$1" != rigserve ] || shift
-        exec rigserve "${@//\\/etc\\/rigserve/$SCRATCH/etc/rigserve}" ;;
+        set -- "${@//\\/etc\\/rigserve/$SCRATCH/etc/rigserve}"
+        exec rigserve "${@//\\/var\\/lib\\/rigserve/$SCRATCH/var/lib/rigserve}" ;;
     *" up "*)
         "$COMPOSE" $(echo "$@" | sed 's/ up .*//') config > $SCRATCH/config.yaml ;;
 esac
@@ -147,13 +150,17 @@ def test_with_containers(scratch: Scratch, cache_dir: Path) -> None:
     output = scratch.do(commands("With containers"), scratch.folder)
     again = scratch.do("docker/start.sh cpu", scratch.folder)
     assert "secret" not in again
+    # A folder that is new, and a volume that is not.
+    (scratch.folder / "docker/secrets/metrics_key").unlink()
+    scratch.do("docker/start.sh cpu", scratch.folder)
 
     composed = yaml.safe_load((scratch.folder / "config.yaml").read_text())
     services = composed["services"]
     assert services.keys() == {"rigserve-cpu", "prometheus", "alertmanager", "grafana"}
     assert services["rigserve-cpu"]["environment"]["RIGSERVE_MODEL"] == "smollm2-135m"
-    for secret in composed["secrets"].values():
-        assert Path(secret["file"]).stat().st_size > 20
+    for name, secret in composed["secrets"].items():
+        # The Hub's token is the operator's to give.
+        assert (Path(secret["file"]).stat().st_size > 20) == (name != "hf_token")
     prometheus_key = (scratch.folder / "docker/secrets/metrics_key").read_text()
     with RigServer(config) as server:
         server.wait_until_ready()
@@ -230,11 +237,19 @@ def test_backup_and_upgrade(scratch: Scratch, cache_dir: Path) -> None:
         yaml.safe_dump({"server": {}, "models": [{"name": "m", "source": "hf://o/r/f.gguf"}]})
     )
     small(config, cache_dir, scratch.folder, 8000)
+    # The image has the config at /etc/rigserve.
+    (etc := scratch.folder / "etc/rigserve").mkdir(parents=True)
+    shutil.copy(config, etc)
     scratch.do(f"rigserve keys create alice --config {config}", scratch.folder)
     told = scratch.do(commands("Backup and upgrade"), scratch.folder)
     assert "keys.sqlite: format" in told
     assert (scratch.folder / "restored-data/keys.sqlite").exists()
     assert (scratch.folder / "restored.yaml").read_text() == config.read_text()
+    # Also in the container, whose data folder is a volume.
+    data = scratch.folder / "var/lib/rigserve"
+    assert (data / "keys.sqlite").exists()
+    [aside] = data.glob("before-restore-*")
+    assert (aside / "keys.sqlite").exists()
 
 
 def published(services: dict[str, Any]) -> dict[str, list[str]]:
@@ -295,7 +310,51 @@ def test_init_takes_flags_and_overwrites_nothing(scratch: Scratch, kind: str) ->
         assert "RIGSERVE_LISTEN=0.0.0.0:9000" in (scratch.folder / ".env").read_text()
     failing = scratch.do(f"{words} 2>&1 && exit 1 || true", scratch.folder)
     assert "is there already" in failing
-    assert "not ADDRESS:PORT" in scratch.do(
-        f"rigserve init {kind} --listen 9000 --out new 2>&1 || true",
-        scratch.folder,
-    )
+
+
+@pytest.mark.parametrize("listen", ["9000", "rig.example:9000", "127.0.0.1:70000"])
+def test_init_wants_an_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str
+) -> None:
+    words = ["--source", "hf://o/r/f.gguf", "--name", "m", "--out", str(tmp_path / "new")]
+    assert main(["init", "compose", *words, "--listen", listen]) == 2
+    assert "not ADDRESS:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "name", "told"),
+    [
+        ("config", "gone.gguf", "m", "there is no file"),
+        ("config", "hf://o/r/f.gguf", "'a b'", "name"),
+        ("compose", "here.gguf", "m", "containers do not see it"),
+        ("systemd", "/root/here.gguf", "m", "the service sees no homes"),
+    ],
+)
+def test_init_writes_nothing_that_would_not_be_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    source: str,
+    name: str,
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    words = ["--source", source, "--name", name, "--listen", "localhost:9000", "--out", "new"]
+    assert main(["init", kind, *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_has_the_units_name_what_they_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.gguf").touch()
+    words = ["--source", "here.gguf", "--name", "m", "--listen", "localhost:9000", "--out", "new"]
+    assert main(["init", "systemd", *words]) == 0
+    # systemd takes no names of hosts, and the config will be in another folder.
+    assert "ListenStream=127.0.0.1:9000\n" in (tmp_path / "new/rigserve.socket").read_text()
+    [model] = load_config(tmp_path / "new/rig.yaml").local_models
+    assert model.source == str(tmp_path / "here.gguf")

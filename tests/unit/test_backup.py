@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import re
 import sqlite3
 import stat
 import tarfile
@@ -18,6 +20,7 @@ from serving.cli import main
 from serving.cost.ledger import Ledger, read_traffic
 from serving.cost.spool import Spool
 from serving.keys.store import KeyStore
+from serving.maintenance import upgrade
 from serving.maintenance.backup import BackupError, back_up, restore
 from serving.maintenance.upgrade import check_upgrade
 from serving.protocol.keys import NewKey
@@ -116,6 +119,55 @@ def test_what_is_there_moves_aside(data: Path, tmp_path: Path) -> None:
     assert (rows(aside / "ledger.sqlite"), rows(data / "ledger.sqlite")) == (2, 1)
 
 
+def test_what_no_backup_holds_stays_in_its_place(data: Path, tmp_path: Path) -> None:
+    back_up(data, tmp_path / "rig.yaml", tmp_path / "b.tar.gz")
+    # An environment of Python's works at its own path only.
+    (python := data / "engines" / "vllm" / "python").parent.mkdir(parents=True)
+    python.touch()
+    place = data.stat().st_ino
+    _, aside = restore(tmp_path / "b.tar.gz", data, tmp_path / "rig.yaml")
+    assert python.exists()
+    assert (data / "logs" / "m.log").exists()
+    # A volume of a container, which is nobody's to rename.
+    assert data.stat().st_ino == place
+    assert aside is not None
+    assert aside.parent == data
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "rig.yaml", "b.tar.gz"}
+
+
+def test_what_fails_half_way_is_undone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back_up(data, tmp_path / "rig.yaml", tmp_path / "b.tar.gz")
+
+    def there() -> list[str]:
+        names = [path.relative_to(data).as_posix() for path in data.rglob("*")]
+        return sorted(name for name in names if not name.endswith(("-wal", "-shm")))
+
+    rename, names = Path.rename, there()
+
+    def full(path: Path, target: Path) -> Path:
+        if ".restore-" in str(path) and path.name == "files":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(BackupError, match=r"nothing is restored .*No space left"):
+        restore(tmp_path / "b.tar.gz", data, tmp_path / "rig.yaml")
+    assert there() == names
+    assert rows(data / "ledger.sqlite") == 1
+
+
+def test_root_puts_back_what_is_the_servers(data: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    back_up(data, tmp_path / "rig.yaml", tmp_path / "b.tar.gz")
+    os.chown(data, 10001, 10001)
+    restore(tmp_path / "b.tar.gz", data, tmp_path / "rig.yaml")
+    for path in (data / "ledger.sqlite", data / "files", data / "files" / "file-1"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (10001, 10001)
+
+
 def test_nothing_is_restored_under_a_running_server(data: Path, tmp_path: Path) -> None:
     back_up(data, tmp_path / "rig.yaml", tmp_path / "b.tar.gz")
     with closing(Ledger(data / "ledger.sqlite")):
@@ -150,7 +202,10 @@ def test_a_damaged_backup_changes_nothing(data: Path, tmp_path: Path, damage: st
         restore(archive, data, tmp_path / "rig.yaml")
     assert rows(data / "ledger.sqlite") == 1
     assert not (tmp_path / "outside").exists()
-    assert not list(tmp_path.glob(".restore-*"))
+    assert not list(data.glob(".restore-*"))
+    with pytest.raises(BackupError):
+        restore(archive, tmp_path / "new", tmp_path / "rig.yaml")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +213,8 @@ def test_the_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["backup", config, "--out", archive]) == 0
     assert main(["backup", config, "--out", archive]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert main(["backup", config, "--out", str(tmp_path / "nowhere" / "b.tar.gz")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
     assert main(["restore", config, "--from", archive]) == 0
     assert "before-restore" in capsys.readouterr().out
     moved = tmp_path / "moved.yaml"
@@ -239,6 +296,17 @@ def test_the_first_ledgers_rows_have_no_key(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         row = connection.execute("SELECT key_id, tenant, api_usd, route, served_as, uid FROM usage")
         assert row.fetchone() == ("-", "-", 0.0, "-", "-", None)
+
+
+def test_no_database_is_forgotten() -> None:
+    """All that a server makes in its data folder are tried."""
+    serving = Path(__file__).parents[2] / "serving"
+    named = {
+        name
+        for path in serving.rglob("*.py")
+        for name in re.findall(r'"(\w+\.sqlite)"', path.read_text())
+    }
+    assert set(upgrade.DATABASES) == named
 
 
 def test_data_of_a_newer_version_is_told_before_the_server_is_started(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from serving.cluster.placing import Node, Share, Want, place
+from serving.cluster.placing import Node, Share, Want, needed, place
 from serving.cluster.site import ClusterLauncher, RayCluster
 from serving.cluster.task import VARIABLE, Task
 from serving.config import Config, ConfigError, MeterConfig, PowerConfig, with_replicas
@@ -70,6 +70,48 @@ def test_a_large_model_takes_whole_cards() -> None:
     whole = place(Want("m", 1, 1, 1, cards=2), "m", GPU, [])
     assert whole is not None
     assert (whole.node, whole.gpus) == ("b", 2)
+
+
+def test_one_that_asks_ray_for_its_cards_is_where_there_are_cards() -> None:
+    want = Want("m", cpu_mib=1, host_mib=1_000, gpu_mib=9_000, cards=0)
+    share = place(want, "m", [Node("gateway", 64, 256_000), GPU[0]], [])
+    assert share is not None
+    # It looks for the kind of cards on the machine that it is on.
+    assert (share.node, share.gpus, share.on_gpus) == ("a", 0.0, True)
+
+
+def test_what_is_left_of_two_cards_is_no_third_one() -> None:
+    want = Want("m", cpu_mib=1, host_mib=1_000, gpu_mib=14_400)
+    node = Node("a", 16, 64_000, gpus=2, gpu_mib=24_000)
+    small = Node("b", 16, 64_000, gpus=1, gpu_mib=24_000)
+    taken = [share for name in ("m#1", "m#2") if (share := place(want, name, [node], []))]
+    assert [share.gpus for share in taken] == [0.6, 0.6]
+    # Ray would not give it what it was promised, and it would be born nowhere.
+    assert place(want, "m#3", [node], taken) is None
+    elsewhere = place(want, "m#3", [node, small], [*taken, replace(taken[0], node="b")])
+    assert elsewhere is None
+    third = place(want, "m#3", [node, small], taken)
+    assert third is not None
+    assert third.node == "b"
+    # Each of these has a card with another.
+    half = Want("n", cpu_mib=1, host_mib=1_000, gpu_mib=9_600)
+    halves: list[Share] = []
+    for name in ("n#1", "n#2"):
+        share = place(half, name, [node], [*taken, *halves])
+        assert share is not None
+        halves.append(share)
+    assert place(half, "n#3", [node], [*taken, *halves]) is None
+
+
+def test_what_is_missing_is_what_was_looked_for() -> None:
+    large = Want("m", cpu_mib=1_000, host_mib=500, gpu_mib=90_000, cpus=4)
+    # c would have room for it without cards; it is not asked.
+    assert place(large, "m", GPU, []) is None
+    assert needed(large, GPU).startswith("90000 MiB of cards' memory and 500 MiB of main memory")
+    assert "devices: [cpu]" in needed(large, GPU)
+    assert needed(large, CPU) == "1000 MiB of main memory and 4 cores free"
+    assert needed(replace(large, may_use_gpus=False), GPU) == needed(large, CPU)
+    assert needed(replace(large, cards=4), GPU).startswith("4 cards and")
 
 
 def test_a_model_for_cpus_leaves_cards_alone() -> None:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
 from serving.engines.adapters import LiveAdapters
 from serving.engines.launch import AdapterFile, Files
-from serving.engines.vllm import adapters, containers
+from serving.engines.vllm import adapters, container_guard, containers
 from serving.engines.vllm.command import arguments, environment, kv_cache_bytes, lora_bytes
 from serving.engines.vllm.environment import Environment, Environments
 from serving.engines.vllm.failures import explain
@@ -35,6 +37,7 @@ from serving.gateway.vllm.answer import Events, refusal, whole
 from serving.gateway.vllm.load import load_of
 from serving.gateway.vllm.request import readdressed, written
 from serving.metrics import Metrics
+from serving.models.checksums import digest_of
 from serving.models.huggingface import Description, describe, resolve_folder
 from serving.models.sources import ModelError
 from serving.protocol.embeddings import EmbeddingRequest, TokenizeRequest
@@ -118,6 +121,11 @@ class TestConfig:
             ("    devices: ['0']\n    tensor_parallel: 2\n", "devices names 1 cards"),
             ("    speculation: {method: draft_model}\n", "needs a model"),
             ("    speculation: {method: ngram, model: x}\n", "has no model"),
+            (
+                "    speculation: {method: draft_model, model: x}\n",
+                "speculation.model: there is no folder",
+            ),
+            ("    sha256: abc\n", "is no SHA-256"),
             ("    devices: [cpu]\n    sleep: true\n", "sleep is for cards"),
             ("    image: x\n    sleep: true\n", "sleep is for an environment"),
             ("    extra_args: [--enable-sleep-mode]\n", "set sleep"),
@@ -130,6 +138,16 @@ class TestConfig:
         with pytest.raises(ConfigError) as refused:
             load_config(self.write(tmp_path, more))
         assert expected in str(refused.value)
+
+    @pytest.mark.parametrize(("said", "meant"), [("m", "{folder}/m"), ("hf://a/b", "hf://a/b")])
+    def test_what_it_guesses_with_is_taken_from_the_files_own_too(
+        self, tmp_path: Path, said: str, meant: str
+    ) -> None:
+        more = f"    speculation: {{method: draft_model, model: '{said}'}}\n"
+        [model] = load_config(self.write(tmp_path, more)).local_models
+        assert isinstance(model, VllmModel)
+        assert model.speculation is not None
+        assert model.speculation.model == meant.format(folder=tmp_path)
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, "")
@@ -305,16 +323,18 @@ class TestCommand:
         launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
         with pytest.raises(ModelError, match="has no vLLM that works"):
             launcher.prepare(model)
-        image = a_model(image="vllm/vllm-openai:v1", container_runtime="podman")
+        draft: Any = {"method": "draft_model", "model": str(a_folder(tmp_path / "draft"))}
+        image = a_model(image="vllm/vllm-openai:v1", container_runtime="podman", speculation=draft)
         launch = launcher.launch(image, Files(folder), 81, "secret", ("GPU-1",))
         line = " ".join(launch.command)
         assert "secret" not in line
         assert launch.environment["VLLM_API_KEY"] == "secret"
-        assert launch.command[:2] == ["podman", "run"]
+        assert launch.command[3:5] == [container_guard.__file__, "podman"]
         assert "--publish 127.0.0.1:81:8000" in line
         assert '--gpus "device=GPU-1"' in line
         assert "--env VLLM_API_KEY" in line
         assert f"--volume {folder}:{folder}:ro" in line
+        assert f"--volume {tmp_path}/draft:{tmp_path}/draft:ro" in line
         assert launch.health_path == "/v1/models"
 
     def test_links_of_a_folder_are_seen_in_its_container(self, tmp_path: Path) -> None:
@@ -326,11 +346,81 @@ class TestCommand:
         assert f"{blobs}:{blobs}:ro" in words
         assert "--gpus" not in words
 
+    def test_a_container_ends_with_the_engine(self, tmp_path: Path) -> None:
+        """To end the program that runs it does not end it."""
+        # A guard is known by its command line.
+        words = [sys.executable, "-c", "input()", "container_guard.py"]
+        living = subprocess.Popen(words, stdin=subprocess.PIPE)
+        lost, kept = "rigserve-999999999-0badc0de", f"rigserve-{living.pid}-0badc0de"
+        runtime = tmp_path / "podman"
+        runtime.write_text(
+            textwrap.dedent(f"""\
+            #!/bin/bash
+            cd {tmp_path}
+            echo "$@" >> asked
+            case $1 in
+                ps) echo {lost} {kept} other ;;
+                rm) touch gone-$3 ;;
+                run)
+                    trap '' TERM
+                    touch running
+                    until [ -e gone-$3 ]; do sleep 0.05; done ;;
+            esac
+            """)
+        )
+        runtime.chmod(0o755)
+        code = (
+            "from serving.engines.vllm.container_guard import main; "
+            f"main({str(runtime)!r}, ['image'], grace_seconds=0.1)"
+        )
+        guard = subprocess.Popen([sys.executable, "-c", code])
+        try:
+            wait_for((tmp_path / "running").exists, "the container runs")
+            guard.terminate()
+            guard.wait(60)
+        finally:
+            guard.kill()
+            living.communicate()
+        asked = (tmp_path / "asked").read_text()
+        removed = re.findall(r"(?m)^rm --force (\S+)$", asked)
+        assert removed[0] == lost
+        assert re.fullmatch(rf"rigserve-{guard.pid}-\w+", removed[1])
+        assert len(removed) == 2
+
     def test_what_is_for_the_gateway_restarts_nothing(self, tmp_path: Path) -> None:
         launcher = VllmLauncher(tmp_path, tmp_path)
         assert not launcher.differ(a_model(), a_model(aliases=("b",), max_queue=3))
         assert launcher.differ(a_model(), a_model(max_sequences=3))
         assert launcher.differ(a_model(), a_model(dtype="float16"))
+
+    def test_a_named_environments_build_is_told_from_what_imports_print(
+        self, tmp_path: Path
+    ) -> None:
+        python = tmp_path / "python"
+        folder = a_folder(tmp_path / "m")
+        for cuda, on_cards in (("None", False), ("'12.8'", True)):
+            (tmp_path / "torch.py").write_text(
+                f"class version: cuda = {cuda}\nprint('INFO: a platform was found')\n"
+            )
+            (tmp_path / "vllm.py").touch()
+            python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+            python.chmod(0o755)
+            launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
+            model = a_model(environment=str(python), source=str(folder))
+            launcher.prepare(model)
+            assert launcher.uses_gpus is on_cards
+
+    def test_only_what_has_its_checksum_is_served(self, tmp_path: Path) -> None:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\n")
+        python.chmod(0o755)
+        folder = a_folder(tmp_path / "m")
+        launcher = VllmLauncher(tmp_path / "cache", tmp_path / "data")
+        model = a_model(environment=str(python), source=str(folder), sha256=digest_of(folder))
+        assert launcher.prepare(model).model == folder
+        (folder / "config.json").write_text(json.dumps({**LLAMA, "hidden_size": 2}))
+        with pytest.raises(ModelError, match="is not the file that sha256 names"):
+            launcher.prepare(model)
 
     def test_it_is_told_what_to_do_where_vllm_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="rigserve engines install vllm"):
@@ -488,6 +578,14 @@ class TestAdapters:
         weights = "adapter_model.safetensors"
         assert (scaled / weights).read_bytes() == (tmp_path / "a" / weights).read_bytes()
         assert adapters.folder_of(adapter, tmp_path / "cache") == scaled
+
+    def test_a_scale_counts_for_modules_with_an_alpha_of_their_own(self, tmp_path: Path) -> None:
+        adapter = self.write(tmp_path / "a", alpha_pattern={"q_proj": 8, "v_proj": 2})
+        adapter = adapter.model_copy(update={"scale": 0.5})
+        scaled = adapters.folder_of(adapter, tmp_path / "cache")
+        config = json.loads((scaled / "adapter_config.json").read_text())
+        assert config["alpha_pattern"] == {"q_proj": 4, "v_proj": 1}
+        assert not list(scaled.glob("*.partial"))
 
     def test_there_is_room_for_the_highest_rank(self, tmp_path: Path) -> None:
         adapter = self.write(tmp_path / "a")

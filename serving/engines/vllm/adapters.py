@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from serving.config import AdapterConfig, VllmModel
 from serving.engines.launch import AdapterFile, AdapterRoom
+from serving.folders import make_private
 from serving.models.safetensors_header import SafetensorsError, read_safetensors
 from serving.models.sources import ModelError
 
@@ -33,9 +35,19 @@ def folder_of(adapter: AdapterConfig, cache_dir: Path) -> Path:
         return path
     identity = json.dumps([str(path.resolve()), adapter.scale, config])
     scaled = cache_dir / f"lora-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    scaled.mkdir(parents=True, exist_ok=True)
-    alpha = adapter.scale * config.get("lora_alpha", 8)
-    (scaled / _CONFIG).write_text(json.dumps(config | {"lora_alpha": alpha}), encoding="utf-8")
+    make_private(scaled)
+    # Modules that have an alpha of their own do not follow the one of all.
+    alphas = {
+        "lora_alpha": adapter.scale * config.get("lora_alpha", 8),
+        "alpha_pattern": {
+            module: adapter.scale * alpha
+            for module, alpha in (config.get("alpha_pattern") or {}).items()
+        },
+    }
+    # A vLLM that runs may read it at any time.
+    partial = scaled / f"{_CONFIG}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(config | alphas), encoding="utf-8")
+    partial.replace(scaled / _CONFIG)
     for file in path.iterdir():
         link = scaled / file.name
         if file.name != _CONFIG and not link.exists():

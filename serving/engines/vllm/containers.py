@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from serving.config import VllmModel
+from serving.engines.vllm import container_guard
 from serving.engines.vllm.command import MODULE
 from serving.engines.vllm.environment import INSIDE
 
@@ -26,8 +27,8 @@ def command(
     """What runs the image; the variables of ``environment`` are handed on by name, so their values are not shown."""
     assert model.image is not None
     words = [
-        *(model.container_runtime, "run", "--rm", "--init", "--pull=missing"),
-        *("--name", f"rigserve-{port}-{secrets.token_hex(4)}"),
+        *(sys.executable, "-I", "-S", container_guard.__file__, model.container_runtime),
+        *("--rm", "--init", "--pull=missing"),
         *("--publish", f"127.0.0.1:{port}:{PORT}"),
         # Its processes share tensors; Docker's own 64 MiB are too few.
         "--ipc=host",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from serving.folders import make_private
 from serving.models.sources import ModelError
 
 Build = Literal["cuda", "cpu"]
@@ -42,7 +43,13 @@ class Environments:
     """All that are below a data folder."""
 
     def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
         self.folder = data_dir / "engines" / "vllm"
+
+    def make_folder(self) -> None:
+        """Make the folder of all, if need be; the data folder is its owner's only, whoever makes it first."""
+        make_private(self._data_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def all(self) -> Iterator[Environment]:
         """Those that are whole, in the order of their folders' names."""

@@ -95,7 +95,7 @@ def install(environments: Environments, plan: Plan, tell: Tell) -> Environment:
     The one that was in use stays, and stays in use if this fails. Engines that run now are left alone.
     """
     _check_machine(plan, environments.folder)
-    environments.folder.mkdir(parents=True, exist_ok=True)
+    environments.make_folder()
     with _only_one(environments, tell):
         for stale in environments.unfinished():
             tell(f"removing {stale.name}, which was not finished")

@@ -21,8 +21,10 @@ from serving.engines.launch import AdapterFile, Files, Footprint, Launch
 from serving.engines.vllm import adapters, command, containers
 from serving.engines.vllm.environment import INSIDE, Environments
 from serving.engines.vllm.failures import explain
+from serving.folders import make_private
 from serving.hardware.memory import MIB, gpus, host_total_mib
-from serving.models.huggingface import Description, describe, is_gguf, resolve_folder
+from serving.models.checksums import verify
+from serving.models.huggingface import HUB, Description, describe, is_gguf, resolve_folder
 from serving.models.sources import ModelError, resolve
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ _PROCESSES_MIB = 2600
 # What CUDA, graphs and activations take on each card beside weights and KV cache.
 _CARD_MIB = 2048
 _PROBE_SECONDS = 120.0
+_HAS_CUDA = "rigserve: built for CUDA"
 _CONVERT_DTYPE = "bfloat16"
 
 
@@ -69,8 +72,11 @@ class VllmLauncher:
 
     def _served(self, model: VllmModel, python: _Python | None) -> Path:
         if not is_gguf(model.source):
-            return resolve_folder(model.source)
+            folder = resolve_folder(model.source)
+            verify(folder, model.sha256, self._cache_dir, "sha256")
+            return folder
         file = resolve(model.source)
+        verify(file, model.sha256, self._cache_dir, "sha256")
         if model.quantization == "gguf":
             return file
         if python is None:
@@ -172,6 +178,8 @@ class VllmLauncher:
             room = replace(room, fits=lambda _: False)
             paths = [files.model, *loras.values()]
             paths += [Path(model.chat_template)] if model.chat_template else []
+            draft = model.speculation.model if model.speculation else None
+            paths += [Path(draft)] if draft and not draft.startswith(HUB) else []
             line = containers.command(
                 *(model, words, environment, paths), port=port, gpus=gpus if on_gpu else ()
             )
@@ -209,7 +217,8 @@ def _description(files: Files) -> Description:
 
 def _looked_at(python: Path) -> _Python:
     """What a named interpreter has; raises :class:`ModelError` if that is no vLLM."""
-    code = "import torch, vllm; print(torch.version.cuda or '')"
+    # Imports may print lines of their own.
+    code = f"import torch, vllm; print('{_HAS_CUDA}' if torch.version.cuda else '')"
     try:
         asked = subprocess.run(
             [python, "-c", code],
@@ -223,7 +232,7 @@ def _looked_at(python: Path) -> _Python:
     if asked.returncode:
         last = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ModelError(f"{python} has no vLLM that works: {last}; name another (environment)")
-    return _Python(python, bool(asked.stdout.strip().splitlines()[-1:]))
+    return _Python(python, _HAS_CUDA in asked.stdout.splitlines())
 
 
 def _require_runtime(model: VllmModel) -> None:
@@ -235,7 +244,7 @@ def _require_runtime(model: VllmModel) -> None:
 
 def _converted(file: Path, python: Path, cache_dir: Path) -> Path:
     """The folder made of a GGUF file: once, as long as its path, size and time stay the same. Raises :class:`ModelError`."""
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(cache_dir)
     stat = file.stat()
     identity = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
