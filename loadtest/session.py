@@ -44,7 +44,8 @@ from loadtest.traces import TraceRequest, read_trace
 from loadtest.watch import health, raise_file_limit
 from loadtest.web import WEB_HOST, WEB_PORT, serve_web
 from serving.cost.comparison import compare
-from serving.cost.price_data import PriceDataError, price_data
+from serving.cost.peers import book_to_compare_with
+from serving.cost.price_data import PriceDataError, installed, price_data
 from serving.cost.prices import PriceBook, UnknownModel
 
 _METERING_SECONDS = 0.3
@@ -72,11 +73,9 @@ def run(options: BenchOptions) -> int:
     api_key = options.api_key or os.environ.get("OPENAI_API_KEY")
     epoch = time.time()
     try:
-        prices = PriceBook(
-            options.cost.compare_to,
-            overrides=options.cost.prices,
-            data=price_data(options.prices_dir) if options.prices_dir else None,
-        )
+        data = price_data(options.prices_dir) if options.prices_dir else installed()
+        # What cannot be priced is told before the load, not after it.
+        PriceBook(options.cost.compare_to, overrides=options.cost.prices, data=data)
         objectives = [parse_objective(text) for text in options.slo]
         baseline = None
         if options.baseline is not None:
@@ -91,6 +90,7 @@ def run(options: BenchOptions) -> int:
         found = probing.get()
         if isinstance(found, ServerError):
             raise found
+        prices = book_to_compare_with(options.cost, data, lambda: found.model)
         out.mkdir(parents=True, exist_ok=True)
     except (GateError, ScenarioError, PriceDataError, ServerError, UnknownModel) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -160,7 +160,7 @@ def _report_of(
     epoch: float,
     leash: Leash,
     console: Console,
-    prices: PriceBook,
+    prices: tuple[PriceBook, str],
 ) -> Report | None:
     """Run the load and measure it; None if it was interrupted before it began."""
     started = datetime.fromtimestamp(epoch).astimezone()
@@ -221,7 +221,7 @@ def _report_of(
         knee=conductor.knee,
         totals=totals_of(of_load),
         totals_with_warmup=totals_of(records),
-        cost=compare(traffic, options.cost, prices) if traffic else None,
+        cost=compare(traffic, options.cost, *prices) if traffic else None,
     )
 
 

@@ -25,7 +25,7 @@ from serving.cost.comparison import CostReport, compare
 from serving.cost.model import CostModel
 from serving.cost.money import USD, Currency, saving_text
 from serving.cost.peers import suggest_peers
-from serving.cost.price_data import PriceDataError, installed, price_data, update
+from serving.cost.price_data import PriceData, PriceDataError, installed, price_data, update
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.cost.traffic import TokenGroup, Traffic
@@ -570,6 +570,13 @@ def test_peers_are_suggested_by_what_a_model_is(model: str, peer: str, why: str)
     assert peer in references[0].lower()
     assert why in basis
     PriceBook(references)  # all of them have prices
+
+
+def test_a_peer_that_newer_prices_lack_is_not_suggested() -> None:
+    data = installed()
+    lacking = PriceData([each for each in data.providers if each.id != "openai"], "newer")
+    references, _ = suggest_peers("smollm2-135m", lacking)
+    assert references == ("google/gemini-2.5-flash-lite",)
 
 
 def test_prices_are_updated_only_when_asked(tmp_path: Path) -> None:

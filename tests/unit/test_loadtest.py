@@ -30,6 +30,8 @@ from loadtest.run import run_bench
 from loadtest.scenario import Closed, Scenario, Traffic
 from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
+from serving.cost.peers import suggest_peers
+from serving.cost.price_data import installed
 from tests.browser import browser
 from tests.openai_server import JOULES_A_REQUEST, serving
 from tests.processes import wait_for
@@ -346,7 +348,10 @@ def test_failures_are_counted_by_class(tmp_path: Path) -> None:
 
 
 def test_energy_is_the_servers_even_if_it_hangs_up_on_idle_clients(tmp_path: Path) -> None:
-    _, report, _ = bench(tmp_path, "metered")
+    _, report, _ = bench(tmp_path, "metered", cost=CostConfig())
+    assert report["cost"]["peer_basis"].startswith("suggested: tiny does not tell its size")
+    peers, _ = suggest_peers("tiny", installed())
+    assert report["cost"]["verdict"]["reference"] == peers[0]
     traffic = report["cost"]["traffic"]
     assert traffic["energy_source"] == "nvml"
     assert traffic["energy_joules"] == JOULES_A_REQUEST * report["totals"]["requests"]

@@ -135,6 +135,15 @@ def test_the_verdict_is_what_cost_alone_says(
     assert "1e6" in text
 
 
+def test_peers_are_those_of_the_rigs_own_models(run: Run, config: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    values["cost"]["compare_to"] = []
+    config.write_text(yaml.safe_dump(values))
+    with closing(Ledger(config.parent / "ledger.sqlite")) as ledger:
+        ledger.append(replace(RECORD, model="far-70b", engine="remote", prompt_tokens=1_000_000))
+    assert "Peer: suggested: m does not tell its size" in " ".join(run("verdict").split())
+
+
 def test_prices_are_found_by_name(run: Run) -> None:
     text = run("prices", "--find", "claude-haiku-4-5")
     assert "anthropic/claude-haiku-4-5: input $1.00, cached $0.10, output $5.00" in text
