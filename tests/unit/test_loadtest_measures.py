@@ -306,12 +306,24 @@ def test_a_sweep_that_never_saturates_has_no_knee() -> None:
     assert search.knee is None
 
 
-def test_a_sweep_stops_at_failures() -> None:
-    search = KneeSearch(Sweep(kind="sweep", over="requests_per_second", start=0.5, most=64))
+@pytest.mark.parametrize("over", ["users", "requests_per_second"])
+def test_a_load_at_which_requests_fail_is_no_knee_however_much_it_brings(over: Any) -> None:
+    search = KneeSearch(Sweep(kind="sweep", over=over, start=1, most=64, max_stages=12))
+    tried = []
     while (load := search.next_load()) is not None:
-        assert load <= 4
-        search.saw(load, load, 0.5 if load > 2 else 0.0)
+        assert load <= 8
+        tried.append(load)
+        search.saw(load, load, 0.5 if load > 5 else 0.0)
     assert search.knee is not None
+    assert 4 < search.knee <= 5, "what lies between the last good load and the first bad is tried"
+    assert len(tried) == len(set(tried)) <= 7
+
+
+def test_a_server_that_always_fails_has_no_knee() -> None:
+    search = KneeSearch(Sweep(kind="sweep", most=64))
+    while (load := search.next_load()) is not None:
+        search.saw(load, 0.0, 1.0)
+    assert search.knee is None
 
 
 @pytest.mark.parametrize(
