@@ -24,7 +24,7 @@ from serving.cost.words import (
 _LEAST_SHARE, _STEPS = 0.01, 40
 
 STYLE = """
-.tornado { display: grid; grid-template-columns: max-content max-content 1fr max-content; align-items: center; gap: 2px 12px; font-size: .88rem; }
+.tornado { display: grid; grid-template-columns: minmax(6em, auto) max-content minmax(120px, 1fr) max-content; align-items: center; gap: 2px 12px; font-size: .88rem; }
 .tornado .soft { font-size: .8rem; } .tornado div:nth-child(4n+2), .tornado div:nth-child(4n) { text-align: right; font-variant-numeric: tabular-nums; }
 .swing { position: relative; height: 22px; } .swing b { position: absolute; top: 4px; height: 14px; border-radius: 3px; background: var(--accent); }
 .swing i { position: absolute; height: 100%; border-left: 1px solid var(--line); } .swing i.given { border-left: 2px solid var(--ink); }
@@ -35,7 +35,8 @@ STYLE = """
 @media (max-width: 600px) { .costs :is(td, th):is(:nth-child(3), :nth-child(5), :nth-child(6)) { display: none; }
   .tornado { grid-template-columns: 1fr max-content; } .tornado div:nth-child(4n+3) { grid-column: 1 / -1; grid-row: auto; }
   .tornado div:nth-child(4n) { grid-column: 1 / -1; text-align: left; color: var(--soft); padding-bottom: 6px; } }
-@media print { details:not([open]) > *:not(summary) { display: block; } }
+/* What a click would open, paper shows. */
+@media print { details::details-content { content-visibility: visible; } details summary { list-style: none; } }
 """
 
 
@@ -71,9 +72,10 @@ def _bars(cost: CostReport) -> str:
     def bar(name: str, usd: float | None, *, ours: bool) -> charts.Bar:
         return charts.Bar(name, (usd or 0) / money.usd_per_unit, money.text(usd), ours)
 
+    label = ", estimated" if cost.estimated else ""
     here = (
-        ("This rig, as run (energy)", cost.here_as_run),
-        ("This rig, all costs", cost.here_fully_loaded),
+        (f"This rig, as run (energy{label})", cost.here_as_run),
+        (f"This rig, all costs{f' ({label[2:]})' if label else ''}", cost.here_fully_loaded),
     )
     bars = [bar(name, price.output_usd_per_million, ours=True) for name, price in here]
     bars += [

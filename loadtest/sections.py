@@ -41,12 +41,13 @@ def summary_text(report: Report) -> str:
             f"{summary.goodput.share:.0%} of the requests kept what the scenario promises "
             f"({escape(_slo_text(report))})."
         )
-    failed = summary.totals.errors
-    said.append(
-        "No request failed."
-        if not failed
-        else f"{failed} of {summary.totals.requests} requests failed."
-    )
+    failed, requests = summary.totals.errors, summary.totals.requests
+    if not requests:
+        said.append(f"Nothing was measured at {escape(head.stage.label)}: it was too short for it.")
+    elif not failed:
+        said.append("No request failed.")
+    else:
+        said.append(f"{failed} of {requests} requests failed.")
     return " ".join(said)
 
 

@@ -73,7 +73,9 @@ def _answer(verdict: Verdict) -> str:
 
 def _percent(value: float) -> str:
     """Never rounded towards the claim."""
-    return saving_text(value) if value >= 0 else f"−{-value:,.0f} %"
+    if value >= 0:
+        return saving_text(value)
+    return f"−{-value:,.1f} %" if value > -10 else f"−{-value:,.0f} %"
 
 
 def _claim(verdict: Verdict, report: CostReport) -> str:

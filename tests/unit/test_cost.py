@@ -406,6 +406,14 @@ def test_the_printed_report_holds_what_a_person_needs(width: int) -> None:
         assert figure in " ".join(text.split()), figure
 
 
+def test_great_losses_leave_words_whole() -> None:
+    dear = CONFIG.model_copy(update={"hardware_price_usd": 3e6, "tokens_there_per_token": 1.1})
+    text = printed(compare(TRAFFIC, dear, PriceBook(CONFIG.compare_to)), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("utilization ", "electricity ", "1.1 tokens there for one here"):
+        assert whole in text, text
+
+
 def test_estimates_are_labelled() -> None:
     book = PriceBook(CONFIG.compare_to)
     for each, labelled in ((TRAFFIC, True), (traffic(energy_source="nvml"), False)):
@@ -440,6 +448,16 @@ def test_prices_read_as_prices(value: float | None, text: str) -> None:
 )  # fmt: skip
 def test_savings_never_read_as_more_than_they_are(percent: float | None, text: str) -> None:
     assert saving_text(percent) == text
+
+
+def test_a_small_loss_does_not_read_as_none() -> None:
+    book = PriceBook(CONFIG.compare_to)
+    verdict = verdict_on(TRAFFIC, CONFIG, book, CONFIG.compare_to[0])
+    assert verdict is not None
+    assert verdict.break_even_utilization is not None
+    even = verdict.break_even_utilization * 0.999
+    text = verdict_text(compare(TRAFFIC, CONFIG.model_copy(update={"utilization": even}), book))
+    assert re.search(r"the API is cheaper \(a saving of −0\.\d %\)", text), text
 
 
 def test_a_report_is_plain_json() -> None:
