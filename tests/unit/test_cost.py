@@ -498,7 +498,7 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
         *computation_of_verdict(report, report.verdict),
     ]
     again = [step for step in steps if step.formula == "the same sums"]
-    assert (len(steps), len(again)) == (42, 16)
+    assert (len(steps), len(again)) == (62, 16)
     for step in steps:
         formula = step.formula
         if step in again:
@@ -526,15 +526,25 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
     assert report.here_fully_loaded.traffic_usd / 1.08 == pytest.approx(
         texts["all costs"], rel=1e-5
     )
-    # The same sums, with an end of a range in the place of a figure.
-    for config_there, name in (
-        (config.model_copy(update={"utilization": 0.5}), "here, with utilization 50 %"),
-        (config.model_copy(update={"resale_usd": 50.0}), "here, with resale value EUR 46.30"),
-    ):
-        varied = compare(measured, config_there, PriceBook(config.compare_to)).verdict
-        assert varied is not None
-        told = next(step.result for step in again if step.name == name)
-        assert told == Currency("EUR", 1.08).exact(varied.here_usd_per_million.value)
+    # The same sums, with the end of a range that is told in the place of a figure.
+    labels = {each.label: each for each in figures_of(config, measured.energy_source)}
+    for step in again:
+        place, _, told = step.name.partition(", with ")
+        figure = next(each for label, each in labels.items() if told.startswith(label))
+        number = re.search(r"[\d.e-]*\d", told.removeprefix(figure.label))
+        assert number is not None
+        value = float(number[0])
+        if told.endswith("%"):
+            value /= 100
+        if "EUR" in told:
+            value *= 1.08
+        moved = varied(config, figure, value)
+        usd = {
+            "here": usd_here(measured, moved, value if figure.name == "energy" else 1.0),
+            "there": usd_there(measured, moved, PriceBook(moved.compare_to), moved.compare_to[0]),
+        }[place]
+        again_usd = usd / measured.tokens * 1e6 / 1.08
+        assert float(step.result.removeprefix("EUR ")) == pytest.approx(again_usd, rel=2e-5), step
 
 
 def test_night_power_is_cheaper_at_night() -> None:
