@@ -228,14 +228,15 @@ def _report_of(
 def _stage_report(
     stage: Stage, records: list[RequestRecord], crowd: Crowd, options: BenchOptions
 ) -> StageReport:
-    mine = [record for record in records if record.stage == stage.index and not record.warmup]
+    of_load = [record for record in records if not record.warmup]
+    mine = [record for record in of_load if record.stage == stage.index]
     slo = options.scenario.slo
-    summary = summarize(mine, stage.window, slo)
+    summary = summarize(of_load, stage.window, slo)
     itl = summary.itl_seconds.p50 if summary.itl_seconds else None
     return StageReport(
         stage=stage,
         summary=summary,
-        tenants=by_tenant(mine, stage.window, slo),
+        tenants=by_tenant(of_load, stage.window, slo),
         client=health(
             crowd.collector.samples, mine, stage.window, itl, due_times=stage.users is None
         ),

@@ -181,6 +181,19 @@ def test_a_summary_by_hand() -> None:
     assert summarize(records, WINDOW, Slo()).goodput is None
 
 
+def test_tokens_of_a_stage_before_count_where_they_arrive() -> None:
+    """In a staircase there is no pause: what the first step began still streams in the second one's window."""
+    long = record(
+        started_at=9.0, first_token_at=9.5, ended_at=15.0, chunk_gaps_seconds=[2.0, 2.0, 1.5],
+        completion_tokens=4, stage=0, measured=False,
+    )  # fmt: skip
+    own = record(started_at=12.0, first_token_at=12.5, ended_at=13.5, stage=1)
+    second = summarize([record(), long, own], (11.0, 19.0), Slo())
+    assert second.completion_tokens_per_second == pytest.approx((3 + 4) / 8)
+    assert second.requests_per_second == pytest.approx(2 / 8)
+    assert second.totals.requests == 1, "it is measured where it was due"
+
+
 def test_what_keeps_an_slo() -> None:
     assert keeps(record(), Slo(ttft_ms=500, tpot_ms=417, end_to_end_ms=2000))
     for limits in (Slo(ttft_ms=499), Slo(tpot_ms=416), Slo(end_to_end_ms=1999)):
@@ -359,6 +372,13 @@ def test_objectives_that_make_no_sense_are_told(text: str) -> None:
         parse_objective(text)
 
 
+def test_an_objective_that_so_few_values_cannot_prove_is_said_so() -> None:
+    few = [record(number=number, first_token_at=1.4 + number / 100) for number in range(5)]
+    verdict = judge(parse_objective("ttft p99 < 1s"), summarize(few, WINDOW, Slo()), "2 users")
+    assert verdict.passed
+    assert "may be anything from 430.0 ms to ? (95 %)" in verdict.reason
+
+
 def test_what_is_not_measured_keeps_no_objective() -> None:
     verdict = judge(parse_objective("ttft p95 < 1s"), summarize([], WINDOW, Slo()), "2 users")
     assert not verdict.passed
@@ -385,10 +405,13 @@ def run_of(seed: int, slower: float, errors: int = 0) -> dict[str, Any]:
             }
         )  # fmt: skip
     totals = {"requests": 300 + errors, "errors": errors}
-    stage = {"index": 0, "label": "8 users", "window": [0.0, 10.0], "summary": {"totals": totals}}
+    stage = {
+        "index": 0, "label": "8 users", "users": 8, "window": [0.0, 10.0], "summary": {"totals": totals},
+        "arrivals": "poisson", "burstiness": 1.0,
+    }  # fmt: skip
     return {
         "version": 2, "started": "2026-11-26T10:00", "model": "tiny", "stages": [stage], "requests": requests,
-        "scenario": {"traffic": [], "slo": {}},
+        "scenario": {"traffic": [], "slo": {}, "load": {"kind": "closed", "users": 8}},
     }  # fmt: skip
 
 
@@ -431,6 +454,16 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     relabelled["stages"][0]["label"] = "9 users"
     with pytest.raises(GateError, match="none of these loads: 8 users"):
         compare_runs(run_of(0, 1.0), relabelled, "b")
+    traces = [run_of(0, 1.0) for _ in range(2)]
+    for run, trace in zip(traces, ("a.csv", "b.csv"), strict=True):
+        run["scenario"]["load"] = {"kind": "replay", "trace": trace}
+    with pytest.raises(GateError, match="'load' is another"):
+        compare_runs(*traces, "b")
+    rates = [run_of(0, 1.0) for _ in range(2)]
+    for run, arrivals in zip(rates, ("poisson", "constant"), strict=True):
+        run["stages"][0] |= {"users": None, "arrivals": arrivals}
+    with pytest.raises(GateError, match="its arrivals was constant, not poisson"):
+        compare_runs(*rates, "b")
     for text in ("{oops", "[]", json.dumps({"version": 1})):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(GateError, match="--baseline"):
