@@ -37,6 +37,7 @@ from loadtest.statistics import (
     batch_interval,
     distribution,
     order_statistics,
+    student_t,
     weighted_distribution,
 )
 from loadtest.watch import WatchSample, health
@@ -98,6 +99,54 @@ def test_values_of_one_request_are_no_independent_witnesses() -> None:
     width = np.diff(np.array(together.intervals["p50"], dtype=float))[0]
     naive = np.diff(np.array(apart.intervals["p50"], dtype=float))[0]
     assert width > 2 * naive
+
+
+@pytest.mark.parametrize("count", [3, 6, 25, 120])
+def test_intervals_of_tokens_hold_the_truth_however_few_requests_they_are_of(count: int) -> None:
+    """Thirty gaps a request, of which all are longer in one request than in another."""
+    rng = np.random.default_rng(5)
+
+    def gaps(requests: int) -> Any:
+        levels = rng.lognormal(0, 0.4, requests)
+        return levels[:, None] * rng.lognormal(0, 0.3, (requests, 30))
+
+    many = gaps(20_000)
+    truth = {"mean": many.mean()} | {f"p{p}": np.percentile(many, p) for p in (50, 90, 95, 99)}
+    held = dict.fromkeys(truth, 0)
+    for _ in range(200):
+        found = weighted_distribution([(values, np.ones(30)) for values in gaps(count)])
+        assert found is not None
+        for name, value in truth.items():
+            low, high = found.intervals[name]
+            held[name] += (low is None or low <= value) and (high is None or value <= high)
+    assert min(held.values()) >= 0.88 * 200, held
+    assert found.intervals["p99"][1] is None or count >= 25
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_the_mean_of_few_is_as_uncertain_as_it_is(count: int) -> None:
+    rng = np.random.default_rng(6)
+    held = 0
+    for _ in range(1000):
+        found = distribution(rng.normal(5, 1, count))
+        assert found is not None
+        low, high = found.intervals["mean"]
+        assert low is not None
+        assert high is not None
+        held += low <= 5 <= high
+    assert 930 <= held <= 970
+
+
+def test_students_t_is_the_tables() -> None:
+    for freedom, value in (
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (5, 2.571),
+        (9, 2.262),
+        (30, 2.042),
+    ):
+        assert student_t(freedom) == pytest.approx(value, rel=0.0015)
 
 
 def test_batch_means_hold_the_truth() -> None:
