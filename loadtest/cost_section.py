@@ -18,6 +18,7 @@ from serving.cost.words import (
     computation_there,
     currency_of,
     figure_text,
+    idle_text,
     verdict_sentences,
 )
 
@@ -134,7 +135,7 @@ def _basis(cost: CostReport) -> str:
         f"{assumed.utilization:.0%} utilization, resale {money.text(assumed.resale_usd)}, maintenance "
         f"{assumed.maintenance_share_per_year:.1%} a year, {money.text(assumed.electricity_usd_per_kwh)} per kWh "
         f"({money.text(assumed.mean_usd_per_kwh)} in the mean of a day), cooling × {assumed.cooling_overhead:g}, "
-        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W under load (used where no meter measures).{rate}<br>"
+        f"{idle_text(cost)}, {assumed.load_watts:g} W under load (used where no meter measures).{rate}<br>"
         "Marginal is the energy above idle; as run all energy while it worked; all costs are that, the idle hours "
         "between, and hardware. Elsewhere each request is priced by itself: context tiers, cached prompts and batches "
         f"at their prices. A token here is taken for {assumed.tokens_there_per_token:g} there: tokenizers differ. "

@@ -19,6 +19,7 @@ from serving.cost.words import (
     computation_there,
     currency_of,
     figure_text,
+    idle_text,
     verdict_text,
 )
 
@@ -78,7 +79,7 @@ def _basis(report: CostReport) -> Text:
         f"(source: {traffic.energy_source}).\n"
         f"Your figures: {money.text(assumed.hardware_price_usd).removesuffix('.00')} over "
         f"{assumed.lifetime_years:g} years at {assumed.utilization:.0%} utilization, "
-        f"{money.text(assumed.electricity_usd_per_kwh)}/kWh, {assumed.idle_watts:g} W idle, "
+        f"{money.text(assumed.electricity_usd_per_kwh)}/kWh, {idle_text(report)}, "
         f"{assumed.load_watts:g} W load (where not measured).{more}\n"
         f"This traffic cost {money.text(report.here_as_run.traffic_usd)} in energy, "
         f"{money.text(report.here_fully_loaded.traffic_usd)} with all costs.\n"

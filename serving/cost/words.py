@@ -149,6 +149,13 @@ def _in_unit(figure: Figure, value: float, amount: Callable[[float], str], digit
     return f"{value:{digits}}{unit}"
 
 
+def idle_text(report: CostReport) -> str:
+    """What is assumed of the draw while the rig waits, and what a meter saw of it."""
+    assumed, seen = report.assumptions, report.traffic.measured_idle_watts
+    told = "" if seen is None else f" ({report.traffic.energy_source} saw {seen:.3g} W)"
+    return f"{assumed.idle_watts:g} W idle{told}"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A line of the computation: what, by which sum, and what comes out."""

@@ -406,6 +406,13 @@ def test_the_printed_report_holds_what_a_person_needs(width: int) -> None:
         assert figure in " ".join(text.split()), figure
 
 
+def test_the_idle_draw_that_a_meter_saw_is_told_beside_the_assumed_one() -> None:
+    book = PriceBook(CONFIG.compare_to)
+    measured = traffic(energy_source="shelly", idle_joules=75 * 61.0)
+    assert "25 W idle (shelly saw 61 W)" in printed(compare(measured, CONFIG, book), 200)
+    assert "25 W idle, 95 W load" in printed(compare(TRAFFIC, CONFIG, book), 200)
+
+
 def test_great_losses_leave_words_whole() -> None:
     dear = CONFIG.model_copy(update={"hardware_price_usd": 3e6, "tokens_there_per_token": 1.1})
     text = printed(compare(TRAFFIC, dear, PriceBook(CONFIG.compare_to)), 80)
