@@ -341,14 +341,7 @@ def client_section(report: Report) -> str:
 
 def settings_section(report: Report) -> str:
     """All that is needed to repeat it."""
-    text = json.dumps(
-        {
-            "settings": report.settings,
-            "scenario": report.options.scenario.model_dump(mode="json", exclude_defaults=True),
-            "client_host": report.host,
-        },
-        indent=2,
-    )
+    text = json.dumps(report.to_repeat, indent=2)
     return f'<h2>To repeat it</h2><div class="card"><pre>{escape(text)}</pre></div>'
 
 

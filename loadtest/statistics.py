@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ Interval = tuple[float | None, float | None]
 
 PERCENTILES = (50, 90, 95, 99)
 _Z = 1.959964
+_Z_99 = 2.575829
 BATCHES = 10
 _EXACT_BELOW = 1000
 
@@ -64,14 +66,16 @@ def distribution(values: Iterable[float | None]) -> Distribution | None:
     )
 
 
-def student_t(freedom: int) -> float:
-    """What 95 % of Student's t with so many degrees of freedom lie within, to a thousandth.
+def student_t(freedom: int, confidence: float = 0.95) -> float:
+    """What such a share of Student's t with so many degrees of freedom lies within, to a hundredth of it.
 
     From three on by the normal's quantile (Abramowitz and Stegun, 26.7.5).
     """
-    if freedom < 3:
-        return (12.706205, 4.302653)[freedom - 1]
-    z = _Z
+    if freedom == 1:
+        return math.tan(math.pi / 2 * confidence)
+    if freedom == 2:
+        return confidence * math.sqrt(2 / (1 - confidence**2))
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -191,7 +195,8 @@ def compared(
     """The ratio of a statistic now to before, and its 99 % interval; None where it cannot be told.
 
     ``before`` and ``now`` are batches, each an array of values of one stretch of time; the interval is a
-    bootstrap over batches, so that what happens for a while does not count as many independent events.
+    bootstrap over batches, so that what happens for a while does not count as many independent events,
+    widened as Student's t is for so few (Efron and Tibshirani, chapter 13.7, say why it must be).
     """
     if len(before) < 2 or len(now) < 2:
         return None
@@ -207,6 +212,13 @@ def compared(
     earlier = drawn(before)
     if not np.all(earlier > 0):
         return None
-    ratios = drawn(now) / earlier
-    low, high = np.percentile(ratios, (0.5, 99.5))
-    return float(statistic(np.concatenate(now)) / base), float(low), float(high)
+    ratio = float(statistic(np.concatenate(now)) / base)
+    low, high = map(float, np.percentile(drawn(now) / earlier, (0.5, 99.5)))
+    count = min(len(before), len(now))
+    wider = math.sqrt(count / (count - 1)) * student_t(count - 1, 0.99) / _Z_99
+    return ratio, _away(low, ratio, wider), _away(high, ratio, wider)
+
+
+def _away(end: float, ratio: float, times: float) -> float:
+    """An end of a ratio's interval, so many times as far from it, as logarithms."""
+    return ratio * (end / ratio) ** times if end > 0 and ratio > 0 else end

@@ -57,7 +57,7 @@ class OpenAIServer(BaseHTTPRequestHandler):
             self.answer(400, b'{"error": {"message": "Extra inputs are not permitted"}}')
             return
         if behaviour == "busy":
-            self.answer(503, b'{"error": {"message": "all slots are taken"}}')
+            self.answer(503, b'{"error": {"message": "all slots [/of 8] are taken"}}')
             return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")

@@ -27,7 +27,7 @@ from loadtest.amounts import constant
 from loadtest.options import BenchOptions
 from loadtest.records import read_records
 from loadtest.run import run_bench
-from loadtest.scenario import Closed, Scenario, Traffic
+from loadtest.scenario import Closed, Scenario, Traffic, load_scenario
 from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
 from serving.cost.peers import suggest_peers
@@ -153,7 +153,12 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == everything["requests"] == len(read_records(tmp_path / "records.jsonl"))
     assert sum(int(row["completion_tokens"]) for row in rows) == everything["completion_tokens"]
-    assert "| 2 users |" in (tmp_path / "report.md").read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| 2 users |" in markdown
+    # What it says is enough to run the same again: JSON is YAML.
+    told = json.loads(markdown.partition("```json\n")[2].partition("```")[0])
+    (tmp_path / "again.yaml").write_text(json.dumps(told["scenario"]))
+    assert load_scenario(str(tmp_path / "again.yaml"))[1] == options(url, tmp_path).scenario
 
     html = (tmp_path / "report.html").read_text()
     page = Page()
@@ -337,13 +342,15 @@ def test_a_gate_that_does_not_hold_is_an_exit_status_with_its_reason(
     assert "FAIL: TPOT p50 (2 users)" in capfd.readouterr().out
 
 
-def test_failures_are_counted_by_class(tmp_path: Path) -> None:
+def test_failures_are_counted_by_class(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, report, _ = bench(tmp_path, "busy")
+    # Word for word, though rich would read brackets as markup.
+    assert "the first: all slots [/of 8] are taken" in capfd.readouterr().out
     assert status == 1
     assert report["totals"]["errors"] == report["totals"]["requests"] > 0
     summary = report["stages"][0]["summary"]
     assert summary["error_classes"] == {"http_503": summary["totals"]["errors"]}
-    assert summary["first_error"] == "all slots are taken"
+    assert summary["first_error"] == "all slots [/of 8] are taken"
     assert report["cost"] is None
 
 

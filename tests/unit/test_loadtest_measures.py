@@ -35,6 +35,7 @@ from loadtest.scenario import Slo, Sweep
 from loadtest.stages import Stage
 from loadtest.statistics import (
     batch_interval,
+    compared,
     distribution,
     order_statistics,
     student_t,
@@ -147,6 +148,8 @@ def test_students_t_is_the_tables() -> None:
         (30, 2.042),
     ):
         assert student_t(freedom) == pytest.approx(value, rel=0.0015)
+    for freedom, value in ((1, 63.657), (2, 9.925), (3, 5.841), (9, 3.250), (30, 2.750)):
+        assert student_t(freedom, 0.99) == pytest.approx(value, rel=0.01)
 
 
 def test_batch_means_hold_the_truth() -> None:
@@ -474,6 +477,22 @@ def test_noise_is_no_regression_and_a_regression_is_no_noise() -> None:
         faster = compare_runs(run_of(seed, 0.8), before, "b")
         assert all(verdict.passed for verdict in faster.verdicts)
         assert any(change.better for _, changes in faster.stages for change in changes)
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_a_ratio_of_few_batches_is_as_uncertain_as_it_is(count: int) -> None:
+    """99 % intervals of the same server twice, in which whole stretches of time are slower than others."""
+    rng = np.random.default_rng(8)
+
+    def batches() -> list[Any]:
+        return [rng.lognormal(0, 0.15) * rng.lognormal(0, 0.3, 10) for _ in range(count)]
+
+    held = 0
+    for _ in range(150):
+        found = compared(batches(), batches(), np.mean, draws=300)
+        assert found is not None
+        held += found[1] <= 1 <= found[2]
+    assert held >= 145
 
 
 def test_more_failures_are_a_regression() -> None:

@@ -93,6 +93,12 @@ def test_the_terminal_fits_and_tells_all(run: Run) -> None:
     assert "$0.50" in text
 
 
+def test_names_with_brackets_are_told_word_for_word(run: Run, config: Path) -> None:
+    with closing(Ledger(config.parent / "ledger.sqlite")) as ledger:
+        ledger.append(replace(RECORD, model="[/b]", base_model="m"))
+    assert "[/b]" in run("report", "--by", "adapter")
+
+
 def test_a_spreadsheet_has_all_digits(run: Run) -> None:
     rows = list(csv.DictReader(io.StringIO(run("report", "--format", "csv", "--by", "adapter"))))
     by_name = {row["adapter"]: row for row in rows}
