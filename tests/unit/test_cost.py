@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from serving.cost.traffic import TokenGroup, Traffic
 from serving.cost.uncertainty import Figure, combined, figures_of, swings, varied
 from serving.cost.verdict import usd_here, usd_there, verdict_on
 from serving.cost.words import (
+    Step,
     computation,
     computation_of_verdict,
     computation_there,
@@ -484,33 +486,12 @@ def test_prices_are_those_of_the_package(prompt: int, cached_share: float, compl
         assert book.usd(reference, prompt, cached, completion) == pytest.approx(expected)
 
 
-def test_every_amount_can_be_computed_from_what_is_printed() -> None:
-    """A reviewer with a calculator: the formulas, as they are printed, give the amounts beside them."""
-    config = CostConfig.model_validate(
-        {
-            "hardware_price_usd": "900 EUR", "currencies": {"EUR": 1.08}, "currency": "EUR", "resale_usd": 100,
-            "maintenance_share_per_year": 0.02, "cooling_overhead": 1.2, "tokens_there_per_token": 1.1,
-            "cache_hits_there": 0.5, "compare_to": ["openai/gpt-4o", "google/gemini-2.5-pro"],
-            "tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}],
-        }
-    )  # fmt: skip
-    assert config.hardware_price_usd == pytest.approx(972)
-    measured = traffic(cached=2_000, prompt=30_000_000)
-    report = compare(measured, config, PriceBook(config.compare_to))
-    texts: dict[str, float] = {}
-    assert report.verdict is not None
-    steps = [
-        *computation(report),
-        *(step for row in report.rows for step in computation_there(row, report)),
-        *computation_of_verdict(report, report.verdict),
-    ]
-    again = [step for step in steps if step.formula == "the same sums"]
-    assert (len(steps), len(again)) == (62, 16)
+def calculated(steps: Iterable[Step]) -> dict[str, float]:
+    """What a calculator makes of each formula as it is printed, which must be the amount beside it."""
+    results: dict[str, float] = {}
     for step in steps:
         formula = step.formula
-        if step in again:
-            continue
-        for name, value in texts.items():
+        for name, value in results.items():
             formula = formula.replace(name, repr(value))
         for text, meaning in (
             ("×", "*"),
@@ -526,10 +507,34 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
             formula = formula.replace(text, meaning)
         formula = re.sub(r"ln²(\([^)]*\))", r"log\1**2", formula)
         assert re.fullmatch(r"(exp|log|sqrt|[\d.e+*/() -])+", formula), formula
-        result = float(re.sub("[^0-9.e-]", "", step.result))
+        results[step.name] = float(re.sub("[^0-9.e-]", "", step.result))
         value = eval(formula, {"exp": math.exp, "log": math.log, "sqrt": math.sqrt})
-        assert value == pytest.approx(result, rel=1e-4), step
-        texts[step.name] = result
+        assert value == pytest.approx(results[step.name], rel=1e-4), step
+    return results
+
+
+def test_every_amount_can_be_computed_from_what_is_printed() -> None:
+    """A reviewer with a calculator: the formulas, as they are printed, give the amounts beside them."""
+    config = CostConfig.model_validate(
+        {
+            "hardware_price_usd": "900 EUR", "currencies": {"EUR": 1.08}, "currency": "EUR", "resale_usd": 100,
+            "maintenance_share_per_year": 0.02, "cooling_overhead": 1.2, "tokens_there_per_token": 1.1,
+            "cache_hits_there": 0.5, "compare_to": ["openai/gpt-4o", "google/gemini-2.5-pro"],
+            "tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}],
+        }
+    )  # fmt: skip
+    assert config.hardware_price_usd == pytest.approx(972)
+    measured = traffic(cached=2_000, prompt=30_000_000)
+    report = compare(measured, config, PriceBook(config.compare_to))
+    assert report.verdict is not None
+    steps = [
+        *computation(report),
+        *(step for row in report.rows for step in computation_there(row, report)),
+        *computation_of_verdict(report, report.verdict),
+    ]
+    again = [step for step in steps if step.formula == "the same sums"]
+    assert (len(steps), len(again)) == (62, 16)
+    texts = calculated(step for step in steps if step not in again)
     assert report.here_fully_loaded.traffic_usd / 1.08 == pytest.approx(
         texts["all costs"], rel=1e-5
     )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ from loadtest.run import run_bench
 from loadtest.scenario import Closed, Scenario, Traffic, load_scenario
 from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
+from serving.cost.money import USD
 from serving.cost.peers import suggest_peers
 from serving.cost.price_data import installed
+from serving.cost.words import Step
 from tests.browser import browser
 from tests.openai_server import JOULES_A_REQUEST, serving
 from tests.processes import wait_for
+from tests.unit.test_cost import calculated
 
 COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
@@ -173,6 +177,48 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
     for row in report["cost"]["rows"]:
         assert f">{row['reference']}</div>" in html
         assert f"<td>{row['reference'].replace('/', '/<wbr>')}</td>" in html
+    every_amount_follows_from_what_is_printed(html)
+
+
+def every_amount_follows_from_what_is_printed(page: str) -> None:
+    """The tables of a report, and its verdict, from the page alone: each sum again, and where its result stands."""
+    tables = [
+        [
+            Step(*(unescape(cell) for cell in row))
+            for row in re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)
+        ]
+        for table in re.findall(r'<table class="steps">(.*?)</table>', page)
+    ]
+    here, *elsewhere, verdict = (
+        calculated(step for step in table if step.formula != "the same sums") for table in tables
+    )
+    shown = {
+        cells[0].replace("<wbr>", ""): cells[1:]
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", page.partition('class="costs"')[2])
+        if len(cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) == 7
+    }
+    for name in ("marginal", "as run", "all costs"):
+        cells = shown.pop(f"This rig, {name} (estimated)")
+        wanted = [here[f"{name}: {side}, a million tokens"] for side in ("input", "output")]
+        assert [cells[0], cells[2], cells[3]] == [USD.text(usd) for usd in (*wanted, here[name])]
+    assert len(shown) == len(elsewhere) >= 10
+    for (reference, cells), groups in zip(shown.items(), elsewhere, strict=True):
+        usd = sum(groups.values())
+        assert cells[3] == USD.text(usd), reference
+        for text, name in ((cells[4], "as run"), (cells[5], "all costs")):
+            saving = float(re.sub("[^0-9.]", "", text)) * (-1 if "LOSS" in text else 1)
+            assert saving == pytest.approx(100 * (1 - here[name] / usd), abs=0.11, rel=0.01)
+    for name in ("here", "there"):
+        amounts = (
+            verdict[f"{name}, a million tokens of this traffic"],
+            *(verdict[f"{name}, the {end}"] for end in ("least", "most")),
+        )
+        assert "{} ({} to {})".format(*map(USD.text, amounts)) in page
+    ends = re.search(r"between (−?[\d,.]+) % and (−?[\d,.]+) %", page)
+    assert ends is not None
+    for text, end in zip(ends.groups(), ("least", "most"), strict=True):
+        percent = float(text.replace(",", "").replace("−", "-"))
+        assert percent == pytest.approx(verdict[f"saving, the {end}"], abs=0.11, rel=0.01)
 
 
 def test_prompts_are_counted_by_the_server_where_it_counts(tmp_path: Path) -> None:
