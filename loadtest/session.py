@@ -31,7 +31,7 @@ from loadtest.gate import (
 )
 from loadtest.measures import by_tenant, marked, summarize, totals_of
 from loadtest.options import BenchOptions, Join
-from loadtest.pricing import EnergyReading, energy_by_source, traffic_of
+from loadtest.pricing import EnergyReading, energy_by_source, energy_notes, traffic_of
 from loadtest.probe import Findings, Probe
 from loadtest.processes import Leash, free_port, local_workers
 from loadtest.records import RequestRecord
@@ -117,7 +117,14 @@ def run(options: BenchOptions) -> int:
         report = replace(
             report, comparison=comparison, verdicts=report.verdicts + comparison.verdicts
         )
-    write_report(report, out)
+    try:
+        write_report(report, out)
+    except OSError as error:
+        print(
+            f"error: --out {out}: {error.strerror}; this is what was to be in it:", file=sys.stderr
+        )
+        show_report(console, report, out)
+        return BAD_INPUT
     show_report(console, report, out)
     if report.totals.requests <= report.totals.errors:
         return 1
@@ -208,6 +215,7 @@ def _report_of(
         notes.append("The bench was ended early.")
     records = marked([*found.records, *crowd.collector.records], conductor.stages)
     of_load = [record for record in records if not record.warmup]
+    notes += energy_notes(energy_before, energy_after, len(of_load))
     traffic = traffic_of(records, energy_before, energy_after, options.cost)
     return Report(
         options=options,

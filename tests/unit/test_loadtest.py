@@ -214,10 +214,11 @@ def every_amount_follows_from_what_is_printed(page: str) -> None:
             *(verdict[f"{name}, the {end}"] for end in ("least", "most")),
         )
         assert "{} ({} to {})".format(*map(USD.text, amounts)) in page
-    ends = re.search(r"between (−?[\d,.]+) % and (−?[\d,.]+) %", page)
+    minus = "\N{MINUS SIGN}"
+    ends = re.search(rf"between ({minus}?[\d,.]+) % and ({minus}?[\d,.]+) %", page)
     assert ends is not None
     for text, end in zip(ends.groups(), ("least", "most"), strict=True):
-        percent = float(text.replace(",", "").replace("−", "-"))
+        percent = float(text.replace(",", "").replace(minus, "-"))
         assert percent == pytest.approx(verdict[f"saving, the {end}"], abs=0.11, rel=0.01)
 
 
@@ -405,6 +406,7 @@ def test_energy_is_the_servers_even_if_it_hangs_up_on_idle_clients(tmp_path: Pat
     assert report["cost"]["peer_basis"].startswith("suggested: tiny does not tell its size")
     peers, _ = suggest_peers("tiny", installed())
     assert report["cost"]["verdict"]["reference"] == peers[0]
+    assert not [note for note in report["notes"] if "others" in note]
     traffic = report["cost"]["traffic"]
     assert traffic["energy_source"] == "nvml"
     assert traffic["energy_joules"] == JOULES_A_REQUEST * report["totals"]["requests"]
