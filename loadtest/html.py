@@ -64,7 +64,10 @@ pre { overflow-x: auto; font-size: .82rem; margin: 0; }
   td small { font-size: .66rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
   --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
-  * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
+  * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; }
+  /* Paper does not scroll: the widest table fits A4. */
+  table { font-size: .76rem; } th { font-size: .72rem; } th, td { padding: 4px 5px; } td:first-child { white-space: normal; }
+  details .card { break-inside: auto; } tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
 """
 
 

@@ -312,6 +312,10 @@ def assert_readable(page_file: Path) -> None:
             light_on_dark = _brightness(ink) > _brightness(paper)
             assert light_on_dark is (scheme == "dark")
             assert page.locator("svg").count() >= 12
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 700, "height": 990})  # A4 within a browser's margins
+        cut_off = "Array.from(document.querySelectorAll('.scroll, pre')).filter(each => each.scrollWidth > each.clientWidth)"
+        assert page.evaluate(f"{cut_off}.map(each => each.innerText.slice(0, 40))") == []
         pdf = page.pdf()
         chromium.close()
     assert {urlsplit(url).scheme for url in complaints} == {"file"}
