@@ -194,7 +194,9 @@ def every_amount_follows_from_what_is_printed(page: str) -> None:
     )
     shown = {
         cells[0].replace("<wbr>", ""): cells[1:]
-        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", page.partition('class="costs"')[2])
+        for row in re.findall(
+            r"<tr[^>]*>(.*?)</tr>", page.partition('class="costs"')[2].partition("</table>")[0]
+        )
         if len(cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) == 7
     }
     for name in ("marginal", "as run", "all costs"):
