@@ -147,7 +147,10 @@ def timeline(requests: Sequence[tuple[int, float, float | None, float, bool]], x
     end = max(stop for *_, stop, _ in requests)
     frame = Frame.over_time(end, (0.0, float(rows)))
     thick = max(min((_HEIGHT - _TOP - _BOTTOM) / rows - 2, 12.0), 1.0)
-    parts = [frame.open("timeline"), frame.axes(x_unit, f"{rows} users", y_lines=False)]
+    parts = [
+        frame.open("timeline"),
+        frame.axes(x_unit, f"{rows} user{'s' if rows != 1 else ''}", y_lines=False),
+    ]
     for row, start, first, stop, failed in requests:
         middle = frame.y(rows - row - 0.5)
         split = stop if first is None else first

@@ -61,13 +61,16 @@ def add_bench_command(commands: Any, *, default_config: Path) -> None:
     command.add_argument(
         "--config", type=Path, default=default_config, help="its cost section prices the tokens"
     )
-    command.set_defaults(run=_bench)
+    command.set_defaults(run=lambda args: _bench(args, command))
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace, command: argparse.ArgumentParser) -> int:
     if args.join is not None:
         host, port = args.join
+        _refuse_what_a_worker_is_told(args, command)
         return run_worker(Join(host, port, args.api_key))
+    if args.bind is not None and not args.remote_workers:
+        command.error("argument --bind: needs --remote-workers, or nobody joins there")
     name, scenario = load_scenario(args.scenario)
     scenario = overridden(
         scenario,
@@ -97,6 +100,17 @@ def _bench(args: argparse.Namespace) -> int:
             prices_dir=Path(config.storage.data_dir),
         )
     )
+
+
+def _refuse_what_a_worker_is_told(
+    args: argparse.Namespace, command: argparse.ArgumentParser
+) -> None:
+    """What to send, and where, a worker hears from the bench that it joins."""
+    for name in vars(args).keys() - {"join", "api_key", "command", "run"}:
+        if getattr(args, name) != command.get_default(name):
+            command.error(
+                f"argument --join: takes nothing but --api-key beside it, not {name.replace('_', '-')}"
+            )
 
 
 def _address(text: str) -> tuple[str, int]:

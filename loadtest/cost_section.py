@@ -18,13 +18,14 @@ from serving.cost.words import (
     computation_there,
     currency_of,
     figure_text,
+    idle_text,
     verdict_sentences,
 )
 
 _LEAST_SHARE, _STEPS = 0.01, 40
 
 STYLE = """
-.tornado { display: grid; grid-template-columns: max-content max-content 1fr max-content; align-items: center; gap: 2px 12px; font-size: .88rem; }
+.tornado { display: grid; grid-template-columns: minmax(6em, auto) max-content minmax(120px, 1fr) max-content; align-items: center; gap: 2px 12px; font-size: .88rem; }
 .tornado .soft { font-size: .8rem; } .tornado div:nth-child(4n+2), .tornado div:nth-child(4n) { text-align: right; font-variant-numeric: tabular-nums; }
 .swing { position: relative; height: 22px; } .swing b { position: absolute; top: 4px; height: 14px; border-radius: 3px; background: var(--accent); }
 .swing i { position: absolute; height: 100%; border-left: 1px solid var(--line); } .swing i.given { border-left: 2px solid var(--ink); }
@@ -35,7 +36,8 @@ STYLE = """
 @media (max-width: 600px) { .costs :is(td, th):is(:nth-child(3), :nth-child(5), :nth-child(6)) { display: none; }
   .tornado { grid-template-columns: 1fr max-content; } .tornado div:nth-child(4n+3) { grid-column: 1 / -1; grid-row: auto; }
   .tornado div:nth-child(4n) { grid-column: 1 / -1; text-align: left; color: var(--soft); padding-bottom: 6px; } }
-@media print { details:not([open]) > *:not(summary) { display: block; } }
+/* What a click would open, paper shows. */
+@media print { details::details-content { content-visibility: visible; } details summary { list-style: none; } }
 """
 
 
@@ -71,9 +73,10 @@ def _bars(cost: CostReport) -> str:
     def bar(name: str, usd: float | None, *, ours: bool) -> charts.Bar:
         return charts.Bar(name, (usd or 0) / money.usd_per_unit, money.text(usd), ours)
 
+    label = ", estimated" if cost.estimated else ""
     here = (
-        ("This rig, as run (energy)", cost.here_as_run),
-        ("This rig, all costs", cost.here_fully_loaded),
+        (f"This rig, as run (energy{label})", cost.here_as_run),
+        (f"This rig, all costs{f' ({label[2:]})' if label else ''}", cost.here_fully_loaded),
     )
     bars = [bar(name, price.output_usd_per_million, ours=True) for name, price in here]
     bars += [
@@ -132,7 +135,7 @@ def _basis(cost: CostReport) -> str:
         f"{assumed.utilization:.0%} utilization, resale {money.text(assumed.resale_usd)}, maintenance "
         f"{assumed.maintenance_share_per_year:.1%} a year, {money.text(assumed.electricity_usd_per_kwh)} per kWh "
         f"({money.text(assumed.mean_usd_per_kwh)} in the mean of a day), cooling × {assumed.cooling_overhead:g}, "
-        f"{assumed.idle_watts:g} W idle, {assumed.load_watts:g} W under load (used where no meter measures).{rate}<br>"
+        f"{idle_text(cost)}, {assumed.load_watts:g} W under load (used where no meter measures).{rate}<br>"
         "Marginal is the energy above idle; as run all energy while it worked; all costs are that, the idle hours "
         "between, and hardware. Elsewhere each request is priced by itself: context tiers, cached prompts and batches "
         f"at their prices. A token here is taken for {assumed.tokens_there_per_token:g} there: tokenizers differ. "

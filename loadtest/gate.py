@@ -96,13 +96,11 @@ def judge(objective: Objective, summary: Summary, label: str) -> Verdict:
         ">=": value >= objective.limit,
     }[objective.comparison]
     low, high = interval
-    unsure = low is not None and high is not None and low <= objective.limit <= high
     reason = f"it is {_shown(objective.metric, value)}"
-    if unsure:
-        reason += (
-            f", but may be anything from {_shown(objective.metric, low or 0)} "
-            f"to {_shown(objective.metric, high or 0)} (95 %): a longer run would tell"
-        )
+    if (low or 0.0) <= objective.limit <= (math.inf if high is None else high):
+        # An open end is one that so few values say nothing about.
+        least, most = ("?" if end is None else _shown(objective.metric, end) for end in (low, high))
+        reason += f", but may be anything from {least} to {most} (95 %): a longer run would tell"
     return Verdict(subject, passed, reason)
 
 
@@ -194,6 +192,11 @@ def compare_runs(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -
             raise GateError(
                 f"--baseline {name}: its scenario's {key!r} is another; only runs of the same scenario compare"
             )
+    loads = [report["scenario"]["load"] for report in (now, before)]
+    if "replay" in {load["kind"] for load in loads} and loads[0] != loads[1]:
+        raise GateError(
+            f"--baseline {name}: its scenario's 'load' is another; replays of one trace compare"
+        )
     earlier = {stage["label"]: stage for stage in before["stages"]}
     shared = [stage for stage in now["stages"] if stage["label"] in earlier]
     if not shared:
@@ -203,6 +206,11 @@ def compare_runs(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -
     stages, verdicts = [], []
     for stage in shared:
         other = earlier[stage["label"]]
+        for key in ("arrivals", "burstiness"):
+            if stage["users"] is None and stage[key] != other[key]:
+                raise GateError(
+                    f"--baseline {name}: at {stage['label']} its {key} was {other[key]}, not {stage[key]}"
+                )
         pair = (_batches(now, stage), stage), (_batches(before, other), other)
         changes = _changes(pair[0][0], pair[1][0])
         failures = _failures(stage, other)

@@ -59,12 +59,15 @@ pre { overflow-x: auto; font-size: .82rem; margin: 0; }
   .tiles .number { font-size: 1.3rem; } .bars { grid-template-columns: 1fr max-content; } .bar-track { height: 20px; }
   .bar-track b { top: 2px; height: 13px; } .bar-label { grid-column: 1 / -1; text-align: left; padding: 4px 0 0; }
   table, th { font-size: .78rem; } th, td { padding: 6px 3px; } th { white-space: normal; } td:first-child { white-space: normal; }
-  .prices :is(td, th):nth-child(4), .latencies :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(7)) { display: none; }
+  .latencies :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(7)) { display: none; }
   .stages :is(td, th):is(:nth-child(2), :nth-child(4), :nth-child(6)), .tenants :is(td, th):is(:nth-child(3), :nth-child(7)) { display: none; }
   td small { font-size: .66rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #1b2330; --soft: #5b6678; --line: #dfe3ea;
   --accent: #0f766e; --accent-soft: #0f766e2b; --other: #94a3b8; --wait: #f0b429; --bad: #c2413b; }
-  * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; } }
+  * { print-color-adjust: exact; } .card { break-inside: avoid; } main { max-width: none; padding: 0; }
+  /* Paper does not scroll: the widest table fits A4. */
+  table { font-size: .76rem; } th { font-size: .72rem; } th, td { padding: 4px 5px; } td:first-child { white-space: normal; }
+  details .card { break-inside: auto; } tr { break-inside: avoid; } pre { white-space: pre-wrap; } }
 """
 
 

@@ -57,7 +57,7 @@ def render_markdown(report: Report) -> str:
         if found is not None:
             cells = (with_interval(found, part) for part in ("mean", "p50", "p90", "p95", "p99"))
             lines.append(f"| {name} | {' | '.join(cells)} | {found.count} |")
-    settings = json.dumps({**report.settings, "client_host": report.host}, indent=1)
+    settings = json.dumps(report.to_repeat, indent=1)
     return "\n".join((*lines, "", "```json", settings, "```", ""))
 
 

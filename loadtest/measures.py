@@ -95,10 +95,10 @@ def marked(records: Iterable[RequestRecord], stages: Sequence[Stage]) -> list[Re
 
 
 def summarize(records: Sequence[RequestRecord], window: Window, slo: Slo) -> Summary:
-    """All figures of the records of one stage."""
+    """All figures of a stage. ``records`` may be of others, too: what they began may still run in its window."""
     low, high = window
     seconds = max(high - low, 1e-9)
-    measured = [record for record in records if record.measured]
+    measured = [record for record in records if record.measured and low <= record.started_at < high]
     good = [record for record in measured if record.error is None]
     failed = [record for record in measured if record.error]
     totals = totals_of(measured)

@@ -110,7 +110,19 @@ def overridden(
         else:
             assert requests_per_second is not None
             changes["load"] = Open(kind="open", requests_per_second=requests_per_second)
+    if isinstance(scenario.load, Replay):
+        for option, value in (
+            ("--duration", duration_seconds),
+            ("--prompt-tokens", prompt_tokens),
+            ("--output-tokens", output_tokens),
+        ):
+            if value is not None:
+                raise ScenarioError(f"{option} does not go with a replay: it is the trace's")
     if duration_seconds is not None:
+        if isinstance(scenario.load, Steps) and any(step.duration for step in scenario.load.steps):
+            raise ScenarioError(
+                "--duration does not go with steps that have their own; change its file"
+            )
         changes["duration"] = duration_seconds
     lengths = {
         name: constant(value)

@@ -15,15 +15,20 @@ from serving.cost.traffic import Traffic, of_request
 _ENERGY = re.compile(
     r'^rigserve_(idle_)?energy_joules_total\{.*source="(\w+)".*\} (\S+)$', re.MULTILINE
 )
+_REQUESTS = re.compile(r"^rigserve_requests_total\{.*\} (\S+)$", re.MULTILINE)
 _BUSY = {"prefill_busy_seconds", "decode_busy_seconds"}
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyReading:
-    """Joules charged to requests so far, by who measured them, and those of them drawn without work, too."""
+    """Joules charged to requests so far, by who measured them, and those of them drawn without work, too.
+
+    ``requests`` are all that the server has answered so far, anybody's.
+    """
 
     joules: dict[str, float]
     idle_joules: dict[str, float]
+    requests: int = 0
 
 
 def energy_by_source(client: Client) -> EnergyReading | None:
@@ -34,11 +39,25 @@ def energy_by_source(client: Client) -> EnergyReading | None:
         return None
     if "rigserve_energy_joules" not in text:
         return None
-    reading = EnergyReading({}, {})
+    requests = sum(float(count) for count in _REQUESTS.findall(text))
+    reading = EnergyReading({}, {}, round(requests))
     for idle, source, value in _ENERGY.findall(text):
         joules = reading.idle_joules if idle else reading.joules
         joules[source] = joules.get(source, 0.0) + float(value)
     return reading
+
+
+def energy_notes(before: EnergyReading | None, after: EnergyReading | None, sent: int) -> list[str]:
+    """What a reader must know of the energy of so many requests; the server's meter tells that of everybody's."""
+    if before is None or after is None:
+        return []
+    others = after.requests - before.requests - sent
+    if others <= 0:
+        return []
+    return [
+        f"The server answered {others} requests of others meanwhile: the energy, and what it costs, is "
+        "that of theirs, too. Run the bench while nobody else uses the server."
+    ]
 
 
 def traffic_of(

@@ -100,6 +100,12 @@ class Report:
         }
 
     @property
+    def to_repeat(self) -> dict[str, Any]:
+        """All that is needed to run it again, and where it ran; ``scenario`` is a scenario's file, as JSON."""
+        scenario = self.options.scenario.model_dump(mode="json", exclude_defaults=True)
+        return {"settings": self.settings, "scenario": scenario, "client_host": self.host}
+
+    @property
     def passed(self) -> bool:
         """Whether all conditions hold."""
         return all(verdict.passed for verdict in self.verdicts)

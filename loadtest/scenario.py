@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loadtest.amounts import Amount, constant
 from loadtest.section import Section
@@ -16,6 +24,8 @@ from serving.config.document import ConfigError, KeyPath, read_document
 FOLDER = Path(__file__).parent / "scenarios"
 DEFAULT = "steady"
 
+# What a trace says of its requests. Their prompts are whole ones.
+_TRACED = ("turns", "prompt_tokens", "output_tokens", "think_seconds", "system_prompt_tokens")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -32,6 +42,16 @@ def _seconds(value: Any) -> Any:
 
 
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+# Each of these would be overwritten, or make something else of what is measured.
+_INSTEAD = {
+    "model": "; see --model",
+    "max_tokens": "; write output_tokens",
+    "tools": "; write tools: true",
+    "ignore_eos": "; write it beside fields",
+}
+_OWN_FIELDS = {"messages", "prompt", "stream", "stream_options", "n", *_INSTEAD}
 
 
 class Traffic(Section):
@@ -66,10 +86,19 @@ class Traffic(Section):
         {"temperature": 0}, description="Further fields of each request's body."
     )
 
+    @field_validator("fields")
+    @classmethod
+    def _leave_what_is_the_benchs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in _OWN_FIELDS & value.keys():
+            raise ValueError(f"{name!r} is set by the bench itself{_INSTEAD.get(name, '')}")
+        return value
+
     @model_validator(mode="after")
     def _fits_its_endpoint(self) -> Self:
         if self.endpoint == "completions" and (self.tools or self.system_prompt_tokens):
             raise ValueError("tools and system_prompt_tokens need endpoint: chat")
+        if self.endpoint == "completions" and self.turns != constant(1):
+            raise ValueError("turns need endpoint: chat; completions repeat nothing that was said")
         return self
 
 
@@ -131,6 +160,14 @@ class Sweep(Section):
     most: float = Field(256, gt=0, description="Never more load than this.")
     max_stages: int = Field(10, ge=2, le=100)
     knee_share: float = Field(0.9, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _begins_within_its_bounds(self) -> Self:
+        if self.start > self.most:
+            raise ValueError(f"start ({self.start:g}) is above most ({self.most:g})")
+        if self.over == "users" and (self.start % 1 or self.most % 1):
+            raise ValueError("over: users needs whole numbers for start and most")
+        return self
 
 
 class Replay(Section):
@@ -210,9 +247,20 @@ def load_scenario(name_or_path: str) -> tuple[str, Scenario]:
                 message = f"unknown key{_nearest(str(path[-1]))}"
             document.report(path, message)
         raise ConfigError(document.problems) from error
+    if isinstance(scenario.load, Replay):
+        for path in _of_the_trace(document.values):
+            document.report(path, "a replay takes it from its trace; leave it out")
     if document.problems:
         raise ConfigError(document.problems)
     return file.stem, scenario
+
+
+def _of_the_trace(values: Mapping[str, Any]) -> Iterator[KeyPath]:
+    """What a replay's file says that its trace says, too."""
+    if "duration" in values:
+        yield ("duration",)
+    for number, traffic in enumerate(values.get("traffic", ())):
+        yield from (("traffic", number, name) for name in _TRACED if name in traffic)
 
 
 class ScenarioError(ConfigError):

@@ -14,6 +14,8 @@ from loadtest.measures import Summary, Totals
 from loadtest.report import VERSION
 from loadtest.scenario import Scenario
 from loadtest.watch import ClientHealth, WatchSample
+from serving.config import CostConfig
+from serving.cost.comparison import CostReport
 
 PATH = Path(__file__).parent.parent / "docs" / "report.schema.json"
 
@@ -69,16 +71,31 @@ class RequestDocument(_Closed):
     queue_seconds: float
 
 
+class SettingsDocument(_Closed):
+    """What it takes to run it again, beside the scenario; ``cost`` is the config's section."""
+
+    url: str
+    model: str
+    scenario: str
+    seed: int
+    workers: int
+    remote_workers: int
+    web: bool
+    slo: list[str]
+    baseline: str | None
+    cost: CostConfig
+
+
 class ReportDocument(_Closed):
     """report.json. Latencies are in seconds, intervals (low, high) of 95 %, an end of null is open.
 
-    ``cost`` is that of docs/cost-model.md, null where nothing could be priced.
+    ``cost`` is that of docs/cost-model.md, in USD, null where nothing could be priced.
     """
 
     version: Literal[2]
     started: str
     model: str
-    settings: dict[str, Any]
+    settings: SettingsDocument
     scenario: Scenario
     client_host: dict[str, Any]
     notes: list[str]
@@ -89,7 +106,7 @@ class ReportDocument(_Closed):
     totals_with_warmup: Totals
     verdicts: list[Verdict]
     comparison: Comparison | None
-    cost: dict[str, Any] | None
+    cost: CostReport | None
     client: list[WatchSample]
     requests: list[RequestDocument]
 

@@ -41,12 +41,13 @@ def summary_text(report: Report) -> str:
             f"{summary.goodput.share:.0%} of the requests kept what the scenario promises "
             f"({escape(_slo_text(report))})."
         )
-    failed = summary.totals.errors
-    said.append(
-        "No request failed."
-        if not failed
-        else f"{failed} of {summary.totals.requests} requests failed."
-    )
+    failed, requests = summary.totals.errors, summary.totals.requests
+    if not requests:
+        said.append(f"Nothing was measured at {escape(head.stage.label)}: it was too short for it.")
+    elif not failed:
+        said.append("No request failed.")
+    else:
+        said.append(f"{failed} of {requests} requests failed.")
     return " ".join(said)
 
 
@@ -340,14 +341,7 @@ def client_section(report: Report) -> str:
 
 def settings_section(report: Report) -> str:
     """All that is needed to repeat it."""
-    text = json.dumps(
-        {
-            "settings": report.settings,
-            "scenario": report.options.scenario.model_dump(mode="json", exclude_defaults=True),
-            "client_host": report.host,
-        },
-        indent=2,
-    )
+    text = json.dumps(report.to_repeat, indent=2)
     return f'<h2>To repeat it</h2><div class="card"><pre>{escape(text)}</pre></div>'
 
 

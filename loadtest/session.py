@@ -31,7 +31,7 @@ from loadtest.gate import (
 )
 from loadtest.measures import by_tenant, marked, summarize, totals_of
 from loadtest.options import BenchOptions, Join
-from loadtest.pricing import EnergyReading, energy_by_source, traffic_of
+from loadtest.pricing import EnergyReading, energy_by_source, energy_notes, traffic_of
 from loadtest.probe import Findings, Probe
 from loadtest.processes import Leash, free_port, local_workers
 from loadtest.records import RequestRecord
@@ -44,7 +44,8 @@ from loadtest.traces import TraceRequest, read_trace
 from loadtest.watch import health, raise_file_limit
 from loadtest.web import WEB_HOST, WEB_PORT, serve_web
 from serving.cost.comparison import compare
-from serving.cost.price_data import PriceDataError, price_data
+from serving.cost.peers import book_to_compare_with
+from serving.cost.price_data import PriceDataError, installed, price_data
 from serving.cost.prices import PriceBook, UnknownModel
 
 _METERING_SECONDS = 0.3
@@ -72,11 +73,9 @@ def run(options: BenchOptions) -> int:
     api_key = options.api_key or os.environ.get("OPENAI_API_KEY")
     epoch = time.time()
     try:
-        prices = PriceBook(
-            options.cost.compare_to,
-            overrides=options.cost.prices,
-            data=price_data(options.prices_dir) if options.prices_dir else None,
-        )
+        data = price_data(options.prices_dir) if options.prices_dir else installed()
+        # What cannot be priced is told before the load, not after it.
+        PriceBook(options.cost.compare_to, overrides=options.cost.prices, data=data)
         objectives = [parse_objective(text) for text in options.slo]
         baseline = None
         if options.baseline is not None:
@@ -91,6 +90,7 @@ def run(options: BenchOptions) -> int:
         found = probing.get()
         if isinstance(found, ServerError):
             raise found
+        prices = book_to_compare_with(options.cost, data, lambda: found.model)
         out.mkdir(parents=True, exist_ok=True)
     except (GateError, ScenarioError, PriceDataError, ServerError, UnknownModel) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,7 +117,14 @@ def run(options: BenchOptions) -> int:
         report = replace(
             report, comparison=comparison, verdicts=report.verdicts + comparison.verdicts
         )
-    write_report(report, out)
+    try:
+        write_report(report, out)
+    except OSError as error:
+        print(
+            f"error: --out {out}: {error.strerror}; this is what was to be in it:", file=sys.stderr
+        )
+        show_report(console, report, out)
+        return BAD_INPUT
     show_report(console, report, out)
     if report.totals.requests <= report.totals.errors:
         return 1
@@ -160,7 +167,7 @@ def _report_of(
     epoch: float,
     leash: Leash,
     console: Console,
-    prices: PriceBook,
+    prices: tuple[PriceBook, str],
 ) -> Report | None:
     """Run the load and measure it; None if it was interrupted before it began."""
     started = datetime.fromtimestamp(epoch).astimezone()
@@ -208,6 +215,7 @@ def _report_of(
         notes.append("The bench was ended early.")
     records = marked([*found.records, *crowd.collector.records], conductor.stages)
     of_load = [record for record in records if not record.warmup]
+    notes += energy_notes(energy_before, energy_after, len(of_load))
     traffic = traffic_of(records, energy_before, energy_after, options.cost)
     return Report(
         options=options,
@@ -221,21 +229,22 @@ def _report_of(
         knee=conductor.knee,
         totals=totals_of(of_load),
         totals_with_warmup=totals_of(records),
-        cost=compare(traffic, options.cost, prices) if traffic else None,
+        cost=compare(traffic, options.cost, *prices) if traffic else None,
     )
 
 
 def _stage_report(
     stage: Stage, records: list[RequestRecord], crowd: Crowd, options: BenchOptions
 ) -> StageReport:
-    mine = [record for record in records if record.stage == stage.index and not record.warmup]
+    of_load = [record for record in records if not record.warmup]
+    mine = [record for record in of_load if record.stage == stage.index]
     slo = options.scenario.slo
-    summary = summarize(mine, stage.window, slo)
+    summary = summarize(of_load, stage.window, slo)
     itl = summary.itl_seconds.p50 if summary.itl_seconds else None
     return StageReport(
         stage=stage,
         summary=summary,
-        tenants=by_tenant(mine, stage.window, slo),
+        tenants=by_tenant(of_load, stage.window, slo),
         client=health(
             crowd.collector.samples, mine, stage.window, itl, due_times=stage.users is None
         ),

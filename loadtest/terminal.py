@@ -150,10 +150,12 @@ def _by_second(series: Sequence[tuple[float, float]], now: float, how: str) -> l
 def show_report(console: Console, report: Report, out: Path) -> None:
     """The stages, the latencies, the verdicts, the cost of the tokens, and where the rest is."""
     totals, head = report.totals, report.headline
-    console.print(
-        f"\n[bold]{report.model}[/bold] at {report.options.url}, scenario {report.options.scenario_name}: "
+    # As Text: servers' own words may hold brackets, which rich would take for its markup.
+    rest = (
+        f" at {report.options.url}, scenario {report.options.scenario_name}: "
         f"{totals.requests} requests, {totals.errors} errors"
     )
+    console.print(Text.assemble("\n", (report.model, "bold"), rest))
     console.print(_stages_table(report))
     if report.knee is not None:
         console.print(
@@ -161,7 +163,8 @@ def show_report(console: Console, report: Report, out: Path) -> None:
             f"{1 / _knee_share(report) - 1:.0%} more."
         )
     for kind, count in head.summary.error_classes.items():
-        console.print(f"[red]{count} x {kind}[/red]; the first: {head.summary.first_error}")
+        told = f"; the first: {head.summary.first_error}"
+        console.print(Text.assemble((f"{count} x {kind}", "red"), told))
     console.print(f"At {head.stage.label}:")
     console.print(_latency_table(report))
     for verdict in report.verdicts:
@@ -169,7 +172,7 @@ def show_report(console: Console, report: Report, out: Path) -> None:
         line = verdict_line(verdict.passed, verdict.subject, verdict.reason)
         console.print(Text(line, style=style))
     for note in notes(report):
-        console.print(f"Note: {note}", highlight=False)
+        console.print(Text(f"Note: {note}"))
     if report.cost is not None:
         console.print(render(report.cost))
     else:

@@ -68,16 +68,18 @@ class Workload:
         self._model = model
         self._seed = seed
         self._ignore_eos = ignore_eos
+        # Of the users so far: whose each is, and how many each traffic has.
+        self._owners: list[int] = []
+        self._counts = [0] * len(self.traffic)
 
     def traffic_of_user(self, number: int) -> Traffic:
         """Whose user this is: any first n users are split by weight as evenly as whole users can be."""
-        counts = [0] * len(self.traffic)
-        chosen = 0
-        for _ in range(number + 1):
-            shares = [(n + 1) / t.weight for n, t in zip(counts, self.traffic, strict=True)]
+        while len(self._owners) <= number:
+            shares = [(n + 1) / t.weight for n, t in zip(self._counts, self.traffic, strict=True)]
             chosen = shares.index(min(shares))
-            counts[chosen] += 1
-        return self.traffic[chosen]
+            self._counts[chosen] += 1
+            self._owners.append(chosen)
+        return self.traffic[self._owners[number]]
 
     def traffic_of_arrival(self, rng: random.Random) -> Traffic:
         """Whose request arrives next."""

@@ -30,8 +30,11 @@ class OpenAIServer(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"data": [{"id": "tiny"}]}).encode())
         elif self.path == "/metrics" and self.behaviour == "metered":
             joules = JOULES_A_REQUEST * len(self.usages)
-            metric = f'rigserve_energy_joules_total{{model="tiny",source="nvml"}} {joules}\n'
-            self.answer(200, metric.encode())
+            metrics = (
+                f'rigserve_energy_joules_total{{model="tiny",source="nvml"}} {joules}\n'
+                f'rigserve_requests_total{{model="tiny",status="200"}} {float(len(self.usages) + 7)}\n'
+            )
+            self.answer(200, metrics.encode())
         else:
             self.answer(404, b"no such thing")
 
@@ -57,7 +60,7 @@ class OpenAIServer(BaseHTTPRequestHandler):
             self.answer(400, b'{"error": {"message": "Extra inputs are not permitted"}}')
             return
         if behaviour == "busy":
-            self.answer(503, b'{"error": {"message": "all slots are taken"}}')
+            self.answer(503, b'{"error": {"message": "all slots [/of 8] are taken"}}')
             return
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")

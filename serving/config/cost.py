@@ -74,8 +74,14 @@ class MeterConfig(Section):
 class PowerConfig(Section):
     """Who measures the rig's draw, and what to assume where nothing does; then figures are labelled `estimated`."""
 
-    idle_watts: float = Field(25.0, ge=0, description="The rig's draw while it waits.")
-    load_watts: float = Field(95.0, ge=0, description="The rig's draw while it generates.")
+    idle_watts: float = Field(
+        25.0,
+        ge=0,
+        description="The rig's draw while it waits: what idle hours cost, with a meter, too.",
+    )
+    load_watts: float = Field(
+        95.0, ge=0, description="The rig's draw while it generates, where nothing measures."
+    )
     meter: MeterConfig | None = Field(
         None, description="A meter at the wall. Unset: the cards' own (NVML), else RAPL."
     )

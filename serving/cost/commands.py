@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from serving.config import Config, load_config
 from serving.cost.comparison import CostReport, compare
 from serving.cost.ledger import read_traffic, read_usage
 from serving.cost.money import Currency
-from serving.cost.peers import suggest_peers
+from serving.cost.peers import book_to_compare_with
 from serving.cost.price_data import UPDATE_URL, PriceData, price_data, update
 from serving.cost.prices import PriceBook, has_prices
 from serving.cost.render import render
@@ -127,16 +127,12 @@ def _verdict(args: argparse.Namespace, accounts: Callable[[Config], Accounts]) -
 def _book(config: Config, ledger: Path, selected: Selection) -> tuple[PriceBook, str]:
     """The models to compare with: the operator's, or peers of the model that was used most."""
     data = price_data(ledger.parent)
-    if config.cost.compare_to:
-        references, basis = config.cost.compare_to, "the first of cost.compare_to"
-    else:
-        references, basis = suggest_peers(_most_used(ledger, selected), data)
-    return PriceBook(references, overrides=config.cost.prices, data=data), basis
+    return book_to_compare_with(config.cost, data, lambda: _most_used(ledger, selected))
 
 
 def _most_used(ledger: Path, selected: Selection) -> str:
     tokens: dict[str, int] = {}
-    for each in read_usage(ledger, selected, Cuts(), "model"):
+    for each in read_usage(ledger, replace(selected, own_engines_only=True), Cuts(), "model"):
         used = each.tokens.prompt_tokens + each.tokens.completion_tokens
         tokens[each.key] = tokens.get(each.key, 0) + used
     return max(tokens, key=lambda name: tokens[name], default="")

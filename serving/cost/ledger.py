@@ -275,10 +275,14 @@ def read_usage(
     path: Path, selected: Selection, cuts: Cuts, by: Dimension | None = None
 ) -> list[UsageSum]:
     """Sums of the usage that is ``selected``, none across a cut. Raises :class:`LedgerError`."""
-    if not path.exists():
-        raise LedgerError(f"there is no ledger at {path}; serve some requests first")
+    _require(path)
     with _reading(path) as connection:
         return rollup.read_sums(connection, selected, cuts, by)
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise LedgerError(f"there is no ledger at {path}; serve some requests first")
 
 
 def read_traffic(path: Path, selected: Selection = _OWN, cuts: Cuts = _NO_CUTS) -> Traffic:
@@ -286,16 +290,17 @@ def read_traffic(path: Path, selected: Selection = _OWN, cuts: Cuts = _NO_CUTS) 
 
     Raises :class:`LedgerError` when there are none.
     """
+    _require(path)
     own = replace(selected, own_engines_only=True)
-    sums = read_usage(path, own, cuts)
-    if not sums:
-        raise LedgerError(f"the ledger {path} has no such requests")
-    tokens = [each.tokens for each in sums]
     with _reading(path) as connection:
+        sums = rollup.read_sums(connection, own, cuts)
         first, last = connection.execute(
             "SELECT (SELECT min(started_at) FROM usage WHERE started_at >= ?), max(started_at) FROM usage",
             (selected.since,),
         ).fetchone()
+    if not sums:
+        raise LedgerError(f"the ledger {path} has no such requests")
+    tokens = [each.tokens for each in sums]
     return Traffic(
         requests=sum(each.requests for each in tokens),
         prompt_tokens=sum(each.prompt_tokens for each in tokens),
@@ -358,10 +363,12 @@ def _joined(sources: Iterable[str]) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that sees one state of the ledger, however many statements read it and whoever writes meanwhile."""
     uri = f"{path.resolve().as_uri()}?mode=ro"
     with _readable_errors(path):
         _taken_on(path)
         with closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.execute("BEGIN")
             yield connection
 
 

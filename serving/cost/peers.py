@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from serving.config import CostConfig
 from serving.cost.price_data import PriceData
-from serving.cost.prices import PriceBook, has_prices
+from serving.cost.prices import PriceBook, UnknownModel, has_prices
 
 # Who hosts open weights, as genai-prices names them.
 _HOSTS = ("groq", "together", "fireworks", "novita", "deepinfra", "openrouter")
@@ -27,6 +29,20 @@ _CLASSES: tuple[tuple[float, tuple[str, ...]], ...] = (
 _UNKNOWN_SIZE = _CLASSES[1][1]
 
 
+def book_to_compare_with(
+    config: CostConfig, data: PriceData, model: Callable[[], str]
+) -> tuple[PriceBook, str]:
+    """The prices of ``compare_to``, or if it is empty of peers of the ``model``; and who chose them.
+
+    Raises :class:`UnknownModel`.
+    """
+    if config.compare_to:
+        references, basis = config.compare_to, "the first of cost.compare_to"
+    else:
+        references, basis = suggest_peers(model(), data)
+    return PriceBook(references, overrides=config.prices, data=data), basis
+
+
 def suggest_peers(model: str, data: PriceData) -> tuple[tuple[str, ...], str]:
     """Commercial models to compare a local one with, the best peer first, and why these.
 
@@ -38,9 +54,18 @@ def suggest_peers(model: str, data: PriceData) -> tuple[tuple[str, ...], str]:
         return tuple(hosted[:3]), f"suggested: hosts of the same weights as {model}"
     billions = _billions(model)
     if billions is None:
-        return _UNKNOWN_SIZE, f"suggested: {model} does not tell its size, so small models"
+        basis = f"suggested: {model} does not tell its size, so small models"
+        return tuple(_sold(_UNKNOWN_SIZE, data)), basis
     peers = next(peers for most, peers in _CLASSES if billions <= most)
-    return peers, f"suggested by size: {model} has {billions:g} billion weights"
+    return tuple(_sold(peers, data)), f"suggested by size: {model} has {billions:g} billion weights"
+
+
+def _sold(references: Iterable[str], data: PriceData) -> Iterator[str]:
+    """Those that have prices: newer data may lack what was sold when this was written."""
+    for reference in references:
+        with contextlib.suppress(UnknownModel):
+            PriceBook([reference], data=data)
+            yield reference
 
 
 def _billions(model: str) -> float | None:

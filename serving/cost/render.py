@@ -19,10 +19,11 @@ from serving.cost.words import (
     computation_there,
     currency_of,
     figure_text,
+    idle_text,
     verdict_text,
 )
 
-_BAR_CELLS = 20
+_BAR_CELLS = 12
 
 
 def render(report: CostReport, *, steps: bool = False) -> Group:
@@ -59,6 +60,10 @@ def _basis(report: CostReport) -> Text:
         extras.append(f"cooling ×{assumed.cooling_overhead:g}")
     if assumed.mean_usd_per_kwh != assumed.electricity_usd_per_kwh:
         extras.append(f"{money.text(assumed.mean_usd_per_kwh)}/kWh in the mean of the day")
+    if assumed.tokens_there_per_token != 1:
+        extras.append(f"{assumed.tokens_there_per_token:g} tokens there for one here")
+    if assumed.cache_hits_there != 1:
+        extras.append(f"{assumed.cache_hits_there:.0%} of cache hits hit there")
     if assumed.currency != "USD":
         extras.append(f"1 {assumed.currency} = {assumed.usd_per_unit:g} USD")
     more = f" Also: {', '.join(extras)}." if extras else ""
@@ -74,7 +79,7 @@ def _basis(report: CostReport) -> Text:
         f"(source: {traffic.energy_source}).\n"
         f"Your figures: {money.text(assumed.hardware_price_usd).removesuffix('.00')} over "
         f"{assumed.lifetime_years:g} years at {assumed.utilization:.0%} utilization, "
-        f"{money.text(assumed.electricity_usd_per_kwh)}/kWh, {assumed.idle_watts:g} W idle, "
+        f"{money.text(assumed.electricity_usd_per_kwh)}/kWh, {idle_text(report)}, "
         f"{assumed.load_watts:g} W load (where not measured).{more}\n"
         f"This traffic cost {money.text(report.here_as_run.traffic_usd)} in energy, "
         f"{money.text(report.here_fully_loaded.traffic_usd)} with all costs.\n"
@@ -136,9 +141,10 @@ def _tornado(swings: Iterable[Swing], report: CostReport) -> Table:
         caption=f"Each figure by itself; * is a range of yours, the others are assumed. Peer: {report.peer_basis}.",
         caption_justify="left",
     )
-    table.add_column("figure", overflow="fold")
-    for heading in ("from", "to", "saving from", "to"):
-        table.add_column(heading, justify="right")
+    # Wide enough for its longest word beside the widest losses, on 80 columns.
+    table.add_column("figure", min_width=11, overflow="fold")
+    for heading in ("from", "to", "saving\nfrom", "to"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     widest = max((swing.width for swing in swings), default=1.0)
     for swing in swings:

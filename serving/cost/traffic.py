@@ -67,6 +67,13 @@ class Traffic:
         return self.prefill_busy_seconds + self.decode_busy_seconds
 
     @property
+    def measured_idle_watts(self) -> float | None:
+        """The idle draw that the meter saw, in the mean; None if none did."""
+        if self.energy_source in ("estimated", "mixed") or not self.busy_seconds:
+            return None
+        return self.idle_joules / self.busy_seconds
+
+    @property
     def tokens(self) -> int:
         """Of prompts and of completions."""
         return self.prompt_tokens + self.completion_tokens

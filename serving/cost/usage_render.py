@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from html import escape
 
@@ -52,10 +52,15 @@ def _table(report: UsageReport, money: Currency) -> Table:
     if report.carbon_grams_per_kwh is not None:
         table.add_column("CO2e", justify="right")
     for row in report.rows:
-        table.add_row(*_cells(row, money))
+        table.add_row(*_plain(_cells(row, money)))
     table.add_section()
-    table.add_row(*_cells(report.total, money), style="bold")
+    table.add_row(*_plain(_cells(report.total, money)), style="bold")
     return table
+
+
+def _plain(cells: Iterable[str]) -> Iterator[Text]:
+    """Names of keys and tenants are anybody's: brackets in them are no markup."""
+    return map(Text, cells)
 
 
 def _plain_table(title: str | None = None) -> Table:
@@ -125,7 +130,9 @@ def _budgets(report: UsageReport, money: Currency) -> Table:
     for heading in ("cost", "of", "tokens", "of", "used"):
         table.add_column(heading, justify="right")
     for use in report.budgets:
-        table.add_row(*_budget_cells(use, money), style="bold red" if _share(use) >= 1 else "")
+        table.add_row(
+            *_plain(_budget_cells(use, money)), style="bold red" if _share(use) >= 1 else ""
+        )
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from serving.cost.comparison import ComparisonRow, CostReport
@@ -73,7 +73,9 @@ def _answer(verdict: Verdict) -> str:
 
 def _percent(value: float) -> str:
     """Never rounded towards the claim."""
-    return saving_text(value) if value >= 0 else f"−{-value:,.0f} %"
+    if value >= 0:
+        return saving_text(value)
+    return f"−{-value:,.1f} %" if value > -10 else f"−{-value:,.0f} %"
 
 
 def _claim(verdict: Verdict, report: CostReport) -> str:
@@ -127,15 +129,31 @@ def _count(value: float) -> str:
 
 
 def figure_text(figure: Figure, value: float, money: Currency) -> str:
-    """A figure's value in its unit."""
+    """A figure's value in its unit, to read."""
+    return _in_unit(figure, value, money.text, ".3g")
+
+
+def _exact(figure: Figure, value: float, money: Currency) -> str:
+    """A figure's value in its unit, to compute with."""
+    return _in_unit(figure, value, money.exact, ".6g")
+
+
+def _in_unit(figure: Figure, value: float, amount: Callable[[float], str], digits: str) -> str:
     if figure.name == "electricity_usd_per_kwh":
-        return f"{money.text(value)}/kWh"
+        return f"{amount(value)}/kWh"
     if figure.name.endswith("_usd"):
-        return money.text(value)
+        return amount(value)
     if figure.name in ("utilization", "cache_hits_there", "maintenance_share_per_year"):
-        return f"{value:.3g}" if value > 1 else f"{100 * value:.3g} %"
+        return f"{value:{digits}}" if value > 1 else f"{100 * value:{digits}} %"
     unit = {"lifetime_years": " years", "idle_watts": " W"}.get(figure.name, "")
-    return f"{value:.3g}{unit}"
+    return f"{value:{digits}}{unit}"
+
+
+def idle_text(report: CostReport) -> str:
+    """What is assumed of the draw while the rig waits, and what a meter saw of it."""
+    assumed, seen = report.assumptions, report.traffic.measured_idle_watts
+    told = "" if seen is None else f" ({report.traffic.energy_source} saw {seen:.3g} W)"
+    return f"{assumed.idle_watts:g} W idle{told}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,18 +245,34 @@ def computation_of_verdict(report: CostReport, verdict: Verdict) -> Iterator[Ste
     yield Step(
         "saving", f"(1 − {here_usd:.6g} / {there_usd:.6g}) × 100", f"{verdict.saving_percent.value:.6g} %"
     )  # fmt: skip
+    yield from _ends_of_saving(verdict, money)
     usd_per_watt_second = given.mean_usd_per_kwh * given.cooling_overhead / JOULES_PER_KWH / unit
     idle = busy * given.idle_watts * usd_per_watt_second
     hardware = report.parts.hardware_usd * given.utilization / unit
     energy = report.parts.energy_usd / unit
     even = verdict.break_even_utilization
+    claimed = 1 - CLAIMED_SAVING_PERCENT / 100
+    for name, utilization, target in (
+        ("break-even utilization", even, f"{there_usd:.6g}"),
+        (
+            f"{CLAIMED_SAVING_PERCENT} % cheaper from a utilization of",
+            verdict.claim_utilization,
+            f"{there_usd:.6g} × {claimed:.2g}",
+        ),
+    ):
+        if utilization is not None:
+            yield Step(
+                name,
+                f"({busy:.6g} s × {given.idle_watts:g} W × {usd_per_watt_second:.6g} + {hardware:.6g}) / "
+                f"({target} − {energy:.6g} + {idle:.6g})",
+                f"{utilization:.6g}",
+            )
+    yield Step(
+        "tokens a day at most",
+        f"{SECONDS_PER_DAY} s × {tokens} / {busy:.6g} s",
+        f"{verdict.most_tokens_per_day:.6g}",
+    )
     if even is not None:
-        yield Step(
-            "break-even utilization",
-            f"({busy:.6g} s × {given.idle_watts:g} W × {usd_per_watt_second:.6g} + {hardware:.6g}) / "
-            f"({there_usd:.6g} − {energy:.6g} + {idle:.6g})",
-            f"{even:.6g}",
-        )
         yield Step(
             "break-even tokens a day",
             f"{even:.6g} × {SECONDS_PER_DAY} s × {tokens} / {busy:.6g} s",
@@ -259,6 +293,46 @@ def computation_of_verdict(report: CostReport, verdict: Verdict) -> Iterator[Ste
         )
 
 
+def _ends_of_saving(verdict: Verdict, money: Currency) -> Iterator[Step]:
+    """The saving at both ends of each figure's range, and from these the ends of its interval."""
+    here, there = verdict.here_usd_per_million, verdict.there_usd_per_million
+    here_at, there_at = (
+        {swing.figure.name: (swing.at_low, swing.at_high) for swing in swung}
+        for swung in (verdict.here_swings, verdict.there_swings)
+    )
+    ratio = 1 - verdict.saving_percent.value / 100
+    least, most = [], []
+    for swing in verdict.tornado:
+        figure = swing.figure
+        usd_here = here_at.get(figure.name, (here.value, here.value))
+        usd_there = there_at.get(figure.name, (there.value, there.value))
+        percents = (swing.at_low, swing.at_high)
+        for at, *usd, percent in zip(
+            (figure.low, figure.high), usd_here, usd_there, percents, strict=True
+        ):
+            divided = " / ".join(f"{each / money.usd_per_unit:.6g}" for each in usd)
+            yield Step(
+                f"saving, with {figure.label} {_exact(figure, at, money)}",
+                f"(1 − {divided}) × 100",
+                f"{percent:.6g} %",
+            )
+        low, high = sorted(1 - percent / 100 for percent in percents)
+        if high > ratio:
+            least.append(f"ln²({high:.6g} / {ratio:.6g})")
+        if 0 < low < ratio:
+            most.append(f"ln²({ratio:.6g} / {low:.6g})")
+    for name, sign, logs, percent in (
+        ("least", "×", least, verdict.saving_percent.low),
+        ("most", "/", most, verdict.saving_percent.high),
+    ):
+        if logs:
+            yield Step(
+                f"saving, the {name}",
+                f"(1 − {ratio:.6g} {sign} exp(√({' + '.join(logs)}))) × 100",
+                f"{percent:.6g} %",
+            )
+
+
 def _ends(
     place: str, interval: Interval, swung: tuple[Swing, ...], money: Currency
 ) -> Iterator[Step]:
@@ -272,7 +346,7 @@ def _ends(
         ends = (swing.at_low / money.usd_per_unit, swing.at_high / money.usd_per_unit)
         for at, usd in zip((figure.low, figure.high), ends, strict=True):
             yield Step(
-                f"{place}, with {figure.label} {figure_text(figure, at, money)}",
+                f"{place}, with {figure.label} {_exact(figure, at, money)}",
                 "the same sums",
                 money.exact(usd * money.usd_per_unit),
             )

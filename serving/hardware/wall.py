@@ -30,17 +30,18 @@ class MeterError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The draw now, and the meter's own count of energy, where it has one: coarse, but without gaps."""
+    """The draw now, and the meter's own count of energy, where it has one: in steps, but without gaps."""
 
     watts: float
-    counted_joules: float | None
+    counted_joules: float | None = None
+    step_joules: float = 0.0
 
 
 class WallMeter:
     """Joules since its making, from the draw, by the trapezoidal rule: read it often.
 
     Plugs count energy themselves, but in steps (Tasmota's are 3,600 J) that hide a request. So what
-    they count is taken only over gaps.
+    they count is taken only over gaps, and where it differs by more than a step.
     """
 
     def __init__(self, config: MeterConfig) -> None:
@@ -58,16 +59,15 @@ class WallMeter:
 
 
 def _between(last: Reading, reading: Reading, seconds: float) -> float:
-    if (
-        seconds > _GAP_SECONDS
-        and last.counted_joules is not None
-        and reading.counted_joules is not None
-    ):
-        counted = reading.counted_joules - last.counted_joules
-        # One that begins anew (a plug's memory was erased) has not counted the gap.
-        if counted >= 0:
-            return counted
-    return seconds * (last.watts + reading.watts) / 2
+    by_draw = seconds * (last.watts + reading.watts) / 2
+    if seconds <= _GAP_SECONDS or last.counted_joules is None or reading.counted_joules is None:
+        return by_draw
+    counted = reading.counted_joules - last.counted_joules
+    # A count that began anew (a plug's memory was erased) has not seen the gap; one of the same size, give
+    # or take a step, knows no more than the draws do.
+    if counted < 0 or abs(counted - by_draw) <= reading.step_joules:
+        return by_draw
+    return counted
 
 
 def _reader(config: MeterConfig) -> Callable[[], Reading]:
@@ -89,14 +89,14 @@ def _shelly_rpc(config: MeterConfig) -> Reading:
     status = _get(config.url, f"/rpc/Switch.GetStatus?id={config.channel}")
     watts = _number(config.url, status, "apower")
     counted_wh = _number(config.url, status, "aenergy", "total")
-    return Reading(watts, counted_wh * _JOULES_PER_WH)
+    return Reading(watts, counted_wh * _JOULES_PER_WH, _JOULES_PER_WH / 1000)
 
 
 def _shelly_gen1(config: MeterConfig) -> Reading:
     """``/meter/N`` of Gen1: ``power`` in W, ``total`` in watt-minutes, zero again when the plug restarts."""
     status = _get(config.url, f"/meter/{config.channel}")
     counted = _number(config.url, status, "total") * _JOULES_PER_WATT_MINUTE
-    return Reading(_number(config.url, status, "power"), counted)
+    return Reading(_number(config.url, status, "power"), counted, _JOULES_PER_WATT_MINUTE)
 
 
 def _tasmota(config: MeterConfig) -> Reading:
@@ -104,7 +104,7 @@ def _tasmota(config: MeterConfig) -> Reading:
     status = _get(config.url, "/cm?cmnd=Status%208")
     watts = _number(config.url, status, "StatusSNS", "ENERGY", "Power")
     counted_kwh = _number(config.url, status, "StatusSNS", "ENERGY", "Total")
-    return Reading(watts, counted_kwh * 1000 * _JOULES_PER_WH)
+    return Reading(watts, counted_kwh * 1000 * _JOULES_PER_WH, _JOULES_PER_WH)
 
 
 def _prometheus(config: MeterConfig) -> Reading:
@@ -120,7 +120,7 @@ def _prometheus(config: MeterConfig) -> Reading:
         raise MeterError(
             f"{config.url}: the query {config.query!r} must have one result; it has {_short(result)}"
         )
-    return Reading(_finite(config.url, result[1]), None)
+    return Reading(_finite(config.url, result[1]))
 
 
 def _get(url: str, path: str) -> Any:

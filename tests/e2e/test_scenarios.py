@@ -78,7 +78,8 @@ def test_it_runs(
     bench, out = benches[name]
     assert bench.returncode == 0, bench.stdout + bench.stderr
     report = json.loads((out / "report.json").read_text())
-    assert report["notes"] == []
+    # Benches run at once here, and each sees that the server has others.
+    assert [note for note in report["notes"] if "requests of others" not in note] == []
     assert report["totals"]["errors"] == 0
     load = [record for record in read_records(out / "records.jsonl") if not record.warmup]
     scenario = load_scenario(name)[1]

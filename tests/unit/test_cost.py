@@ -9,6 +9,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from serving.cost.comparison import CostReport, compare
 from serving.cost.model import CostModel
 from serving.cost.money import USD, Currency, saving_text
 from serving.cost.peers import suggest_peers
-from serving.cost.price_data import PriceDataError, installed, price_data, update
+from serving.cost.price_data import PriceData, PriceDataError, installed, price_data, update
 from serving.cost.prices import PriceBook, UnknownModel
 from serving.cost.render import render
 from serving.cost.traffic import TokenGroup, Traffic
 from serving.cost.uncertainty import Figure, combined, figures_of, swings, varied
 from serving.cost.verdict import usd_here, usd_there, verdict_on
 from serving.cost.words import (
+    Step,
     computation,
     computation_of_verdict,
     computation_there,
@@ -406,6 +408,21 @@ def test_the_printed_report_holds_what_a_person_needs(width: int) -> None:
         assert figure in " ".join(text.split()), figure
 
 
+def test_the_idle_draw_that_a_meter_saw_is_told_beside_the_assumed_one() -> None:
+    book = PriceBook(CONFIG.compare_to)
+    measured = traffic(energy_source="shelly", idle_joules=75 * 61.0)
+    assert "25 W idle (shelly saw 61 W)" in printed(compare(measured, CONFIG, book), 200)
+    assert "25 W idle, 95 W load" in printed(compare(TRAFFIC, CONFIG, book), 200)
+
+
+def test_great_losses_leave_words_whole() -> None:
+    dear = CONFIG.model_copy(update={"hardware_price_usd": 3e6, "tokens_there_per_token": 1.1})
+    text = printed(compare(TRAFFIC, dear, PriceBook(CONFIG.compare_to)), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("utilization ", "electricity ", "1.1 tokens there for one here"):
+        assert whole in text, text
+
+
 def test_estimates_are_labelled() -> None:
     book = PriceBook(CONFIG.compare_to)
     for each, labelled in ((TRAFFIC, True), (traffic(energy_source="nvml"), False)):
@@ -442,6 +459,16 @@ def test_savings_never_read_as_more_than_they_are(percent: float | None, text: s
     assert saving_text(percent) == text
 
 
+def test_a_small_loss_does_not_read_as_none() -> None:
+    book = PriceBook(CONFIG.compare_to)
+    verdict = verdict_on(TRAFFIC, CONFIG, book, CONFIG.compare_to[0])
+    assert verdict is not None
+    assert verdict.break_even_utilization is not None
+    even = verdict.break_even_utilization * 0.999
+    text = verdict_text(compare(TRAFFIC, CONFIG.model_copy(update={"utilization": even}), book))
+    assert re.search(r"the API is cheaper \(a saving of −0\.\d %\)", text), text
+
+
 def test_a_report_is_plain_json() -> None:
     report = compare(TRAFFIC, CONFIG, PriceBook(CONFIG.compare_to))
     assert json.loads(json.dumps(dataclasses.asdict(report)))["traffic"]["requests"] == 100
@@ -459,33 +486,12 @@ def test_prices_are_those_of_the_package(prompt: int, cached_share: float, compl
         assert book.usd(reference, prompt, cached, completion) == pytest.approx(expected)
 
 
-def test_every_amount_can_be_computed_from_what_is_printed() -> None:
-    """A reviewer with a calculator: the formulas, as they are printed, give the amounts beside them."""
-    config = CostConfig.model_validate(
-        {
-            "hardware_price_usd": "900 EUR", "currencies": {"EUR": 1.08}, "currency": "EUR", "resale_usd": 100,
-            "maintenance_share_per_year": 0.02, "cooling_overhead": 1.2, "tokens_there_per_token": 1.1,
-            "cache_hits_there": 0.5, "compare_to": ["openai/gpt-4o", "google/gemini-2.5-pro"],
-            "tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}],
-        }
-    )  # fmt: skip
-    assert config.hardware_price_usd == pytest.approx(972)
-    measured = traffic(cached=2_000, prompt=30_000_000)
-    report = compare(measured, config, PriceBook(config.compare_to))
-    texts: dict[str, float] = {}
-    assert report.verdict is not None
-    steps = [
-        *computation(report),
-        *(step for row in report.rows for step in computation_there(row, report)),
-        *computation_of_verdict(report, report.verdict),
-    ]
-    again = [step for step in steps if step.formula == "the same sums"]
-    assert (len(steps), len(again)) == (42, 16)
+def calculated(steps: Iterable[Step]) -> dict[str, float]:
+    """What a calculator makes of each formula as it is printed, which must be the amount beside it."""
+    results: dict[str, float] = {}
     for step in steps:
         formula = step.formula
-        if step in again:
-            continue
-        for name, value in texts.items():
+        for name, value in results.items():
             formula = formula.replace(name, repr(value))
         for text, meaning in (
             ("×", "*"),
@@ -501,22 +507,56 @@ def test_every_amount_can_be_computed_from_what_is_printed() -> None:
             formula = formula.replace(text, meaning)
         formula = re.sub(r"ln²(\([^)]*\))", r"log\1**2", formula)
         assert re.fullmatch(r"(exp|log|sqrt|[\d.e+*/() -])+", formula), formula
-        result = float(re.sub("[^0-9.e-]", "", step.result))
+        results[step.name] = float(re.sub("[^0-9.e-]", "", step.result))
         value = eval(formula, {"exp": math.exp, "log": math.log, "sqrt": math.sqrt})
-        assert value == pytest.approx(result, rel=1e-4), step
-        texts[step.name] = result
+        assert value == pytest.approx(results[step.name], rel=1e-4), step
+    return results
+
+
+def test_every_amount_can_be_computed_from_what_is_printed() -> None:
+    """A reviewer with a calculator: the formulas, as they are printed, give the amounts beside them."""
+    config = CostConfig.model_validate(
+        {
+            "hardware_price_usd": "900 EUR", "currencies": {"EUR": 1.08}, "currency": "EUR", "resale_usd": 100,
+            "maintenance_share_per_year": 0.02, "cooling_overhead": 1.2, "tokens_there_per_token": 1.1,
+            "cache_hits_there": 0.5, "compare_to": ["openai/gpt-4o", "google/gemini-2.5-pro"],
+            "tariff": [{"begin": "22:00", "end": "06:00", "usd_per_kwh": 0.1}],
+        }
+    )  # fmt: skip
+    assert config.hardware_price_usd == pytest.approx(972)
+    measured = traffic(cached=2_000, prompt=30_000_000)
+    report = compare(measured, config, PriceBook(config.compare_to))
+    assert report.verdict is not None
+    steps = [
+        *computation(report),
+        *(step for row in report.rows for step in computation_there(row, report)),
+        *computation_of_verdict(report, report.verdict),
+    ]
+    again = [step for step in steps if step.formula == "the same sums"]
+    assert (len(steps), len(again)) == (62, 16)
+    texts = calculated(step for step in steps if step not in again)
     assert report.here_fully_loaded.traffic_usd / 1.08 == pytest.approx(
         texts["all costs"], rel=1e-5
     )
-    # The same sums, with an end of a range in the place of a figure.
-    for config_there, name in (
-        (config.model_copy(update={"utilization": 0.5}), "here, with utilization 50 %"),
-        (config.model_copy(update={"resale_usd": 50.0}), "here, with resale value EUR 46.30"),
-    ):
-        varied = compare(measured, config_there, PriceBook(config.compare_to)).verdict
-        assert varied is not None
-        told = next(step.result for step in again if step.name == name)
-        assert told == Currency("EUR", 1.08).exact(varied.here_usd_per_million.value)
+    # The same sums, with the end of a range that is told in the place of a figure.
+    labels = {each.label: each for each in figures_of(config, measured.energy_source)}
+    for step in again:
+        place, _, told = step.name.partition(", with ")
+        figure = next(each for label, each in labels.items() if told.startswith(label))
+        number = re.search(r"[\d.e-]*\d", told.removeprefix(figure.label))
+        assert number is not None
+        value = float(number[0])
+        if told.endswith("%"):
+            value /= 100
+        if "EUR" in told:
+            value *= 1.08
+        moved = varied(config, figure, value)
+        usd = {
+            "here": usd_here(measured, moved, value if figure.name == "energy" else 1.0),
+            "there": usd_there(measured, moved, PriceBook(moved.compare_to), moved.compare_to[0]),
+        }[place]
+        again_usd = usd / measured.tokens * 1e6 / 1.08
+        assert float(step.result.removeprefix("EUR ")) == pytest.approx(again_usd, rel=2e-5), step
 
 
 def test_night_power_is_cheaper_at_night() -> None:
@@ -570,6 +610,13 @@ def test_peers_are_suggested_by_what_a_model_is(model: str, peer: str, why: str)
     assert peer in references[0].lower()
     assert why in basis
     PriceBook(references)  # all of them have prices
+
+
+def test_a_peer_that_newer_prices_lack_is_not_suggested() -> None:
+    data = installed()
+    lacking = PriceData([each for each in data.providers if each.id != "openai"], "newer")
+    references, _ = suggest_peers("smollm2-135m", lacking)
+    assert references == ("google/gemini-2.5-flash-lite",)
 
 
 def test_prices_are_updated_only_when_asked(tmp_path: Path) -> None:

@@ -54,6 +54,21 @@ def test_it_fits_a_phone_and_a_desk_and_prints_every_sum(tmp_path: Path) -> None
             assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
             assert view.locator("table.costs th:last-child").is_visible()
             assert view.locator(".tornado .swing b").count() > 3
+            # Its bars can be told apart, however long the words beside them.
+            assert view.locator(".swing").first.evaluate("each => each.clientWidth") >= 120
+            # On paper nobody clicks.
+            sums = view.locator("details .card")
+            assert not sums.is_visible()
+            view.emulate_media(media="print")
+            assert sums.evaluate("each => each.checkVisibility({contentVisibilityAuto: true})")
+            assert view.locator("details").evaluate("each => each.clientHeight") > 500
+            if width > 700:  # of A4, within a browser's own margins
+                view.set_viewport_size({"width": 700, "height": 900})
+                assert table.evaluate(
+                    "table => table.scrollWidth <= table.parentElement.clientWidth"
+                )
+                view.set_viewport_size({"width": width, "height": 900})
+            view.emulate_media(media="screen")
             view.locator("summary").click()
             text = view.locator("main").inner_text()
             steps = [*computation(report)]

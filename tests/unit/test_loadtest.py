@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,17 @@ from loadtest.amounts import constant
 from loadtest.options import BenchOptions
 from loadtest.records import read_records
 from loadtest.run import run_bench
-from loadtest.scenario import Closed, Scenario, Traffic
+from loadtest.scenario import Closed, Scenario, Traffic, load_scenario
 from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
+from serving.cost.money import USD
+from serving.cost.peers import suggest_peers
+from serving.cost.price_data import installed
+from serving.cost.words import Step
 from tests.browser import browser
 from tests.openai_server import JOULES_A_REQUEST, serving
 from tests.processes import wait_for
+from tests.unit.test_cost import calculated
 
 COST = CostConfig(compare_to=("openai/gpt-4o-mini", "openai/gpt-4o"))
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
@@ -151,7 +157,12 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == everything["requests"] == len(read_records(tmp_path / "records.jsonl"))
     assert sum(int(row["completion_tokens"]) for row in rows) == everything["completion_tokens"]
-    assert "| 2 users |" in (tmp_path / "report.md").read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| 2 users |" in markdown
+    # What it says is enough to run the same again: JSON is YAML.
+    told = json.loads(markdown.partition("```json\n")[2].partition("```")[0])
+    (tmp_path / "again.yaml").write_text(json.dumps(told["scenario"]))
+    assert load_scenario(str(tmp_path / "again.yaml"))[1] == options(url, tmp_path).scenario
 
     html = (tmp_path / "report.html").read_text()
     page = Page()
@@ -166,6 +177,51 @@ def test_a_bench_of_a_foreign_server(tmp_path: Path) -> None:
     for row in report["cost"]["rows"]:
         assert f">{row['reference']}</div>" in html
         assert f"<td>{row['reference'].replace('/', '/<wbr>')}</td>" in html
+    every_amount_follows_from_what_is_printed(html)
+
+
+def every_amount_follows_from_what_is_printed(page: str) -> None:
+    """The tables of a report, and its verdict, from the page alone: each sum again, and where its result stands."""
+    tables = [
+        [
+            Step(*(unescape(cell) for cell in row))
+            for row in re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)
+        ]
+        for table in re.findall(r'<table class="steps">(.*?)</table>', page)
+    ]
+    here, *elsewhere, verdict = (
+        calculated(step for step in table if step.formula != "the same sums") for table in tables
+    )
+    shown = {
+        cells[0].replace("<wbr>", ""): cells[1:]
+        for row in re.findall(
+            r"<tr[^>]*>(.*?)</tr>", page.partition('class="costs"')[2].partition("</table>")[0]
+        )
+        if len(cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) == 7
+    }
+    for name in ("marginal", "as run", "all costs"):
+        cells = shown.pop(f"This rig, {name} (estimated)")
+        wanted = [here[f"{name}: {side}, a million tokens"] for side in ("input", "output")]
+        assert [cells[0], cells[2], cells[3]] == [USD.text(usd) for usd in (*wanted, here[name])]
+    assert len(shown) == len(elsewhere) >= 10
+    for (reference, cells), groups in zip(shown.items(), elsewhere, strict=True):
+        usd = sum(groups.values())
+        assert cells[3] == USD.text(usd), reference
+        for text, name in ((cells[4], "as run"), (cells[5], "all costs")):
+            saving = float(re.sub("[^0-9.]", "", text)) * (-1 if "LOSS" in text else 1)
+            assert saving == pytest.approx(100 * (1 - here[name] / usd), abs=0.11, rel=0.01)
+    for name in ("here", "there"):
+        amounts = (
+            verdict[f"{name}, a million tokens of this traffic"],
+            *(verdict[f"{name}, the {end}"] for end in ("least", "most")),
+        )
+        assert "{} ({} to {})".format(*map(USD.text, amounts)) in page
+    minus = "\N{MINUS SIGN}"
+    ends = re.search(rf"between ({minus}?[\d,.]+) % and ({minus}?[\d,.]+) %", page)
+    assert ends is not None
+    for text, end in zip(ends.groups(), ("least", "most"), strict=True):
+        percent = float(text.replace(",", "").replace(minus, "-"))
+        assert percent == pytest.approx(verdict[f"saving, the {end}"], abs=0.11, rel=0.01)
 
 
 def test_prompts_are_counted_by_the_server_where_it_counts(tmp_path: Path) -> None:
@@ -258,6 +314,10 @@ def assert_readable(page_file: Path) -> None:
             light_on_dark = _brightness(ink) > _brightness(paper)
             assert light_on_dark is (scheme == "dark")
             assert page.locator("svg").count() >= 12
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 700, "height": 990})  # A4 within a browser's margins
+        cut_off = "Array.from(document.querySelectorAll('.scroll, pre')).filter(each => each.scrollWidth > each.clientWidth)"
+        assert page.evaluate(f"{cut_off}.map(each => each.innerText.slice(0, 40))") == []
         pdf = page.pdf()
         chromium.close()
     assert {urlsplit(url).scheme for url in complaints} == {"file"}
@@ -335,18 +395,24 @@ def test_a_gate_that_does_not_hold_is_an_exit_status_with_its_reason(
     assert "FAIL: TPOT p50 (2 users)" in capfd.readouterr().out
 
 
-def test_failures_are_counted_by_class(tmp_path: Path) -> None:
+def test_failures_are_counted_by_class(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, report, _ = bench(tmp_path, "busy")
+    # Word for word, though rich would read brackets as markup.
+    assert "the first: all slots [/of 8] are taken" in capfd.readouterr().out
     assert status == 1
     assert report["totals"]["errors"] == report["totals"]["requests"] > 0
     summary = report["stages"][0]["summary"]
     assert summary["error_classes"] == {"http_503": summary["totals"]["errors"]}
-    assert summary["first_error"] == "all slots are taken"
+    assert summary["first_error"] == "all slots [/of 8] are taken"
     assert report["cost"] is None
 
 
 def test_energy_is_the_servers_even_if_it_hangs_up_on_idle_clients(tmp_path: Path) -> None:
-    _, report, _ = bench(tmp_path, "metered")
+    _, report, _ = bench(tmp_path, "metered", cost=CostConfig())
+    assert report["cost"]["peer_basis"].startswith("suggested: tiny does not tell its size")
+    peers, _ = suggest_peers("tiny", installed())
+    assert report["cost"]["verdict"]["reference"] == peers[0]
+    assert not [note for note in report["notes"] if "others" in note]
     traffic = report["cost"]["traffic"]
     assert traffic["energy_source"] == "nvml"
     assert traffic["energy_joules"] == JOULES_A_REQUEST * report["totals"]["requests"]

@@ -29,14 +29,16 @@ from loadtest.measures import (
     summarize,
     tokens_over_time,
 )
-from loadtest.pricing import EnergyReading, traffic_of
+from loadtest.pricing import EnergyReading, energy_notes, traffic_of
 from loadtest.records import RequestRecord, read_records, write_records
 from loadtest.scenario import Slo, Sweep
 from loadtest.stages import Stage
 from loadtest.statistics import (
     batch_interval,
+    compared,
     distribution,
     order_statistics,
+    student_t,
     weighted_distribution,
 )
 from loadtest.watch import WatchSample, health
@@ -98,6 +100,56 @@ def test_values_of_one_request_are_no_independent_witnesses() -> None:
     width = np.diff(np.array(together.intervals["p50"], dtype=float))[0]
     naive = np.diff(np.array(apart.intervals["p50"], dtype=float))[0]
     assert width > 2 * naive
+
+
+@pytest.mark.parametrize("count", [3, 6, 25, 120])
+def test_intervals_of_tokens_hold_the_truth_however_few_requests_they_are_of(count: int) -> None:
+    """Thirty gaps a request, of which all are longer in one request than in another."""
+    rng = np.random.default_rng(5)
+
+    def gaps(requests: int) -> Any:
+        levels = rng.lognormal(0, 0.4, requests)
+        return levels[:, None] * rng.lognormal(0, 0.3, (requests, 30))
+
+    many = gaps(20_000)
+    truth = {"mean": many.mean()} | {f"p{p}": np.percentile(many, p) for p in (50, 90, 95, 99)}
+    held = dict.fromkeys(truth, 0)
+    for _ in range(200):
+        found = weighted_distribution([(values, np.ones(30)) for values in gaps(count)])
+        assert found is not None
+        for name, value in truth.items():
+            low, high = found.intervals[name]
+            held[name] += (low is None or low <= value) and (high is None or value <= high)
+        assert found.intervals["p99"][1] is None or count >= 25
+    assert min(held.values()) >= 0.88 * 200, held
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_the_mean_of_few_is_as_uncertain_as_it_is(count: int) -> None:
+    rng = np.random.default_rng(6)
+    held = 0
+    for _ in range(1000):
+        found = distribution(rng.normal(5, 1, count))
+        assert found is not None
+        low, high = found.intervals["mean"]
+        assert low is not None
+        assert high is not None
+        held += low <= 5 <= high
+    assert 930 <= held <= 970
+
+
+def test_students_t_is_the_tables() -> None:
+    for freedom, value in (
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (5, 2.571),
+        (9, 2.262),
+        (30, 2.042),
+    ):
+        assert student_t(freedom) == pytest.approx(value, rel=0.0015)
+    for freedom, value in ((1, 63.657), (2, 9.925), (3, 5.841), (9, 3.250), (30, 2.750)):
+        assert student_t(freedom, 0.99) == pytest.approx(value, rel=0.01)
 
 
 def test_batch_means_hold_the_truth() -> None:
@@ -181,6 +233,19 @@ def test_a_summary_by_hand() -> None:
     assert summarize(records, WINDOW, Slo()).goodput is None
 
 
+def test_tokens_of_a_stage_before_count_where_they_arrive() -> None:
+    """In a staircase there is no pause: what the first step began still streams in the second one's window."""
+    long = record(
+        started_at=9.0, first_token_at=9.5, ended_at=15.0, chunk_gaps_seconds=[2.0, 2.0, 1.5],
+        completion_tokens=4, stage=0, measured=False,
+    )  # fmt: skip
+    own = record(started_at=12.0, first_token_at=12.5, ended_at=13.5, stage=1)
+    second = summarize([record(), long, own], (11.0, 19.0), Slo())
+    assert second.completion_tokens_per_second == pytest.approx((3 + 4) / 8)
+    assert second.requests_per_second == pytest.approx(2 / 8)
+    assert second.totals.requests == 1, "it is measured where it was due"
+
+
 def test_what_keeps_an_slo() -> None:
     assert keeps(record(), Slo(ttft_ms=500, tpot_ms=417, end_to_end_ms=2000))
     for limits in (Slo(ttft_ms=499), Slo(tpot_ms=416), Slo(end_to_end_ms=1999)):
@@ -252,6 +317,15 @@ def test_traffic_uses_the_servers_meters_where_it_has_some() -> None:
     assert foreign.estimated
 
 
+def test_energy_that_is_others_too_is_said_so() -> None:
+    before, after = EnergyReading({"nvml": 1.0}, {}, 10), EnergyReading({"nvml": 9.0}, {}, 15)
+    assert energy_notes(before, after, 5) == []
+    (note,) = energy_notes(before, after, 3)
+    assert "2 requests of others" in note
+    # Some of ours never reached it; and a server that tells nothing.
+    assert energy_notes(before, after, 8) == energy_notes(None, None, 3) == []
+
+
 def test_what_asked_for_flex_is_priced_as_flex() -> None:
     plain, flex = record(), record(number=1, service_tier="flex")
     cost = CostConfig(compare_to=("openai/gpt-5",))
@@ -306,12 +380,24 @@ def test_a_sweep_that_never_saturates_has_no_knee() -> None:
     assert search.knee is None
 
 
-def test_a_sweep_stops_at_failures() -> None:
-    search = KneeSearch(Sweep(kind="sweep", over="requests_per_second", start=0.5, most=64))
+@pytest.mark.parametrize("over", ["users", "requests_per_second"])
+def test_a_load_at_which_requests_fail_is_no_knee_however_much_it_brings(over: Any) -> None:
+    search = KneeSearch(Sweep(kind="sweep", over=over, start=1, most=64, max_stages=12))
+    tried = []
     while (load := search.next_load()) is not None:
-        assert load <= 4
-        search.saw(load, load, 0.5 if load > 2 else 0.0)
+        assert load <= 8
+        tried.append(load)
+        search.saw(load, load, 0.5 if load > 5 else 0.0)
     assert search.knee is not None
+    assert 4 < search.knee <= 5, "what lies between the last good load and the first bad is tried"
+    assert len(tried) == len(set(tried)) <= 7
+
+
+def test_a_server_that_always_fails_has_no_knee() -> None:
+    search = KneeSearch(Sweep(kind="sweep", most=64))
+    while (load := search.next_load()) is not None:
+        search.saw(load, 0.0, 1.0)
+    assert search.knee is None
 
 
 @pytest.mark.parametrize(
@@ -347,6 +433,13 @@ def test_objectives_that_make_no_sense_are_told(text: str) -> None:
         parse_objective(text)
 
 
+def test_an_objective_that_so_few_values_cannot_prove_is_said_so() -> None:
+    few = [record(number=number, first_token_at=1.4 + number / 100) for number in range(5)]
+    verdict = judge(parse_objective("ttft p99 < 1s"), summarize(few, WINDOW, Slo()), "2 users")
+    assert verdict.passed
+    assert "may be anything from 430.0 ms to ? (95 %)" in verdict.reason
+
+
 def test_what_is_not_measured_keeps_no_objective() -> None:
     verdict = judge(parse_objective("ttft p95 < 1s"), summarize([], WINDOW, Slo()), "2 users")
     assert not verdict.passed
@@ -373,10 +466,13 @@ def run_of(seed: int, slower: float, errors: int = 0) -> dict[str, Any]:
             }
         )  # fmt: skip
     totals = {"requests": 300 + errors, "errors": errors}
-    stage = {"index": 0, "label": "8 users", "window": [0.0, 10.0], "summary": {"totals": totals}}
+    stage = {
+        "index": 0, "label": "8 users", "users": 8, "window": [0.0, 10.0], "summary": {"totals": totals},
+        "arrivals": "poisson", "burstiness": 1.0,
+    }  # fmt: skip
     return {
         "version": 2, "started": "2026-11-26T10:00", "model": "tiny", "stages": [stage], "requests": requests,
-        "scenario": {"traffic": [], "slo": {}},
+        "scenario": {"traffic": [], "slo": {}, "load": {"kind": "closed", "users": 8}},
     }  # fmt: skip
 
 
@@ -390,6 +486,22 @@ def test_noise_is_no_regression_and_a_regression_is_no_noise() -> None:
         faster = compare_runs(run_of(seed, 0.8), before, "b")
         assert all(verdict.passed for verdict in faster.verdicts)
         assert any(change.better for _, changes in faster.stages for change in changes)
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_a_ratio_of_few_batches_is_as_uncertain_as_it_is(count: int) -> None:
+    """99 % intervals of the same server twice, in which whole stretches of time are slower than others."""
+    rng = np.random.default_rng(8)
+
+    def batches() -> list[Any]:
+        return [rng.lognormal(0, 0.15) * rng.lognormal(0, 0.3, 10) for _ in range(count)]
+
+    held = 0
+    for _ in range(150):
+        found = compared(batches(), batches(), np.mean, draws=300)
+        assert found is not None
+        held += found[1] <= 1 <= found[2]
+    assert held >= 145
 
 
 def test_more_failures_are_a_regression() -> None:
@@ -419,6 +531,16 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     relabelled["stages"][0]["label"] = "9 users"
     with pytest.raises(GateError, match="none of these loads: 8 users"):
         compare_runs(run_of(0, 1.0), relabelled, "b")
+    traces = [run_of(0, 1.0) for _ in range(2)]
+    for run, trace in zip(traces, ("a.csv", "b.csv"), strict=True):
+        run["scenario"]["load"] = {"kind": "replay", "trace": trace}
+    with pytest.raises(GateError, match="'load' is another"):
+        compare_runs(traces[0], traces[1], "b")
+    rates = [run_of(0, 1.0) for _ in range(2)]
+    for run, arrivals in zip(rates, ("poisson", "constant"), strict=True):
+        run["stages"][0] |= {"users": None, "arrivals": arrivals}
+    with pytest.raises(GateError, match="its arrivals was constant, not poisson"):
+        compare_runs(rates[0], rates[1], "b")
     for text in ("{oops", "[]", json.dumps({"version": 1})):
         (tmp_path / "b.json").write_text(text)
         with pytest.raises(GateError, match="--baseline"):

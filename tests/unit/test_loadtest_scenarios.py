@@ -24,6 +24,7 @@ from loadtest.scenario import (
     Replay,
     Scenario,
     ScenarioError,
+    Step,
     Steps,
     Traffic,
     load_scenario,
@@ -34,6 +35,7 @@ from loadtest.stages import fixed_stages, stage_at
 from loadtest.texts import Gauge, excerpt, words_of
 from loadtest.traces import read_trace
 from loadtest.workload import Workload, gauge_key
+from serving.cli import main
 from serving.config import ConfigError
 
 AMOUNT: TypeAdapter[Any] = TypeAdapter(Amount)
@@ -65,6 +67,16 @@ def test_every_scenario_that_comes_with_it_loads() -> None:
         ("load:\n  kind: steps\n  steps: [{users: 1}, {requests_per_second: 2}]", "give each step users"),
         ("warm_up: 0.5\ncool_down: 0.5", "leave nothing to measure"),
         ("traffic: [{tenant: a}, {tenant: a}]", "different names"),
+        ("traffic:\n- fields: {max_tokens: 9}", "s.yaml:2: traffic[0].fields: 'max_tokens' is set by the bench itself; write output_tokens"),
+        ("traffic:\n- fields: {stream: false}", "'stream' is set by the bench itself"),
+        ("traffic:\n- turns: 3\n  endpoint: completions", "turns need endpoint: chat"),
+        ("load: {kind: sweep, start: 300}", "start (300) is above most (256)"),
+        ("load: {kind: sweep, start: 0.5}", "over: users needs whole numbers"),
+        ("load: {kind: replay, trace: t.csv}\nduration: 30s", "s.yaml:2: duration: a replay takes it from its trace"),
+        (
+            "load: {kind: replay, trace: t.csv}\ntraffic:\n- tenant: a\n  prompt_tokens: 7",
+            "s.yaml:4: traffic[0].prompt_tokens: a replay takes it from its trace; leave it out",
+        ),
     ],
 )  # fmt: skip
 def test_errors_name_the_field_and_the_line(text: str, said: str, tmp_path: Path) -> None:
@@ -106,6 +118,13 @@ def test_the_command_line_overrides_what_fits() -> None:
     bursts = overridden(load_scenario("bursts")[1], requests_per_second=9)
     assert isinstance(bursts.load, Open)
     assert (bursts.load.requests_per_second, bursts.load.burstiness) == (9, 0.3)
+    replay = Scenario(load=Replay(kind="replay", trace="t.csv"))
+    for option in ("duration_seconds", "prompt_tokens", "output_tokens"):
+        with pytest.raises(ScenarioError, match="does not go with a replay"):
+            overridden(replay, **{option: 9})
+    steps = Scenario(load=Steps(kind="steps", steps=(Step(users=1, duration=3.0), Step(users=2))))
+    with pytest.raises(ScenarioError, match="steps that have their own"):
+        overridden(steps, duration_seconds=9)
     with pytest.raises(ScenarioError, match="exclude each other"):
         overridden(chat, users=3, requests_per_second=1)
     with pytest.raises(ScenarioError, match="kind 'sweep'"):
@@ -333,3 +352,20 @@ def test_users_are_shared_out_by_weight() -> None:
     tenants = [load.traffic_of_user(number).tenant for number in range(8)]
     assert tenants.count("a") == 6
     assert sorted(tenants[:4]) == ["a", "a", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--join", "h:1", "--users", "3"], "takes nothing but --api-key beside it, not users"),
+        (["rag", "--join", "h:1"], "not scenario"),
+        (["--bind", "127.0.0.1:5557"], "needs --remote-workers"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -6,11 +6,12 @@ import random
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from genai_prices import Usage
@@ -210,6 +211,33 @@ def test_reports_are_exact_at_every_moment_while_others_write(tmp_path: Path) ->
     for ledger in ledgers:
         ledger.close()
     assert read_traffic(path).requests == 1200
+
+
+def test_a_report_is_of_one_moment_though_it_reads_more_than_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole days come from the roll-up, the day that ``since`` cuts from the requests: another may write between."""
+    path = tmp_path / "ledger.sqlite"
+    since = BEGIN + 0.5 * DAY
+    with closing(Ledger(path)) as ledger:
+
+        def write() -> None:
+            for days in (0.75, 1.5):
+                ledger.append(replace(RECORD, started_at=BEGIN + days * DAY))
+            ledger.flush()
+
+        write()
+        read_days = rollup._of_days
+
+        def interrupted(*arguments: Any) -> Iterator[rollup.UsageSum]:
+            write()
+            return read_days(*arguments)
+
+        monkeypatch.setattr(rollup, "_of_days", interrupted)
+        sums = read_usage(path, Selection(since=since), Cuts(), "day")
+        assert [each.tokens.requests for each in sums] == [1, 1]
+        traffic = read_traffic(path, Selection(since=since))
+        assert traffic.requests == 4
 
 
 def test_what_was_spooled_and_written_twice_is_counted_once(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_the_terminal_fits_and_tells_all(run: Run) -> None:
     assert "$0.50" in text
 
 
+def test_names_with_brackets_are_told_word_for_word(run: Run, config: Path) -> None:
+    with closing(Ledger(config.parent / "ledger.sqlite")) as ledger:
+        ledger.append(replace(RECORD, model="[/b]", base_model="m"))
+    assert "[/b]" in run("report", "--by", "adapter")
+
+
 def test_a_spreadsheet_has_all_digits(run: Run) -> None:
     rows = list(csv.DictReader(io.StringIO(run("report", "--format", "csv", "--by", "adapter"))))
     by_name = {row["adapter"]: row for row in rows}
@@ -133,6 +139,15 @@ def test_the_verdict_is_what_cost_alone_says(
     assert "Verdict: a million tokens" in alone
     assert text.startswith(alone.rstrip()[:200])
     assert "1e6" in text
+
+
+def test_peers_are_those_of_the_rigs_own_models(run: Run, config: Path) -> None:
+    values = yaml.safe_load(config.read_text())
+    values["cost"]["compare_to"] = []
+    config.write_text(yaml.safe_dump(values))
+    with closing(Ledger(config.parent / "ledger.sqlite")) as ledger:
+        ledger.append(replace(RECORD, model="far-70b", engine="remote", prompt_tokens=1_000_000))
+    assert "Peer: suggested: m does not tell its size" in " ".join(run("verdict").split())
 
 
 def test_prices_are_found_by_name(run: Run) -> None:

@@ -136,6 +136,15 @@ def test_a_gap_is_what_the_meter_counted_meanwhile() -> None:
     assert _between(Reading(100.0, None), Reading(300.0, None), 400) == pytest.approx(80_000)
 
 
+def test_a_count_in_coarse_steps_makes_no_gap_of_seconds_free() -> None:
+    """Twelve seconds at 100 W are 1,200 J, a third of Tasmota's step: as often as not it has not moved."""
+    before = Reading(100.0, 36_000.0, 3_600.0)
+    for counted in (36_000.0, 39_600.0):
+        assert _between(before, Reading(100.0, counted, 3_600.0), 12) == pytest.approx(1_200)
+    # An hour in which the rig was off.
+    assert _between(before, Reading(100.0, 43_200.0, 3_600.0), 3_600) == pytest.approx(7_200)
+
+
 def test_a_plug_that_leaves_the_network_comes_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
