@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import requests
@@ -62,6 +61,7 @@ class Case:
     step: int = _CELLS
     source: str = EMBEDDED
     reserve_mib: int = 512
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 _AUTO = {"context_length": "auto", "max_sequences": "auto", "prefix_cache_mib": 0}
