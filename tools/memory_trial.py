@@ -71,7 +71,6 @@ _SCHEMA = {
     "properties": {"a": {"type": "string"}, "b": {"type": "number"}},
     "required": ["a", "b"],
 }
-_FORMAT = {"type": "json_schema", "json_schema": {"name": "pair", "schema": _SCHEMA}}
 CASES = (
     Case("all auto", 1200, {**_SMALL, **_AUTO}),
     Case("long contexts", 1000, {**_SMALL, "max_sequences": 2}, "context_length"),
@@ -85,7 +84,7 @@ CASES = (
     Case("a draft model", 1100, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length", reserve_mib=256),
     Case("drafts of many slots", 1100, {**_SMALL, "context_length": 512, "speculation": "prompt_lookup"}, "max_sequences", 1, reserve_mib=256, asked={"max_tokens": 64}),
     Case("scored prompts", 1000, {**_SMALL, "context_length": 512}, "max_sequences", 1, reserve_mib=256, asked={"echo": True, "logprobs": 5}),
-    Case("schemas", 800, {**_SMALL, "context_length": 256}, "max_sequences", 1, reserve_mib=256, asked={"response_format": _FORMAT, "max_tokens": 32, "ignore_eos": None}),
+    Case("schemas", 800, {**_SMALL, "context_length": 256}, "max_sequences", 1, reserve_mib=256, asked={"structured_outputs": {"json": _SCHEMA}, "max_tokens": 32, "ignore_eos": None}),
     Case("several choices", 900, {**_SMALL, "context_length": 512}, "max_sequences", 1, reserve_mib=256, asked={"n": 8, "temperature": 1, "top_p": 0.9, "presence_penalty": 0.5}),
     Case("a tight reserve", 900, {**_SMALL, "max_sequences": 4}, "context_length", reserve_mib=256),
     Case("wide cache, many slots", 2048, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, WIDE),
