@@ -47,6 +47,7 @@ from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.body_room import BodyRoom
 from serving.gateway.cors import let_sites_in
 from serving.gateway.dispatch import Dispatcher
 from serving.gateway.file_store import FileStore
@@ -322,6 +323,9 @@ async def _serve(
             session=session,
             max_body_bytes=config.server.max_body_bytes,
             body_timeout_seconds=config.server.body_timeout_seconds,
+            body_room=BodyRoom(
+                config.memory.reserve_mib * 2**20 // 2, config.server.body_timeout_seconds
+            ),
             lenient=config.server.lenient,
             responses=responses,
             files=files,

@@ -17,6 +17,7 @@ from typing import Any
 
 from serving.models.architecture import Architecture
 from serving.models.catalog import find_model
+from serving.planner.compute_buffer import compute_bytes
 from serving.planner.memory import MIB, Parts, memory_of
 from serving.planner.quantization import types_of
 from serving.planner.settings import Settings
@@ -53,21 +54,24 @@ _EXACT, _COMPUTE = 0.01, 0.15
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One model with one set of settings: what llama.cpp says, and what was predicted, in bytes."""
+    """One model with one set of settings: what llama.cpp says, and what was predicted, in bytes.
+
+    ``compute_bytes`` is that part of ``predicted.compute`` that llama.cpp speaks of.
+    """
 
     model: str
     settings: str
     said: dict[str, float]
     predicted: Parts
+    compute_bytes: int
 
     @property
     def ratios(self) -> dict[str, float]:
         """Predicted by said, of each part and of the sum; what is in the sum beyond them is the process's own."""
-        compute = self.predicted.compute - self.said["output"]
         return {
             "weights": self.predicted.weights / self.said["weights"],
             "cache": self.predicted.cache / self.said["cache"],
-            "compute": compute / self.said["compute"],
+            "compute": self.compute_bytes / self.said["compute"],
             "sum": self.predicted.total / sum(self.said.values()),
         }
 
@@ -91,7 +95,13 @@ def check(name: str, folder: Path, labels: Sequence[str] = tuple(SETTINGS)) -> l
     weights = predicted(architecture, mixture)
     said = llama_cpp_says("memory", path, [asdict(SETTINGS[label]) for label in labels])
     return [
-        Case(name, label, each, memory_of(architecture, weights, SETTINGS[label]).host)
+        Case(
+            name,
+            label,
+            each,
+            memory_of(architecture, weights, SETTINGS[label]).host,
+            compute_bytes(architecture, SETTINGS[label]),
+        )
         for label, each in zip(labels, said, strict=True)
     ]
 

@@ -1,8 +1,8 @@
 """``python -m tools.memory_trial``: tries to run a rig out of memory with configs that are said to fit, and fails.
 
 Each case is a rig in a control group with a limit of memory, as a container has. Of one setting it takes the largest value
-that fits there, which `rigserve config check` has to let pass; then every slot is filled to its last tokens, twice, so that the prefix
-cache is full, too. Nothing may be killed, and all requests must be answered. Writes Markdown to standard output; ends with
+that fits there, which `rigserve config check` has to let pass; then every slot is filled to its last tokens, and the prefix
+cache, too. Nothing may be killed, and all requests must be answered. Writes Markdown to standard output; ends with
 status 1 if a case was killed, or its engine took more than was said.
 """
 
@@ -28,7 +28,7 @@ import yaml
 from serving.config import ConfigError, load_config
 from serving.engines.fitting import Fitting
 from serving.engines.launch import free_port
-from serving.hardware.memory import family_of, resident_mib
+from serving.hardware.memory import family_of
 from serving.models.sources import resolve
 from serving.site import launchers_of
 from tests.tiny_models import write_wide_cache
@@ -49,7 +49,10 @@ _NEEDS = re.compile(r"([\d,]+) MiB of main memory")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model's keys, of which ``largest`` is made as large as fits, in steps of ``step``; None: as they are."""
+    """A model's keys, of which ``largest`` is made as large as fits, in steps of ``step``; None: as they are.
+
+    ``asked`` are fields of the requests, in place of what they have by default; None: without the field.
+    """
 
     name: str
     limit_mib: int
@@ -58,25 +61,37 @@ class Case:
     step: int = _CELLS
     source: str = EMBEDDED
     reserve_mib: int = 512
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 _AUTO = {"context_length": "auto", "max_sequences": "auto", "prefix_cache_mib": 0}
 _SMALL = {"quantization": "Q8_0", "prefix_cache_mib": 0}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}, "b": {"type": "number"}},
+    "required": ["a", "b"],
+}
 CASES = (
     Case("all auto", 1200, {**_SMALL, **_AUTO}),
-    Case("long contexts", 1200, {**_SMALL, "max_sequences": 2}, "context_length"),
-    Case("many slots", 1200, {**_SMALL, "context_length": 512}, "max_sequences", 1),
-    Case("many slots, Q8_0 cache", 1200, {**_SMALL, "context_length": 512, "kv_type": "Q8_0"}, "max_sequences", 1),
-    Case("no flash attention", 1200, {**_SMALL, "max_sequences": 4, "flash_attention": False}, "context_length"),
-    Case("large steps", 1400, {**_SMALL, "context_length": 4096, "max_sequences": 2}, "max_batch_tokens"),
-    Case("a pool", 1200, {**_SMALL, "context_length": 512, "max_sequences": 32}, "kv_tokens", 512),
-    Case("a prefix cache", 1400, {**_SMALL, "context_length": 1024, "max_sequences": 4}, "prefix_cache_mib", 16),
-    Case("BF16 weights", 1400, {**_SMALL, "quantization": "BF16", "max_sequences": 4}, "context_length"),
-    Case("a draft model", 1400, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length"),
+    Case("long contexts", 1000, {**_SMALL, "max_sequences": 2}, "context_length"),
+    Case("many slots", 1000, {**_SMALL, "context_length": 512}, "max_sequences", 1),
+    Case("many slots, Q8_0 cache", 1000, {**_SMALL, "context_length": 512, "kv_type": "Q8_0"}, "max_sequences", 1),
+    Case("no flash attention", 1000, {**_SMALL, "max_sequences": 4, "flash_attention": False}, "context_length"),
+    Case("large steps", 1000, {**_SMALL, "context_length": 2048, "max_sequences": 2}, "max_batch_tokens", reserve_mib=256),
+    Case("a pool", 900, {**_SMALL, "context_length": 512, "max_sequences": 32}, "kv_tokens", 512, reserve_mib=256),
+    Case("a prefix cache", 1200, {**_SMALL, "context_length": 1024, "max_sequences": 4}, "prefix_cache_mib", 16),
+    Case("BF16 weights", 1000, {**_SMALL, "quantization": "BF16", "max_sequences": 4}, "context_length", reserve_mib=256),
+    Case("a draft model", 1100, {**_SMALL, "max_sequences": 2, "speculation": "draft_model", "draft_model": EMBEDDED}, "context_length", reserve_mib=256),
+    Case("drafts of many slots", 1100, {**_SMALL, "context_length": 512, "speculation": "prompt_lookup"}, "max_sequences", 1, reserve_mib=256, asked={"max_tokens": 64}),
+    Case("scored prompts", 1000, {**_SMALL, "context_length": 512}, "max_sequences", 1, reserve_mib=256, asked={"echo": True, "logprobs": 5}),
+    Case("schemas", 800, {**_SMALL, "context_length": 256}, "max_sequences", 1, reserve_mib=256, asked={"structured_outputs": {"json": _SCHEMA}, "max_tokens": 32, "ignore_eos": None}),
+    Case("several choices", 900, {**_SMALL, "context_length": 512}, "max_sequences", 1, reserve_mib=256, asked={"n": 8, "temperature": 1, "top_p": 0.9, "presence_penalty": 0.5}),
     Case("a tight reserve", 900, {**_SMALL, "max_sequences": 4}, "context_length", reserve_mib=256),
-    Case("wide cache, many slots", 3072, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, WIDE),
-    Case("wide cache, long contexts", 3072, {"max_sequences": 32, "prefix_cache_mib": 0}, "context_length", source=WIDE),
-    Case("wide cache, a prefix cache", 3072, {"max_sequences": 8, "context_length": 2048}, "prefix_cache_mib", 64, WIDE),
+    Case("wide cache, many slots", 2048, {"context_length": 512, "prefix_cache_mib": 0}, "max_sequences", 1, WIDE),
+    Case("wide cache, long contexts", 2048, {"max_sequences": 32, "prefix_cache_mib": 0}, "context_length", source=WIDE),
+    Case("wide cache, no flash attention", 2048, {"max_sequences": 2, "prefix_cache_mib": 0, "flash_attention": False}, "context_length", source=WIDE),
+    Case("wide cache, a prefix cache", 2048, {"max_sequences": 8, "context_length": 1024}, "prefix_cache_mib", 64, WIDE),
+    Case("wide cache, slots beyond the prefix cache", 1200, {"max_sequences": 2, "prefix_cache_mib": 64}, "context_length", source=WIDE),
 )  # fmt: skip
 
 
@@ -177,7 +192,8 @@ class _Trial:
         """One request with a prompt of so many tokens, no two alike; the tokens that came of it."""
         # A word that is one token; the number makes them differ from the first on.
         prompt = f"{number} " + "sea " * (tokens - _SPARE_TOKENS)
-        body: Any = {"model": "m", "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+        body: dict[str, Any] = {"model": "m", "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
+        body = {key: value for key, value in (body | self.case.asked).items() if value is not None}
         answer = requests.post(
             f"http://127.0.0.1:{self.port}/v1/completions", json=body, timeout=_ANSWER_SECONDS
         )
@@ -222,7 +238,7 @@ def run_case(case: Case, sources: Mapping[str, str]) -> Outcome:
         with trial.serving(keys) as process:
             context, slots = _numbers(trial.log, keys)
             prompts = min(context, int(keys.get("kv_tokens", context)))
-            count = 2 * slots + _prompts_of_cache(case, keys, prompts)
+            count = slots + _prompts_of_cache(case, keys, prompts)
             with ThreadPoolExecutor(slots) as pool:
                 asked = [pool.submit(trial.ask, number, prompts) for number in range(count)]
                 while not all(each.done() for each in asked):
@@ -288,8 +304,18 @@ def _said_mib(trial: _Trial, keys: Mapping[str, Any]) -> int:
 
 
 def _held_mib(process: subprocess.Popen[str]) -> int:
-    """What the engines below the gateway hold now."""
-    return resident_mib(family_of(process.pid) - {process.pid})
+    """The most that the engines below the gateway have held so far, each at its own worst moment."""
+    peaks_kib = (_peak_kib(pid) for pid in family_of(process.pid) - {process.pid})
+    return -(-sum(peaks_kib) // 1024)
+
+
+def _peak_kib(pid: int) -> int:
+    """Of a process; 0 of one that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line), 0)
 
 
 _HEADING = """\
@@ -317,6 +343,8 @@ def main() -> int:
         case for case in CASES if args.case is None or any(part in case.name for part in args.case)
     ]
     failed = False
+    # As Ctrl-C: what was started is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(_HEADING, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         sources = {WIDE: str(write_wide_cache(Path(folder) / "wide.gguf", resolve(EMBEDDED)))}

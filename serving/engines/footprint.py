@@ -13,13 +13,15 @@ from serving.models.description import ModelDescription, describe
 from serving.models.hub import HubSource
 from serving.models.requantize import type_name
 from serving.models.sources import ModelError, local_path
-from serving.planner.memory import Extras, Offload, Parts, memory_of
+from serving.planner.memory import Extras, Offload, Parts, memory_of, vocabulary_bytes
 from serving.planner.settings import Settings
 from serving.planner.weights import ModelWeights, of_files, predicted
 
 MIB = 2**20
 # What a draft model is given to work on at once.
 _DRAFT_BATCH_TOKENS = 512
+# Of prompts that are scored, the rows of one step; of one slot, the longest draft.
+_SCORED_ROWS, _LONGEST_DRAFT = 64, 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,9 @@ def footprint_of(model: GgufModel, contents: Contents, *, on_gpu: bool) -> Footp
         ),
     )
     gpu_bytes = sum(parts.total for parts in memory.cards)
-    # Buffers are taken when they are first filled.
-    growth_mib = _mib(memory.host.compute) + model.prefix_cache_mib
+    # Weights and cells are there from the start; all else is taken when it is first filled.
+    growth_mib = _mib(memory.host.total - memory.host.weights - memory.host.cache)
+    growth_mib += model.prefix_cache_mib
     host_mib = _mib(memory.host.total) + model.prefix_cache_mib
     found = Footprint(host_mib, _mib(gpu_bytes), growth_mib)
     if model.memory_mib is None:
@@ -119,6 +122,11 @@ def _settings(model: GgufModel, described: ModelDescription) -> Settings:
         # Texts are read whole, one or several at a time.
         tokens = max(model.max_batch_tokens, model.context_length)
         return Settings(tokens, batch_tokens=tokens, is_pooled=True)
+    speculation = model.speculation if isinstance(model, LlamaCppModel) else "none"
+    drafted_rows = {
+        "prompt_lookup": _LONGEST_DRAFT * model.max_sequences,
+        "draft_model": _LONGEST_DRAFT,
+    }
     return Settings(
         context_length=model.context_length,
         slots=model.max_sequences,
@@ -128,13 +136,16 @@ def _settings(model: GgufModel, described: ModelDescription) -> Settings:
         value_type=model.kv_type,
         has_flash_attention=model.flash_attention,
         has_full_windows=is_ours,
+        scored_rows=max(_SCORED_ROWS, drafted_rows.get(speculation, 0)),
+        has_lookup=speculation == "prompt_lookup",
     )
 
 
 def _draft(described: ModelDescription, context_length: int) -> Parts:
     settings = Settings(context_length, batch_tokens=_DRAFT_BATCH_TOKENS)
     host = memory_of(described.architecture, _weights(described), settings).host
-    return replace(host, overhead=0)  # it is in the same process
+    # It is in the same process.
+    return replace(host, overhead=vocabulary_bytes(described.architecture))
 
 
 def _weights(described: ModelDescription) -> ModelWeights:

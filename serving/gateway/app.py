@@ -23,6 +23,7 @@ from serving.engines.supervisor import Engine
 from serving.gateway.access import AccessMiddleware, in_shape, may_use
 from serving.gateway.access_log import AccessLogMiddleware
 from serving.gateway.api_document import describe
+from serving.gateway.body_room import BodyRoomMiddleware
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
 from serving.gateway.identity import ANYBODY, Identity
 from serving.gateway.intake import Gateway, json_response
@@ -57,6 +58,7 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(AccessLogMiddleware)
     app.add_middleware(_RequestHeaders)
+    app.add_middleware(BodyRoomMiddleware)
     app.add_exception_handler(ApiError, respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
     app.add_exception_handler(RequestValidationError, _respond_with_bad_query)

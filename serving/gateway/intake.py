@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from serving.gateway.access import Access, may_use
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import marks_of
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.body_room import BodyRoom
 from serving.gateway.dispatch import Destination, Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
@@ -55,6 +57,7 @@ class Gateway:
     session: aiohttp.ClientSession
     max_body_bytes: int
     body_timeout_seconds: float
+    body_room: BodyRoom
     responses: BackgroundResponses
     files: FileStore
     batches: BatchStore
@@ -83,6 +86,7 @@ class Gateway:
         self.lenient = server.lenient
         self.max_body_bytes = server.max_body_bytes
         self.body_timeout_seconds = server.body_timeout_seconds
+        self.body_room.wait_seconds = server.body_timeout_seconds
 
     async def take(
         self, http: Request, read: Callable[[dict[str, Any]], Asked]
@@ -108,10 +112,12 @@ class Gateway:
         try:
             _check_media_type(http)
             _check_spill_over(http)
-            body = await self.body_of(http)
-            if len(body) > _LARGE_BODY_BYTES:
-                return await asyncio.to_thread(read_object, body)
-            return read_object(body)
+            async with self.body_room.incoming(int(min(_declared(http), self.max_body_bytes))):
+                body = await self.body_of(http)
+                await self.body_room.keep(body, http.state.body_share)
+                if len(body) > _LARGE_BODY_BYTES:
+                    return await asyncio.to_thread(read_object, body)
+                return read_object(body)
         except ApiError as error:
             self.meter.unmetered(UNKNOWN_MODEL, http.url.path, error.status)
             raise
@@ -250,8 +256,8 @@ class Gateway:
 
 async def _up_to(limit_bytes: int, http: Request) -> bytes | None:
     """The request's body, or None if it is larger."""
-    declared = http.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit_bytes:
+    declared = _declared(http)
+    if limit_bytes < declared < math.inf:
         return None
     body = bytearray()
     async for chunk in http.stream():
@@ -259,6 +265,12 @@ async def _up_to(limit_bytes: int, http: Request) -> bytes | None:
         if len(body) > limit_bytes:
             return None
     return bytes(body)
+
+
+def _declared(http: Request) -> float:
+    """How long a body says it is, in bytes; one that does not say may be of any length."""
+    declared = http.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else math.inf
 
 
 def _check_media_type(http: Request) -> None:

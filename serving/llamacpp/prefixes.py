@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from serving.llamacpp.runtime import LoraAdapter
 
 _COMPARED_AT_ONCE = 64
+# An integer, and its place in a list.
+_TOKEN_BYTES = 40
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:
@@ -31,40 +33,58 @@ class Saved:
     tokens: list[int]
     cells: NDArray[np.uint8]
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return size_of(len(self.tokens), len(self.cells))
+
+
+def size_of(tokens: int, cells_bytes: int) -> int:
+    """What a prefix of so many tokens takes in main memory, in bytes."""
+    return cells_bytes + tokens * _TOKEN_BYTES
+
 
 class PrefixStore:
-    """Prefixes of slots, in main memory; the least recently used is dropped first."""
+    """Prefixes of slots, in main memory; the least recently used is dropped first, ``held`` never."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._entries: OrderedDict[int, Saved] = OrderedDict()
         self.used_bytes = 0
+        self.held: Saved | None = None
 
     def refresh(self, tokens: list[int], adapter: LoraAdapter | None) -> bool:
         """Whether there is an entry that begins with all of ``tokens``; it counts as just used then."""
         best = self.longest(tokens, adapter)
         return best is not None and common_prefix(best.tokens, tokens) == len(tokens)
 
-    def put(self, saved: Saved) -> bool:
-        """Keep a prefix, in place of those it begins with; False if it alone would be too much."""
-        if len(saved.cells) > self.capacity_bytes:
+    def make_room(self, tokens: list[int], adapter: LoraAdapter | None, size_bytes: int) -> bool:
+        """Forget prefixes until one of so many bytes fits: those that it begins with, then those used least recently.
+
+        False if it would be too much beside what is held; then nothing is forgotten.
+        """
+        held_bytes = self.held.size_bytes if self.held is not None else 0
+        if held_bytes + size_bytes > self.capacity_bytes:
             return False
-        for old in list(self._entries.values()):
-            if (
-                old.adapter == saved.adapter
-                and saved.tokens[: len(old.tokens)] == old.tokens
-            ):  # fmt: skip
+        others = [each for each in self._entries.values() if each is not self.held]
+        for old in others:
+            if old.adapter == adapter and tokens[: len(old.tokens)] == old.tokens:
                 self.remove(old)
-        self._entries[id(saved)] = saved
-        self.used_bytes += len(saved.cells)
-        while self.used_bytes > self.capacity_bytes:
-            self.remove(next(iter(self._entries.values())))
+        for oldest in others:
+            if self.used_bytes + size_bytes <= self.capacity_bytes:
+                break
+            self.remove(oldest)
         return True
+
+    def put(self, saved: Saved) -> None:
+        """Keep a prefix for which :meth:`make_room` has made room."""
+        self._entries[id(saved)] = saved
+        self.used_bytes += saved.size_bytes
 
     def remove(self, saved: Saved) -> None:
         """Forget a prefix, if it is still there."""
         if self._entries.pop(id(saved), None) is not None:
-            self.used_bytes -= len(saved.cells)
+            self.used_bytes -= saved.size_bytes
 
     def longest(self, tokens: list[int], adapter: LoraAdapter | None) -> Saved | None:
         """The entry that begins most like ``tokens``."""

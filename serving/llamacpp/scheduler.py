@@ -47,7 +47,7 @@ _WATCH_SECONDS = 0.5
 _EXIT_CODE = 70
 # Prefill steps in a row while more sequences wait for their first token than for their next.
 _PREFILL_TURNS = 4
-# Every row of a scored prompt brings its logits to main memory; this many at a time.
+# Every row of a scored prompt brings its logits to main memory; this many at a time, of all such prompts together.
 _SCORED_ROWS = 64
 
 
@@ -334,17 +334,19 @@ class Scheduler:
 
     def _add_chunks(self, batch: Batch, prefilling: list[Sequence]) -> None:
         """Chunks of prompts, as many tokens as a batch may hold, in fair order between tenants."""
-        budget = self._context.batch_tokens
+        budget, scored_budget = self._context.batch_tokens, _SCORED_ROWS
         chunks: list[tuple[Sequence, int]] = []
         for sequence in self._waiting.order(prefilling):
             if chunks and not sequence.goes_with(chunks[0][0]):
                 continue
             at_most = _SCORED_ROWS if sequence.scores_prompt else self._context.batch_tokens
-            count = min(sequence.stretch, at_most, budget)
+            room = min(budget, scored_budget) if sequence.scores_prompt else budget
+            count = min(sequence.stretch, room)
             # Rows beyond the shortest chunk are computed apart, so a piece of a prompt should be worth it.
             if count == sequence.stretch or 2 * count >= at_most or not chunks:
                 chunks.append((sequence, count))
                 budget -= count
+                scored_budget -= count if sequence.scores_prompt else 0
         for sequence, count in self._in_room(chunks):
             tokens = sequence.tokens[sequence.computed : sequence.computed + count]
             scored = count if sequence.scores_prompt else 0

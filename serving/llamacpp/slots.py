@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from serving.llamacpp.prefixes import PrefixStore, Saved, common_prefix
+from serving.llamacpp.prefixes import PrefixStore, Saved, common_prefix, size_of
 from serving.llamacpp.runtime import Context, LoraAdapter
 from serving.llamacpp.sequence import Phase, Sequence
 
@@ -108,7 +108,7 @@ class Slots:
         for slot in self.free:
             if self._is_unsaved(slot):
                 room = self._store.capacity_bytes - self._store.used_bytes
-                if self._context.saved_bytes(slot.number) <= room:
+                if self._saved_bytes(slot) <= room:
                     return self._save(slot)
         return False
 
@@ -137,7 +137,9 @@ class Slots:
             if source.sequence is None and shared >= _CONTINUES * len(source.tokens):
                 self._empty(source, keep=False)  # it has moved
         elif saved is not None:
+            self._store.held = saved
             self._empty(target, keep=True)
+            self._store.held = None
             if not self._restore(target, saved):
                 best = 0
             elif stored >= _CONTINUES * len(saved.tokens):
@@ -254,9 +256,18 @@ class Slots:
         if self._is_unsaved(slot):
             self._save(slot)
 
+    def _saved_bytes(self, slot: Slot) -> int:
+        return size_of(len(slot.tokens), self._context.saved_bytes(slot.number))
+
     def _save(self, slot: Slot) -> bool:
+        # Room comes first: what is saved and what goes for it are never there together.
+        if not self._store.make_room(slot.tokens, slot.adapter, self._saved_bytes(slot)):
+            return False
         cells = self._context.save(slot.number)
-        return cells is not None and self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
+        if cells is None:
+            return False
+        self._store.put(Saved(slot.adapter, list(slot.tokens), cells))
+        return True
 
     def _restore(self, slot: Slot, saved: Saved) -> bool:
         self.make_room(len(saved.tokens))

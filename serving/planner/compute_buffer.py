@@ -19,6 +19,7 @@ from serving.planner.settings import Settings
 
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2  # F16 with flash attention, else a float
+_OPERAND_BYTES = 2  # F16, BF16; beside quantized weights about one
 # What some families leave beside the scores, where the allocator finds no hole for it: widths of the model, and others.
 _BESIDE_SCORES = {
     "phi3": (2, 0),
@@ -45,6 +46,45 @@ def compute_bytes(
     if has_output and not settings.is_pooled:
         floats = max(floats, _scoring_floats(architecture, masks, floats))
     return int(_FRAGMENTATION * _FLOAT_BYTES * floats * tokens)
+
+
+def output_bytes(architecture: Architecture, settings: Settings) -> int:
+    """What the scores of a step's rows are copied to, in main memory."""
+    return _FLOAT_BYTES * architecture.vocabulary * settings.output_rows
+
+
+def operand_bytes(architecture: Architecture, settings: Settings) -> int:
+    """What a processor multiplies by, once more: brought into the type that a kernel takes beside its left side's.
+
+    ggml keeps it for the largest product of a step (``ggml_graph_plan``'s ``work_size``), and does not log it.
+    """
+    most = max(
+        (_operand_floats(layer, architecture.width, settings) for layer in architecture.layers),
+        default=0,
+    )
+    return _OPERAND_BYTES * most * settings.step_tokens
+
+
+def _operand_floats(layer: Layer, width: int, settings: Settings) -> int:
+    """Numbers for each token of a step in a layer's largest right side."""
+    widest = width
+    match layer.feed_forward:
+        case FeedForward(width=inner):
+            widest = max(widest, inner)
+        case Experts() as experts:
+            widest = max(widest, experts.active * max(experts.width, width), experts.shared_width)
+    match layer.mixer:
+        case Attention() as attention:
+            widest = max(widest, attention.heads * max(attention.key_width, attention.value_width))
+            if not settings.has_flash_attention:
+                widest = max(widest, attention.heads * settings.cells_of(attention.window_tokens))
+        case LatentAttention() as attention:
+            widest = max(widest, attention.heads * attention.cache_elements)
+            if not settings.has_flash_attention:
+                widest = max(widest, attention.heads * settings.cells)
+        case Recurrent() as recurrent:
+            widest = max(widest, *(weight.shape[0] for weight in recurrent.weights))
+    return widest
 
 
 def _scoring_floats(architecture: Architecture, masks: float, before: float) -> float:

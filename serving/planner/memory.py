@@ -16,15 +16,24 @@ from serving.models.architecture import (
     Layer,
     Recurrent,
 )
-from serving.planner.compute_buffer import compute_bytes, input_bytes
+from serving.planner.compute_buffer import (
+    compute_bytes,
+    input_bytes,
+    operand_bytes,
+    output_bytes,
+)
 from serving.planner.quantization import row_bytes
 from serving.planner.settings import Settings
 from serving.planner.weights import ModelWeights
 
 MIB = 2**20
 
-# An engine's process before it has a model: Python (of ours), its libraries, tables of the vocabulary.
-_PROCESS_BYTES = 128 * MIB
+# An engine's process before it has a model: Python (of ours), its libraries.
+_PROCESS_BYTES = 96 * MIB
+# Of each word of a vocabulary: llama.cpp's tables; and ours, with the grammars' tokenizer once a request has a schema.
+_VOCABULARY_BYTES, _WORDS_BYTES = 320, 704
+# Of each token of a text that a slot is at, and of the places where drafts are looked up.
+_TOKEN_BYTES, _LOOKUP_BYTES = 64, 160
 # What CUDA keeps on a card for each process, and the memory the process keeps for it.
 _CUDA_CONTEXT_BYTES = 512 * MIB
 # Images on their way through a projector.
@@ -122,11 +131,8 @@ def memory_of(
     where = places(len(architecture.layers), offload)
     host = Parts(
         weights=weights.embedding_bytes,
-        # What the scores of a step's last rows are copied to.
-        compute=0
-        if settings.is_pooled
-        else architecture.vocabulary * _FLOAT_BYTES * settings.slots,
-        overhead=_PROCESS_BYTES,
+        compute=output_bytes(architecture, settings),
+        overhead=process_bytes(architecture, settings),
     )
     cards = [Parts() for _ in offload.shares]
     for index, (layer, sizes) in enumerate(zip(architecture.layers, weights.layers, strict=True)):
@@ -164,7 +170,8 @@ def _with_results(
     """Adds what intermediate results take, and what a card costs to use at all."""
     used = {place for place in where if place is not None}
     if not used:
-        return host + Parts(compute=compute_bytes(architecture, settings)), cards
+        results = compute_bytes(architecture, settings) + operand_bytes(architecture, settings)
+        return host + Parts(compute=results), cards
     is_split = None in where or offload.experts_on_cpu > 0
     copies = _PIPELINE_COPIES if len(used) > 1 and not is_split else 1
     inputs = input_bytes(architecture, settings)
@@ -174,7 +181,24 @@ def _with_results(
     of_host = inputs
     if is_split:
         of_host = compute_bytes(architecture, settings, has_output=where[-1] is None)
+        host += Parts(compute=operand_bytes(architecture, settings))
     return host + Parts(compute=copies * of_host, overhead=_CUDA_CONTEXT_BYTES), cards
+
+
+def process_bytes(architecture: Architecture, settings: Settings) -> int:
+    """What an engine's process takes beside llama.cpp's buffers: itself, its vocabulary, the texts that slots are at."""
+    of_token = _TOKEN_BYTES + (_LOOKUP_BYTES if settings.has_lookup else 0)
+    return (
+        _PROCESS_BYTES
+        + vocabulary_bytes(architecture)
+        + _WORDS_BYTES * architecture.vocabulary
+        + of_token * settings.held_tokens
+    )
+
+
+def vocabulary_bytes(architecture: Architecture) -> int:
+    """llama.cpp's tables of a model's vocabulary."""
+    return _VOCABULARY_BYTES * architecture.vocabulary
 
 
 def cache_bytes(layer: Layer, architecture: Architecture, settings: Settings) -> int:

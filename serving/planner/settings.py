@@ -25,6 +25,10 @@ class Settings:
     value_type: str = "F16"
     has_flash_attention: bool = True
     has_full_windows: bool = True
+    # Rows of a step whose scores are read, beside one of each slot: of prompts that are scored, or of drafts.
+    scored_rows: int = 64
+    # Drafts are found in each text: it is indexed.
+    has_lookup: bool = False
     # Embeddings: a text is read once, in one step, and no tokens are scored.
     is_pooled: bool = False
 
@@ -37,6 +41,16 @@ class Settings:
     def step_tokens(self) -> int:
         """The most tokens of one step."""
         return min(max(self.batch_tokens, self.slots), self.streams * self.cells)
+
+    @property
+    def output_rows(self) -> int:
+        """The most rows of a step whose scores main memory gets."""
+        return 0 if self.is_pooled else min(self.slots + self.scored_rows, self.step_tokens)
+
+    @property
+    def held_tokens(self) -> int:
+        """The most tokens of texts that slots are at."""
+        return self.streams * self.cells
 
     @property
     def streams(self) -> int:

@@ -62,9 +62,15 @@ class Outcome:
                 else "Nothing else was tried; give it a longer --budget."
             )
         which = "What else was tried" if others == 1 else f"The best of {others} others"
+        is_open = (ratio[0] > 1) == self.goal.more_is_better
         return (
             f"Nothing beats the default surely. {which} has {ratio[0]:.2f} times its "
             f"{self.figure_name} (95 %: {ratio[1]:.2f} to {ratio[2]:.2f})."
+            + (
+                " A longer --budget goes on from here, and compares them more often."
+                if is_open
+                else ""
+            )
         )
 
     @property

@@ -19,10 +19,11 @@ from serving.tuning.space import Point, Space
 
 Phase = Literal["explore", "halve", "compare"]
 # Requests of each user, the share of the time that may be gone when a rung has ended, and how many of a rung go on.
-_RUNGS = ((1, 0.45), (2, 0.6), (4, 0.7))
+_RUNGS = ((1, 0.4), (2, 0.5), (4, 0.55))
 _SURVIVORS = 1 / 3
-# The default and the best in turns: so often at least, and at most.
-_LEAST_PAIRS, _MOST_PAIRS = 3, 9
+# The default and the best in turns: so often at least, and at most. Trials get longer only where there is time for as
+# many pairs as it takes to do without the two furthest out.
+_LEAST_PAIRS, _ROBUST_PAIRS, _MOST_PAIRS = 4, 8, 12
 # Guesses that were tried already, until a space counts as known.
 _MOST_STALE_GUESSES = 200
 # What cannot fit takes no time.
@@ -30,8 +31,8 @@ _MOST_TRIALS = 500
 # A failure, or a broken limit, teaches the explorer no more than so many times fewer tokens than the first: it is
 # blamed on all keys that were changed, until others clear them.
 _WORST = math.log(2)
-# Student's t at 95 %, of two pairs and more (W. Gosset; any table has it).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+# Student's t at 95 %, of one degree of freedom and more (W. Gosset; any table has it).
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,19 @@ class Comparison:
     pairs: tuple[tuple[Measured, Measured], ...]
 
     def ratio(self, of: Callable[[Measured], float]) -> tuple[float, float, float] | None:
-        """How many times the default's a figure is, and the 95 % interval of it; None without two pairs."""
-        logs = [math.log(of(theirs) / of(ours)) for ours, theirs in self.pairs]
-        if len(logs) < 2:
+        """How many times the default's a figure is, and the 95 % interval of it; None without two pairs.
+
+        Student's t over the pairs' logarithms; from eight pairs on the one furthest out on either side counts as its
+        neighbour does (Tukey and McLaughlin, 1963): one disturbed measurement decides nothing.
+        """
+        logs = np.sort([math.log(of(theirs) / of(ours)) for ours, theirs in self.pairs])
+        pairs, aside = len(logs), int(len(logs) >= _ROBUST_PAIRS)
+        if pairs < 2:
             return None
-        mean = float(np.mean(logs))
-        margin = _T[len(logs) - 2] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+        kept = logs[aside : pairs - aside]
+        mean = float(np.mean(kept))
+        deviation = float(np.std(np.clip(logs, kept[0], kept[-1]), ddof=1))
+        margin = _T[len(kept) - 2] * deviation / (len(kept) / pairs * math.sqrt(pairs))
         return math.exp(mean), math.exp(mean - margin), math.exp(mean + margin)
 
     def is_surely_better(self, goal: Goal) -> bool:
@@ -237,7 +245,7 @@ class Search:
         return True
 
     def _rounds_that_fit(self, contender: Candidate) -> int:
-        """The longest trials of which the least number of pairs fits into the rest of the time, or the shortest."""
+        """The longest trials of which enough pairs fit into the rest of the time, or the shortest."""
         left = self._budget - self.spent_seconds
         of_both = [
             trial
@@ -246,7 +254,7 @@ class Search:
         ]
         seconds = max((trial.seconds / trial.rounds for trial in of_both), default=0.0)
         for rounds in (4, 2):
-            if 2 * _LEAST_PAIRS * rounds * seconds <= left:
+            if 2 * _ROBUST_PAIRS * rounds * seconds <= left:
                 return rounds
         return 1
 

@@ -30,7 +30,7 @@ def line(**changes: Any) -> bytes:
     ("text", "code"),
     [
         (b"{", "invalid_json"),
-        (b"[" * 100_000, "invalid_json"),
+        (b"[" * 50_000, "invalid_json"),
         (b'{"custom_id": "\\ud800"}', "invalid_json"),
         (b'{"custom_id": NaN}', "invalid_json"),
         (line(custom_id=None), "invalid_custom_id"),

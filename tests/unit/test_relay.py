@@ -30,6 +30,7 @@ from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.body_room import BodyRoom, Share
 from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
 from serving.gateway.dispatch import Dispatcher, Plan
 from serving.gateway.file_store import FileStore
@@ -127,6 +128,7 @@ class House:
                 session=self.relay._session,
                 max_body_bytes=10_000,
                 body_timeout_seconds=PATIENCE_SECONDS,
+                body_room=BodyRoom(0, PATIENCE_SECONDS),
                 responses=BackgroundResponses(responses, self.dispatcher),
                 files=files,
                 batches=batches,
@@ -396,6 +398,7 @@ def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, wor
         headers = [(SPILL_OVER_HEADER.encode(), word.encode())]
         path = ChatCompletionRequest.path
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        scope["state"] = {"body_share": Share()}
         return HttpRequest({**scope, "query_string": b"", "server": ("rig", 80)}, receive)
 
     async def main() -> None:

@@ -124,7 +124,7 @@ def test_something_is_compared_with_the_default_however_little_time_there_is() -
     outcome = tuned(Machine(GOOD), budget_seconds=1.0)
     assert [trial.phase for trial in outcome.trials[:3]] == ["explore", "explore", "compare"]
     assert outcome.comparison is not None
-    assert len(outcome.comparison.pairs) == 3
+    assert len(outcome.comparison.pairs) == 4
 
 
 def test_what_fails_is_a_result() -> None:
