@@ -18,6 +18,7 @@ from serving.gateway.access import Access, may_use
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import marks_of
 from serving.gateway.batch_store import BatchStore
+from serving.gateway.caller import SPILL_OVER_HEADER
 from serving.gateway.dispatch import Destination, Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
@@ -33,9 +34,6 @@ from serving.protocol.sse import CLIENT_CLOSED_REQUEST
 from serving.protocol.structured import Body
 
 Asked = TypeVar("Asked", bound=ModelRequest)
-
-# With "never", a client keeps its request from models that cost money.
-SPILL_OVER_HEADER = "x-rigserve-spill-over"
 
 # Larger bodies are parsed beside the event loop.
 _LARGE_BODY_BYTES = 256 * 1024

@@ -30,11 +30,17 @@ from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
-from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
+from serving.gateway.caller import (
+    DEADLINE_HEADER,
+    HOPS_HEADER,
+    MAX_HOPS,
+    SPILL_OVER_HEADER,
+    Caller,
+)
 from serving.gateway.dispatch import Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.identity import ANYBODY, Identity
-from serving.gateway.intake import SPILL_OVER_HEADER, Gateway
+from serving.gateway.intake import Gateway
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
@@ -492,5 +498,67 @@ def test_rigs_that_lead_to_each_other_do_not_send_a_request_round_for_ever(
             assert refused.value.status == 503
             assert asked == MAX_HOPS
             assert await house.is_as_before(remote)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "headers", "tier"),
+    [
+        ({}, {}, {}, None),
+        ({"may_spill": False}, {}, {SPILL_OVER_HEADER: "never"}, None),
+        ({"deadline": "2.5"}, {}, {DEADLINE_HEADER: "2.500"}, None),
+        ({}, {"service_tier": "flex"}, {SPILL_OVER_HEADER: "never"}, "flex"),
+        (
+            {"identity": replace(IDENTITY, priority="batch")},
+            {},
+            {SPILL_OVER_HEADER: "never"},
+            "flex",
+        ),
+    ],
+)
+def test_what_was_said_of_a_request_holds_at_the_next_rig_too(
+    tmp_path: Path,
+    fields: dict[str, Any],
+    asked: dict[str, Any],
+    headers: dict[str, str],
+    tier: str | None,
+) -> None:
+    async def main() -> None:
+        told: dict[str, str | None] = {}
+        tiers: list[str | None] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            names = (SPILL_OVER_HEADER, DEADLINE_HEADER)
+            told.update({name: request.headers.get(name) for name in names})
+            tiers.append((await request.json()).get("service_tier"))
+            return web.json_response(COMPLETION)
+
+        async with a_house(tmp_path) as house:
+            remote = await house.remote("m", handler)
+            answer = await house.relay.forward(replace(CALLER, **fields), remote, chat(**asked))
+            assert answer.status_code == 200
+            assert {name: word for name, word in told.items() if word is not None} == headers
+            assert tiers == [tier]
+
+    asyncio.run(main())
+
+
+def test_a_rig_has_no_longer_for_its_start_than_the_route_gives_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        told: list[str | None] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            told.append(request.headers.get(DEADLINE_HEADER))
+            return web.json_response({"error": {}}, status=503)
+
+        async with a_house(tmp_path) as house:
+            first, last = await house.remote("first", handler), await house.remote("last", handler)
+            plan = house.plan(first, last, prepare=lambda _: chat())
+            plan.route = replace(plan.route, max_wait_seconds=5.0)
+            with pytest.raises(ApiError):
+                await house.dispatcher.forward(CALLER, plan, chat())
+            # After the last there is nobody to try: it may take its time.
+            assert told == ["5.000", None]
 
     asyncio.run(main())
