@@ -140,6 +140,7 @@ def serve(config: Config, file: Path, site: Site | None = None) -> None:
             metrics,
             require_keys=config.server.require_keys,
             metrics_access=config.server.metrics_access,
+            sites=config.server.cors_origins,
         )
         runner.run(
             _serve(

@@ -57,7 +57,7 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(AccessLogMiddleware)
     app.add_middleware(_RequestHeaders)
-    app.add_exception_handler(ApiError, respond_with_error)
+    app.add_exception_handler(ApiError, _respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
     app.add_exception_handler(RequestValidationError, _respond_with_bad_query)
     app.add_exception_handler(ClientDisconnected, respond_to_nobody)
@@ -194,6 +194,12 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
             return wire.read_load(await answer.read()) if answer.ok else {}
     except (aiohttp.ClientError, TimeoutError):
         return {}
+
+
+async def _respond_with_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    request.state.log_entry.error = error.code
+    return await respond_with_error(request, error)
 
 
 def _respond_with_http_error(request: Request, error: Exception) -> Response:

@@ -574,7 +574,9 @@ def _rig_headers(caller: Caller, owner: Tenancy, place: _Place) -> dict[str, str
     headers = {HOPS_HEADER: str(caller.hops + 1)}
     if place.start_within_seconds is not None:
         headers[DEADLINE_HEADER] = f"{place.start_within_seconds:.3f}"
-    if not caller.may_spill or owner.priority == "batch":
+    # A key's list of models names those of this rig.
+    has_list = caller.identity.models is not None
+    if not caller.may_spill or owner.priority == "batch" or has_list:
         headers[SPILL_OVER_HEADER] = "never"
     return headers
 

@@ -507,6 +507,12 @@ def test_rigs_that_lead_to_each_other_do_not_send_a_request_round_for_ever(
     [
         ({}, {}, {}, None),
         ({"may_spill": False}, {}, {SPILL_OVER_HEADER: "never"}, None),
+        (
+            {"identity": replace(IDENTITY, models=("m",))},
+            {},
+            {SPILL_OVER_HEADER: "never"},
+            None,
+        ),
         ({"deadline": "2.5"}, {}, {DEADLINE_HEADER: "2.500"}, None),
         ({}, {"service_tier": "flex"}, {SPILL_OVER_HEADER: "never"}, "flex"),
         (
