@@ -10,9 +10,14 @@ import aiohttp
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.engine_answer import engine_gone
+from serving.gateway.remote_call import NotStarted
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ModelRequest
 from serving.protocol.responses import new_id
+
+
+class EngineUnreachable(NotStarted):
+    """Nobody listens where the engine was: its process has ended, and was sent nothing of the request."""
 
 
 class EngineCall:
@@ -46,7 +51,10 @@ class EngineCall:
         }
 
     async def open(self) -> aiohttp.ClientResponse:
-        """Send the request; returns once the response's headers are there."""
+        """Send the request; returns once the response's headers are there.
+
+        Raises :class:`ApiError`, of which :class:`EngineUnreachable` is one.
+        """
         try:
             return await self._post()
         except aiohttp.ServerTimeoutError as error:
@@ -60,8 +68,13 @@ class EngineCall:
     async def _post(self) -> aiohttp.ClientResponse:
         try:
             return await self._session.post(self._url, data=self._body, headers=self._headers)
-        except aiohttp.ClientConnectorError:
-            raise
+        except aiohttp.ClientConnectorError as error:
+            gone = engine_gone(self.engine)
+            raise EngineUnreachable(
+                *(gone.status, gone.message),
+                code=gone.code,
+                retry_after_seconds=gone.retry_after_seconds,
+            ) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             # Most likely it was an idle connection, which the engine closed in that moment. One that has died
             # over the request takes no second one.

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from serving.cost.ledger import UsageRecord
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Endpoint
+from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.admission import Admission, Ticket
 from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
 from serving.gateway.caller import (
@@ -35,7 +35,7 @@ from serving.gateway.engine_answer import (
     object_of,
     relayed,
 )
-from serving.gateway.engine_call import EngineCall
+from serving.gateway.engine_call import EngineCall, EngineUnreachable
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
@@ -73,6 +73,8 @@ _prompts.propagate = False
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
 _CANCEL_INTERVAL_SECONDS = 0.1
+# How long it may take until it is noticed that a process has ended, which answers nobody any more.
+_NOTICE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +165,25 @@ class Relay:
             _prompts.info('{"request_id":%s,"body":%s}', written_id, sent.decode())
         caller.log_entry.is_metered = True
         self._meter.started(request, body)
-        call = self._call(engine, place, body, sent, caller, request.trace)
         if place.clearance:
             request.purchase = place.clearance.purchase
-        try:
+
+        async def answered(place: _Place, attempt: Attempt) -> Response:
+            call = self._call(engine, place, body, sent, caller, request.trace)
             if isinstance(body, GenerationRequest) and body.stream:
                 tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
                 return await self._stream(caller, call, request, tap, translation, attempt)
             return await self._whole(caller, call, request, translation, attempt)
+
+        try:
+            return await answered(place, attempt)
         except PassedOn:
             caller.log_entry.is_metered = False
             raise
+        except EngineUnreachable as error:
+            assert isinstance(engine, Engine)
+            place = await self._enter_again(caller, engine, request, place, error)
+            return await answered(place, replace(attempt, is_repeated=True))
 
     async def ask(
         self, caller: Caller, engine: Backend, body: ModelRequest, attempt: Attempt = DIRECT
@@ -272,6 +282,38 @@ class Relay:
                 status = error.status
             self._meter.unmetered(engine.model.served_name, caller.endpoint, status)
             raise
+
+    async def _enter_again(
+        self, caller: Caller, engine: Engine, request: Request, place: _Place, error: ApiError
+    ) -> _Place:
+        """Have a request wait anew for an engine whose process was gone. Raises ``error`` if it is not back in time.
+
+        Then, and when its client leaves, it is metered.
+        """
+        before = place.ticket
+        try:
+            # Until then it keeps its place, which others would be given for nothing.
+            async with asyncio.timeout(_NOTICE_SECONDS):
+                await while_connected(caller.receive, engine.leaves(place.endpoint))
+            before.release()
+            ticket = self.admission.enter(
+                *(engine, before.owner, before.units),
+                max(0.0, before.deadline_at - self.admission.monotonic()),
+                *(before.tokens, before.adapter),
+            )
+            self._tickets[id(request)] = ticket
+            if ticket.is_waiting:
+                await while_connected(caller.receive, ticket.wait())
+            endpoint = endpoint_of(engine)
+        except BaseException as failure:
+            is_refused = isinstance(failure, ApiError | TimeoutError)
+            status = error.status if is_refused else CLIENT_CLOSED_REQUEST
+            self._finish(request, status, NOTHING_USED)
+            if is_refused:
+                raise error from failure
+            raise
+        request.queue_seconds = time.monotonic() - request.arrived_at
+        return replace(place, ticket=ticket, endpoint=endpoint)
 
     def _call(
         self,
@@ -492,7 +534,9 @@ class Relay:
         return record
 
     def _failed(self, request: Request, error: ApiError, attempt: Attempt) -> ApiError | PassedOn:
-        """What to raise for a request that its engine has failed; it is metered, unless another will be."""
+        """What to raise for a request that its engine has failed; it is metered, unless it is asked again."""
+        if isinstance(error, EngineUnreachable) and attempt.may_repeat:
+            return error
         passes_on = attempt.may_pass_on and error.status in PASSED_ON
         if passes_on and (not request.purchase or isinstance(error, NotStarted)):
             self._withdraw(request)
