@@ -216,6 +216,8 @@ def test_one_that_answers_and_computes_nothing_is_started_again_if_it_has_work(
         requests = 1
         async with asyncio.timeout(60):
             await away.wait()
+            requests = 0
+            await engine.ready()
         assert "has requests, and computed nothing for" in caplog.text
 
     pulse = Pulse("/", lambda _: b"no step", ("/", {}))
