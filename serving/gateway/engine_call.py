@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import aiohttp
 
@@ -18,6 +18,16 @@ from serving.protocol.responses import new_id
 
 class EngineUnreachable(NotStarted):
     """Nobody listens where the engine was: its process has ended, and was sent nothing of the request."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Self:
+        """That of an engine."""
+        gone = engine_gone(engine)
+        return cls(
+            *(gone.status, gone.message),
+            code=gone.code,
+            retry_after_seconds=gone.retry_after_seconds,
+        )
 
 
 class EngineCall:
@@ -69,12 +79,7 @@ class EngineCall:
         try:
             return await self._session.post(self._url, data=self._body, headers=self._headers)
         except aiohttp.ClientConnectorError as error:
-            gone = engine_gone(self.engine)
-            raise EngineUnreachable(
-                *(gone.status, gone.message),
-                code=gone.code,
-                retry_after_seconds=gone.retry_after_seconds,
-            ) from error
+            raise EngineUnreachable.of(self.engine) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             # Most likely it was an idle connection, which the engine closed in that moment. One that has died
             # over the request takes no second one.
