@@ -22,7 +22,7 @@ from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Engine
+from serving.engines.supervisor import Endpoint, Engine, EngineState
 from serving.gateway import batch_runner
 from serving.gateway.access import Access
 from serving.gateway.admission import Admission
@@ -56,6 +56,7 @@ from serving.protocol.batches import BatchRequest, Line, begun
 from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ChatCompletionRequest, ModelRequest
+from serving.protocol.sse import ClientDisconnected
 
 PATIENCE_SECONDS = 10.0
 PER_MINUTE = 10
@@ -468,6 +469,60 @@ def test_what_cannot_be_translated_is_a_bad_gateway_and_is_metered_once(
             assert told == 502 or b"too long" in bytes(answer.body)
             assert await house.is_as_before(remote)
             assert house.statuses() == [told]
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("outcome", [200, 503, 499])
+def test_what_an_engine_was_not_sent_waits_until_it_is_back(tmp_path: Path, outcome: int) -> None:
+    """Its process has ended, which nobody has noticed yet: nobody listens there."""
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house, aiohttp.ClientSession() as session:
+            model = LlamaCppModel(name="m", source="-", load="on_demand")
+            engine = Engine(model, LlamaCppLauncher(tmp_path), session)
+            engine.on_change(house.admission.changed)
+            gone = await house.remote("gone", None)
+            there = await house.remote("m", answers(200, COMPLETION))
+            engine._endpoint = Endpoint(gone.model.base_url.removesuffix("/v1"), "k")
+            engine._move(EngineState.READY)
+            leaves = asyncio.Event()
+
+            async def receive() -> Any:
+                await leaves.wait()
+                return {"type": "http.disconnect"}
+
+            caller = replace(CALLER, receive=receive)
+            work = asyncio.create_task(house.relay.forward(caller, engine, chat()))
+            # It keeps its place until it is known that the engine is away, and then waits for it.
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await until(lambda: house.admission.in_flight(engine) == 1)
+                await asyncio.sleep(0.1)
+                assert house.admission.in_flight(engine) == 1
+                engine._move(EngineState.BACKOFF)
+                await until(lambda: house.admission.waiting(engine) == 1)
+                assert house.admission.in_flight(engine) == 0
+                if outcome == 200:
+                    engine._endpoint = Endpoint(there.model.base_url.removesuffix("/v1"), "k")
+                    engine._move(EngineState.READY)
+                    assert (await work).status_code == 200
+                elif outcome == 499:
+                    leaves.set()
+                    with pytest.raises(ClientDisconnected):
+                        await work
+                else:
+                    engine._move(EngineState.STOPPED)
+                    with pytest.raises(ApiError) as refused:
+                        await work
+                    assert (refused.value.status, refused.value.code) == (503, "engine_stopped")
+            assert await house.is_as_before()
+            assert house.admission.waiting(engine) == house.admission.in_flight(engine) == 0
+            assert house.statuses() == [outcome]
 
     asyncio.run(main())
 
