@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -17,7 +18,8 @@ import pytest
 import requests
 import yaml
 
-from serving.gateway.http_server import _network_of
+from serving.config import ServerConfig
+from serving.gateway.http_server import HttpServer, _network_of
 from tests.processes import RigServer, wait_for, write_config
 
 HOST = "127.0.0.1"
@@ -225,6 +227,37 @@ def own_address() -> str:
 )  # fmt: skip
 def test_whose_an_address_is(address: str, network: str) -> None:
     assert _network_of(address) == network
+
+
+@pytest.mark.parametrize(
+    ("peer", "told"),
+    [
+        ("127.0.0.1", "203.0.113.9"),
+        ("::1", "203.0.113.9"),
+        ("::ffff:127.0.0.1", "203.0.113.9"),
+        ("198.51.100.1", "198.51.100.1"),
+    ],
+)
+def test_only_proxies_of_this_machine_are_believed_whom_they_speak_for(
+    peer: str, told: str
+) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        seen.append(scope["client"][0])
+
+    async def main() -> None:
+        server = HttpServer(app, ServerConfig(), lambda _: None)
+        scope: Any = {
+            "type": "http",
+            "client": (peer, 1),
+            "headers": [(b"x-forwarded-for", b"203.0.113.9")],
+        }
+        nobody: Any = None
+        await server.config.loaded_app(scope, nobody, nobody)
+
+    asyncio.run(main())
+    assert seen == [told]
 
 
 def test_security_headers_on_all_that_is_answered(rig: RigServer) -> None:
