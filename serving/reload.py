@@ -147,7 +147,7 @@ def changes_of(
     settings = [key for key in _changed_keys(old, new) if key != "models"]
     refused = [key for key in settings if key not in _AT_ONCE]
     if refused:
-        raise ReloadError(f"only a restart can change {', '.join(refused)}; nothing was changed")
+        raise ReloadError(f"only a restart can change {', '.join(refused)}")
     before = {model.name: model for model in old.models}
     after = {model.name: model for model in new.models}
     both = [name for name in after if name in before and before[name] != after[name]]
