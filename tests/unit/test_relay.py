@@ -478,8 +478,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("by_route", [False, True])
 @pytest.mark.parametrize("outcome", [200, 503, 499])
-def test_what_an_engine_was_not_sent_waits_until_it_is_back(tmp_path: Path, outcome: int) -> None:
+def test_what_an_engine_was_not_sent_waits_until_it_is_back(
+    tmp_path: Path, outcome: int, by_route: bool
+) -> None:
     """Its process has ended, which nobody has noticed yet: nobody listens there."""
 
     async def main() -> None:
@@ -498,7 +501,14 @@ def test_what_an_engine_was_not_sent_waits_until_it_is_back(tmp_path: Path, outc
                 return {"type": "http.disconnect"}
 
             caller = replace(CALLER, receive=receive)
-            work = asyncio.create_task(house.relay.forward(caller, engine, chat()))
+            down = Candidate("gone", gone, Role.TARGET)
+            last = Candidate("m", engine, Role.FALLBACK)
+            plan = Plan(
+                *(Route("r", (down, last), None), [down, last], Marks()),
+                lambda each: chat(model=each.name),
+            )
+            destination = plan if by_route else engine
+            work = asyncio.create_task(house.dispatcher.forward(caller, destination, chat()))
             # It keeps its place until it is known that the engine is away, and then waits for it.
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await until(lambda: house.admission.in_flight(engine) == 1)
