@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from serving.config import LoggingConfig
+from serving.config import LoggingConfig, served_name_of
 from serving.folders import make_private
 
 _ENGINES = "rigserve.engine"
@@ -39,6 +39,7 @@ _SECRETS = (
     re.compile(r"()\bsk-[\w-]{12,}"),
     re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)"),
     re.compile(r"()\brs-[\w-]{40,}"),
+    re.compile(r"()\bhf_\w{20,}"),
 )
 
 
@@ -69,25 +70,38 @@ def set_up(config: LoggingConfig, folder: Path, *, verbose: bool = False) -> Non
 
 
 def lines_of(folder: Path, model: str | None, count: int, *, follow: bool) -> Iterator[str]:
-    """The last ``count`` lines of an engine's log, or of each engine's; with ``follow`` also those to come.
+    """The last ``count`` lines of the log of each engine of a model, or of all; with ``follow`` also those to come.
 
     Raises :class:`LogError` if there is no such log.
     """
-    name = "*" if model is None else quote(model, safe="")
-    paths = sorted(folder.glob(f"{name}{_SUFFIX}")) if folder.is_dir() else []
+    paths = _logs_of(folder, model)
     if not paths:
         whose = f"no engine of {model}" if model else "no engine"
-        raise LogError(f"{whose} has written to {folder} yet")
+        others = ", ".join(map(_engine_of, _logs_of(folder, None)))
+        hint = f"; these have: {others}" if others else ""
+        raise LogError(f"{whose} has written to {folder} yet{hint}")
     show_names = len(paths) > 1 or (follow and model is None)
     readers = {path: _Reader(path, show_name=show_names) for path in paths}
     for reader in readers.values():
         yield from reader.last(count)
     while follow:
-        for path in sorted(folder.glob(f"{name}{_SUFFIX}")):
+        for path in _logs_of(folder, model):
             if path not in readers:  # an engine's first start
                 readers[path] = _Reader(path, show_name=show_names)
             yield from readers[path].new()
         time.sleep(_FOLLOW_INTERVAL_SECONDS)
+
+
+def _logs_of(folder: Path, model: str | None) -> list[Path]:
+    """The logs of a model's engines, its replicas' included, or of one replica; None: of all there are."""
+    paths = sorted(folder.glob(f"*{_SUFFIX}")) if folder.is_dir() else []
+    if model is None:
+        return paths
+    return [path for path in paths if model in (engine := _engine_of(path), served_name_of(engine))]
+
+
+def _engine_of(path: Path) -> str:
+    return unquote(path.name.removesuffix(_SUFFIX))
 
 
 def redacted(text: str) -> str:
@@ -178,7 +192,7 @@ class _Reader:
 
     def __init__(self, path: Path, *, show_name: bool) -> None:
         self._path = path
-        self._prefix = f"[{unquote(path.stem)}] " if show_name else ""
+        self._prefix = f"[{_engine_of(path)}] " if show_name else ""
         self._file = path.open(encoding="utf-8", errors="replace")
         self._rest = ""
 

@@ -147,7 +147,7 @@ def changes_of(
     settings = [key for key in _changed_keys(old, new) if key != "models"]
     refused = [key for key in settings if key not in _AT_ONCE]
     if refused:
-        raise ReloadError(f"only a restart can change {', '.join(refused)}; nothing was changed")
+        raise ReloadError(f"only a restart can change {', '.join(refused)}")
     before = {model.name: model for model in old.models}
     after = {model.name: model for model in new.models}
     both = [name for name in after if name in before and before[name] != after[name]]
@@ -221,6 +221,8 @@ class Reloader:
         self._asked = asyncio.Event()
         self._follow_up: set[asyncio.Task[None]] = set()
         self._settling: dict[Engine, asyncio.Task[None]] = {}
+        # Engines of a config that is being taken up.
+        self._fresh: tuple[Engine, ...] = ()
         self._digest = _digest(file)
         gateway.metrics.reloaded(ok=True, at_unix=self.status.at_unix)
 
@@ -276,15 +278,18 @@ class Reloader:
             return await self._take_up(self._file_config, added)
 
     def to_json(self) -> dict[str, Any]:
-        """The status, and which engines finish their last requests."""
-        served = set(self._gateway.router.engines)
-        leaving = [e.model.name for e in self._supervisor.engines if e not in served]
+        """The status, what of it the file has left behind, and which engines come and finish their last requests."""
+        known = {*self._gateway.router.engines, *self._fresh}
+        leaving = [e.model.name for e in self._supervisor.engines if e not in known]
         return {
             "file": str(self._file),
+            "reloading": self._lock.locked(),
+            "file_changed": self._is_new(),
             "ok": self.status.ok,
             "at_unix": self.status.at_unix,
             "message": self.status.message,
             "changes": asdict(self.status.changes),
+            "starting": [engine.model.name for engine in self._fresh],
             "draining": leaving,
         }
 
@@ -345,7 +350,8 @@ class Reloader:
         ]
         files = await _files_with_adapters(new, old, changes.updated)
         leaving = [engine for name, engine in old.items() if name in fresh or engine not in engines]
-        supervisor.add(fresh.values())
+        self._fresh = tuple(fresh.values())
+        supervisor.add(self._fresh)
         supervisor.memory = new.memory
         try:
             later = await self._start(fresh.values(), old, leaving)
@@ -356,6 +362,7 @@ class Reloader:
         except BaseException:
             supervisor.memory = self.config.memory
             self._settle(files)
+            self._fresh = ()
             await supervisor.remove(fresh.values())
             raise
         # Nothing is awaited from here on: a request sees all of the old config or all of the new.
@@ -373,6 +380,7 @@ class Reloader:
             was_wanted = model.is_replica and model.name in old and old[model.name].is_expected
             engine.is_expected = model.load == "preload" or was_wanted
         self._gateway.configure(Router(engines, remotes, new.routes), new.server)
+        self._fresh = ()
         self._gateway.relay.spending.configure(api_prices)
         for remote in before:
             if remote not in remotes:

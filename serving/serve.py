@@ -30,6 +30,7 @@ from serving.config import (
 )
 from serving.cost.ledger import (
     Ledger,
+    last_row,
     read_requests_of_keys,
     read_spending,
     read_usage_of_keys,
@@ -50,6 +51,7 @@ from serving.gateway.batch_store import BatchStore
 from serving.gateway.body_room import BodyRoom
 from serving.gateway.cors import let_sites_in
 from serving.gateway.dispatch import Dispatcher
+from serving.gateway.elsewhere import UsageElsewhere
 from serving.gateway.file_store import FileStore
 from serving.gateway.http_server import HttpServer
 from serving.gateway.intake import Gateway
@@ -132,20 +134,23 @@ def serve(config: Config, file: Path, site: Site | None = None) -> None:
             *(ledger, metrics, CostModel(config.cost), prices, power, tracing),
             is_one_rig=site.is_one_rig,
         )
+        path = ledger_path(config)
+        known_row = last_row(path)
         for period in ("day", "month"):
             since = period_start(period, time.time())
-            spending.restore(period, read_spending(ledger_path(config), since))
+            spending.restore(period, read_spending(path, since, known_row))
+        limits = _limits_of(path, known_row)
+        elsewhere = UsageElsewhere(path, ledger.uid_prefix, known_row, limits, spending)
         access = Access(
-            ring,
-            _limits_of(ledger_path(config)),
-            metrics,
+            *(ring, limits, metrics),
             require_keys=config.server.require_keys,
             metrics_access=config.server.metrics_access,
+            sites=config.server.cors_origins,
         )
         runner.run(
             _serve(
                 *(site, config, file, listener, meter, metrics, access, keys),
-                *(responses, files, batches, certificate, tracing, spending, adapters),
+                *(responses, files, batches, certificate, tracing, spending, adapters, elsewhere),
             )
         )
 
@@ -244,13 +249,13 @@ def _listener(server: ServerConfig, ring: KeyRing) -> _Listener:
     return _Listener(inherited, is_shared=True)
 
 
-def _limits_of(ledger: Path) -> Limits:
-    """The limits of keys, less what the ledger says was used of them before."""
+def _limits_of(ledger: Path, until_row: int) -> Limits:
+    """The limits of keys, less what the ledger says was used of them up to a row."""
     limits, now_unix = Limits(), time.time()
     limits.restore(
-        read_usage_of_keys(ledger, period_start("day", now_unix)),
-        read_usage_of_keys(ledger, period_start("month", now_unix)),
-        read_requests_of_keys(ledger, now_unix - WINDOW_SECONDS),
+        read_usage_of_keys(ledger, period_start("day", now_unix), until_row),
+        read_usage_of_keys(ledger, period_start("month", now_unix), until_row),
+        read_requests_of_keys(ledger, now_unix - WINDOW_SECONDS, until_row),
     )
     return limits
 
@@ -296,6 +301,7 @@ async def _serve(
     tracing: Tracing | None,
     spending: Spending,
     adapters: AdapterStore,
+    elsewhere: UsageElsewhere,
 ) -> None:
     of_file, cache_dir = config, Path(config.storage.cache_dir)
     added, unusable = usable(adapters.all(), cache_dir)
@@ -358,6 +364,7 @@ async def _serve(
         reloading = asyncio.create_task(reloader.run())
         swapping = asyncio.create_task(swapper.run())
         scaling = asyncio.create_task(scaler.run())
+        following = asyncio.create_task(elsewhere.follow())
         watching = asyncio.create_task(watch(lambda: gateway.router.remotes, session))
         stopping = asyncio.create_task(signals.get())
         sockets = [listener.socket]
@@ -386,6 +393,7 @@ async def _serve(
         swapping.cancel()
         scaling.cancel()
         watching.cancel()
+        following.cancel()
         engines.cancel()
         ended = (await asyncio.gather(engines, return_exceptions=True))[0]
         await _settle(relay)

@@ -105,6 +105,11 @@ def _print_status(told: dict[str, Any]) -> int:
     outcome = "in use" if told["ok"] else "REFUSED, the server goes on with what it had"
     print(f"{told['file']}: {outcome} (read {when})")
     print(told["message"])
+    if told["reloading"]:
+        starting = ", ".join(told["starting"])
+        print(f"a change is being taken up now{f'; starting: {starting}' if starting else ''}")
+    elif told["file_changed"]:
+        print("the file has changed since; `rigserve config reload` takes it up")
     if told["draining"]:
         print(f"finishing their last requests: {', '.join(told['draining'])}")
     return 0 if told["ok"] else 1

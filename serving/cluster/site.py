@@ -22,6 +22,7 @@ from serving.config import (
     VllmModel,
 )
 from serving.engines.launch import Files, Footprint, Launch, Launcher
+from serving.engines.vllm.launcher import pulse_of
 from serving.hardware.energy import ESTIMATED, EnergyMeter
 from serving.hardware.wall import MeterError
 from serving.site import launchers_of
@@ -123,6 +124,7 @@ class ClusterLauncher:
                 **ray_environment(),
             },
             health_path="/v1/models" if isinstance(model, VllmModel) else "/health",
+            pulse=pulse_of(model) if isinstance(model, VllmModel) else None,
         )
 
     def _want(self, model: ModelConfig, files: Files) -> Want:

@@ -37,6 +37,7 @@ from serving.config.schema import (
     StorageConfig,
     TracingConfig,
     VllmModel,
+    served_name_of,
 )
 
 __all__ = [
@@ -71,5 +72,6 @@ __all__ = [
     "config_json_schema",
     "load_config",
     "located",
+    "served_name_of",
     "with_replicas",
 ]

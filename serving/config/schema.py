@@ -249,6 +249,11 @@ class FiltersConfig(Section):
         return self
 
 
+def served_name_of(name: str) -> str:
+    """What clients call the model that has this name, or a replica of which has it."""
+    return name.partition(_REPLICA)[0]
+
+
 class EngineModel(Section):
     """What all models have that an engine of this machine's serves, whichever it is."""
 
@@ -357,7 +362,7 @@ class EngineModel(Section):
     @property
     def served_name(self) -> str:
         """What clients, the ledger and its engine call it; replicas of a model have it in common."""
-        return self.name.partition(_REPLICA)[0]
+        return served_name_of(self.name)
 
     @property
     def is_replica(self) -> bool:

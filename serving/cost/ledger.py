@@ -28,6 +28,10 @@ _COMMIT_SECONDS = 0.5
 _LONGEST_RETRY_SECONDS = 10.0
 _COMPLAINT_SECONDS = 60.0
 _OWN, _NO_CUTS = Selection(own_engines_only=True), Cuts()
+_TOKENS = "prompt_tokens + completion_tokens"
+_USD = "energy_usd + idle_usd + hardware_usd + api_usd"
+# No row has a higher number.
+_LAST = 2**63 - 1
 _SQL_TYPES = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
 
 
@@ -149,7 +153,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._unwritten: list[Row] = []
         self._spool = Spool(path.with_suffix(".spool"))
-        self._uid_prefix, self._uid_numbers = secrets.token_hex(8), itertools.count()
+        # Of this process's rows.
+        self.uid_prefix, self._uid_numbers = secrets.token_hex(8), itertools.count()
         self._closing = threading.Event()
         self._last_complaint = float("-inf")
         # Whether the last commit failed.
@@ -225,7 +230,7 @@ class Ledger:
 
     def _take(self) -> None:
         while not self._records.empty():
-            uid = f"{self._uid_prefix}-{next(self._uid_numbers)}"
+            uid = f"{self.uid_prefix}-{next(self._uid_numbers)}"
             self._unwritten.append((*astuple(self._records.get()), uid))
 
     def _commit(self) -> None:
@@ -327,33 +332,70 @@ class KeyUsage:
     usd: float
 
 
-def read_requests_of_keys(path: Path, since: float) -> list[KeyUsage]:
+@dataclass(frozen=True, slots=True)
+class ForeignUsage:
+    """What a request used that another process has served; ``api_usd`` of it is the price of ``model`` elsewhere."""
+
+    of_key: KeyUsage
+    model: str
+    api_usd: float
+
+
+def last_row(path: Path) -> int:
+    """The number of the row that was written last; 0 if there is none. Raises :class:`LedgerError`."""
+    with _reading(path) as connection:
+        return int(connection.execute("SELECT coalesce(max(id), 0) FROM usage").fetchone()[0])
+
+
+def read_requests_of_keys(path: Path, since: float, until_row: int = _LAST) -> list[KeyUsage]:
     """Each request with an API key from Unix time ``since`` on. Raises :class:`LedgerError`."""
-    return _usage_of_keys(path, since, group_by="id")
+    return _usage_of_keys(path, since, until_row, group_by="id")
 
 
-def read_usage_of_keys(path: Path, since: float) -> list[KeyUsage]:
+def read_usage_of_keys(path: Path, since: float, until_row: int = _LAST) -> list[KeyUsage]:
     """What was used with each API key from Unix time ``since`` on. Raises :class:`LedgerError`."""
-    return _usage_of_keys(path, since, group_by="key_id")
+    return _usage_of_keys(path, since, until_row, group_by="key_id")
 
 
-def read_spending(path: Path, since: float) -> dict[str, float]:
+def read_spending(path: Path, since: float, until_row: int = _LAST) -> dict[str, float]:
     """What other servers' answers cost from Unix time ``since`` on, in USD by model. Raises :class:`LedgerError`."""
     query = (
-        "SELECT model, sum(api_usd) FROM usage WHERE started_at >= ? AND api_usd > 0 GROUP BY model"
+        "SELECT model, sum(api_usd) FROM usage "
+        "WHERE started_at >= ? AND id <= ? AND api_usd > 0 GROUP BY model"
     )
     with _reading(path) as connection:
-        return dict(connection.execute(query, (since,)))
+        return dict(connection.execute(query, (since, until_row)))
 
 
-def _usage_of_keys(path: Path, since: float, *, group_by: str) -> list[KeyUsage]:
+def read_usage_of_others(
+    path: Path, after_row: int, uid_prefix: str
+) -> tuple[int, list[ForeignUsage]]:
+    """What others than the process of this prefix have written after a row, and the last row now.
+
+    Raises :class:`LedgerError`.
+    """
     query = f"""
-        SELECT key_id, min(started_at), sum(prompt_tokens + completion_tokens),
-               sum(energy_usd + idle_usd + hardware_usd + api_usd)
-        FROM usage WHERE started_at >= ? AND key_id != '-' GROUP BY {group_by} ORDER BY 2
+        SELECT id, coalesce(uid, '') LIKE ? || '-%', key_id, started_at, {_TOKENS}, {_USD}, model, api_usd
+        FROM usage WHERE id > ? ORDER BY id
+    """
+    used: list[ForeignUsage] = []
+    with _reading(path) as connection:
+        for row, is_own, *of_key, model, api_usd in connection.execute(
+            query, (uid_prefix, after_row)
+        ):
+            after_row = row
+            if not is_own:
+                used.append(ForeignUsage(KeyUsage(*of_key), model, api_usd))
+    return after_row, used
+
+
+def _usage_of_keys(path: Path, since: float, until_row: int, *, group_by: str) -> list[KeyUsage]:
+    query = f"""
+        SELECT key_id, min(started_at), sum({_TOKENS}), sum({_USD})
+        FROM usage WHERE started_at >= ? AND id <= ? AND key_id != '-' GROUP BY {group_by} ORDER BY 2
     """
     with _reading(path) as connection:
-        return [KeyUsage(*row) for row in connection.execute(query, (since,))]
+        return [KeyUsage(*row) for row in connection.execute(query, (since, until_row))]
 
 
 def _joined(sources: Iterable[str]) -> str:

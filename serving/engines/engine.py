@@ -24,6 +24,7 @@ from serving.config import ModelConfig
 from serving.engines import guard
 from serving.engines.adapters import AdapterCalls, LiveAdapters
 from serving.engines.launch import Files, Footprint, Launch, Launcher, free_port
+from serving.engines.standstill import Standstill
 from serving.models.sources import ModelError
 
 _log = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class Engine:
         self.failure: str | None = None
         # Those of its process; none while it has none.
         self.live_adapters = LiveAdapters()
+        # Whether it has requests, as far as somebody knows.
+        self.has_work: Callable[[], bool] = lambda: False
         self._session = session
         self._listeners: list[Callable[[Engine], None]] = []
         self._endpoint: Endpoint | None = None
@@ -210,6 +213,11 @@ class Engine:
         while self.state is not EngineState.READY:
             if not self.is_loaded:
                 raise EngineStartError(self.failure or f"{self.model.name}: it was unloaded")
+            await self._change()
+
+    async def leaves(self, endpoint: Endpoint) -> None:
+        """Wait until it takes requests at ``endpoint`` no more."""
+        while self.endpoint is endpoint:
             await self._change()
 
     def stop(self) -> None:
@@ -366,14 +374,10 @@ class Engine:
             ready_since = time.monotonic()
             _log.info("%s: ready", self.model.name)
             self._move(EngineState.READY)
-            await self._ends_or_hangs(process)
+            stuck = await self._ends_or_hangs(process)
             if self.state is not EngineState.ASLEEP:
                 self._move(EngineState.BACKOFF)
-            reason = (
-                f"did not answer for {self.model.step_timeout_seconds:g} s"
-                if process.returncode is None
-                else _exit_reason(process.returncode)
-            )
+            reason = stuck or _exit_reason(process.returncode)
             return _Attempt(f"the engine {reason}", time.monotonic() - ready_since)
         finally:
             await _stop(process)
@@ -391,11 +395,17 @@ class Engine:
             await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
         return False
 
-    async def _ends_or_hangs(self, process: asyncio.subprocess.Process) -> None:
-        """Wait until a process has ended, or has not answered for the model's ``step_timeout_seconds``."""
+    async def _ends_or_hangs(self, process: asyncio.subprocess.Process) -> str:
+        """Wait until a process has ended, or is stuck for the model's ``step_timeout_seconds``; tells how it is stuck."""
+        assert self._endpoint is not None
+        assert self._launch is not None
         limit_seconds = self.model.step_timeout_seconds
         ending = asyncio.create_task(process.wait())
         silent_since: float | None = None
+        standstill = None
+        if self._launch.pulse is not None:
+            where = (self._endpoint.base_url, self._endpoint.api_key)
+            standstill = Standstill(self._launch.pulse, self._session, *where)
         try:
             while not ending.done():
                 asked_at = time.monotonic()
@@ -404,10 +414,17 @@ class Engine:
                 else:
                     silent_since = silent_since or asked_at
                     if time.monotonic() - silent_since >= limit_seconds:
-                        return
+                        return f"did not answer for {limit_seconds:g} s"
+                if standstill is not None:
+                    still_seconds = await standstill.seconds(has_work=self.has_work())
+                    if still_seconds >= limit_seconds:
+                        return f"has requests, and computed nothing for {still_seconds:.0f} s"
                 await asyncio.wait((ending,), timeout=min(_WATCH_INTERVAL_SECONDS, limit_seconds))
+            return ""
         finally:
             ending.cancel()
+            if standstill is not None:
+                standstill.rest()
 
     async def _answers(self, timeout_seconds: float) -> bool:
         """Whether the process says within that time that it works."""

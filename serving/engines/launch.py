@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from serving.config import AdapterConfig, EngineModel
+from serving.engines.standstill import Pulse
 
 Model = TypeVar("Model", bound=EngineModel, contravariant=True)
 
@@ -92,7 +93,7 @@ class Launch:
 
     ``health_path`` answers 200 to who has its key while it works. ``explain`` says what the last lines of one
     that did not start mean, and the mend; nothing if it does not know. One without ``adapter_room`` has those adapters
-    that it started with, for good.
+    that it started with, for good. One that also answers while it is stuck has a ``pulse``.
     """
 
     command: list[str]
@@ -100,6 +101,7 @@ class Launch:
     health_path: str = "/health"
     explain: Callable[[Sequence[str]], str] = lambda _: ""
     adapter_room: AdapterRoom | None = None
+    pulse: Pulse | None = None
 
 
 class Launcher(Protocol[Model]):

@@ -62,21 +62,25 @@ class Supervisor:
         self._listeners: list[Callable[[Engine], None]] = []
         self._loads: dict[Engine, asyncio.Task[None]] = {}
         self._last_used: Callable[[Engine], float] = lambda _: 0.0
+        self._in_flight: Callable[[Engine], int] = lambda _: 0
         self.engines: tuple[Engine, ...] = tuple(map(self.make, models))
 
     def make(self, model: ModelConfig) -> Engine:
         """An engine for a model, unloaded and not yet among :attr:`engines`."""
         engine = Engine(model, self._launchers[model.engine], self._session)
         engine.on_change(self._tell)
+        engine.has_work = lambda: self._in_flight(engine) > 0
         return engine
 
     def subscribe(self, listener: Callable[[Engine], None]) -> None:
         """Call ``listener`` with every engine whose state has changed, in the event loop; it must not raise."""
         self._listeners.append(listener)
 
-    def recency(self, last_used: Callable[[Engine], float]) -> None:
-        """How to learn when an engine last had work (``time.monotonic()``), to choose who makes room."""
-        self._last_used = last_used
+    def traffic(
+        self, last_used: Callable[[Engine], float], in_flight: Callable[[Engine], int]
+    ) -> None:
+        """How to learn when an engine last had work (``time.monotonic()``), to choose who makes room, and how much it has."""
+        self._last_used, self._in_flight = last_used, in_flight
 
     async def run(self) -> None:
         """Load what is to be preloaded and keep it alive until cancelled; then all engines end.

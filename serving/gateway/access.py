@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.gateway.identity import ANYBODY, NOBODY, Identity
 from serving.gateway.limits import Limits, WindowState
+from serving.gateway.origin import is_of_other_site
 from serving.keys.ring import KeyRing
 from serving.metrics import Metrics
 from serving.protocol.anthropic import error_json
@@ -27,6 +28,8 @@ _OPEN_FOLDERS = ("/docs/",)
 _ADMIN_FOLDER = "/admin/"
 _METRICS_PATH = "/metrics"
 _ANTHROPIC_PATH = "/v1/messages"
+# What changes nothing. Its answer is not shown to pages that are not let in.
+_READING = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class Access:
@@ -44,12 +47,15 @@ class Access:
         *,
         require_keys: bool,
         metrics_access: MetricsAccess,
+        sites: Collection[str] = (),
     ) -> None:
+        """``sites`` are the origins of other sites whose pages may use the server."""
         self.ring = ring
         self.limits = limits
         self._metrics = metrics
         self._require_keys = require_keys
         self._metrics_access = metrics_access
+        self._sites = frozenset(sites)
 
     @property
     def needs_keys(self) -> bool:
@@ -59,6 +65,13 @@ class Access:
     def identify(self, scope: Scope) -> Identity:
         """Who sends a request. Raises :class:`ApiError` (401, 403) for what they may not ask for."""
         path: str = scope["path"]
+        if scope["method"] not in _READING and is_of_other_site(scope["headers"], self._sites):
+            # A page can send forms, and bodies without a type, without its browser's asking first.
+            raise self._refusal(
+                403,
+                "Pages of other sites may not use this server unless server.cors_origins lists them.",
+                "cross_site",
+            )
         if not self.needs_keys:
             if path.startswith(_ADMIN_FOLDER) and not is_loopback(_client_of(scope)):
                 raise self._refusal(
@@ -137,6 +150,7 @@ class AccessMiddleware:
         try:
             identity = access.identify(scope)
         except ApiError as error:
+            scope["state"]["log_entry"].error = error.code
             response = in_shape(error, path, State(scope["state"]).request_id)
             await response(scope, receive, send)
             return

@@ -26,9 +26,14 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(slots=True)
 class Entry:
-    """How a request is told of; ``is_metered`` once it is on its way to an engine."""
+    """How a request is told of; ``is_metered`` once it is on its way to an engine.
+
+    Of one that is not: the ``model`` or route that it asks for, and the ``error`` (its code) that it ended with.
+    """
 
     is_metered: bool = False
+    model: str | None = None
+    error: str | None = None
     trace: Trace | None = None
 
 
@@ -55,7 +60,7 @@ class AccessLogMiddleware:
             await self._app(scope, receive, send_and_note)
         finally:
             if not entry.is_metered:
-                _tell_of_unmetered(scope, status, time.monotonic() - started)
+                _tell_of_unmetered(scope, entry, status, time.monotonic() - started)
                 if entry.trace is not None:
                     entry.trace.answered(status)
 
@@ -94,7 +99,7 @@ def tell_of_metered(
     )
 
 
-def _tell_of_unmetered(scope: Scope, status: int, total_seconds: float) -> None:
+def _tell_of_unmetered(scope: Scope, entry: Entry, status: int, total_seconds: float) -> None:
     level = logging.DEBUG if scope["path"] in _PROBES and status < 400 else logging.INFO
     if not _log.isEnabledFor(level):
         return
@@ -105,12 +110,15 @@ def _tell_of_unmetered(scope: Scope, status: int, total_seconds: float) -> None:
         "method": scope["method"],
         # As it was sent, without the query: decoded, it could hold a line of its own.
         "endpoint": scope["raw_path"].decode("ascii", "replace")[:_SHOWN_CHARACTERS],
+        "model": entry.model,
+        "error": entry.error,
         "key": identity.key_name,
         "tenant": identity.tenant,
         "total_seconds": round(total_seconds, 6),
         "client_gone": status == CLIENT_CLOSED_REQUEST,
     }
-    _log.log(level, "%s; %.3f s", _head(fields), total_seconds, extra={"fields": fields})
+    why = "".join(f"{word}, " for word in (entry.model, entry.error) if word)
+    _log.log(level, "%s; %s%.3f s", _head(fields), why, total_seconds, extra={"fields": fields})
 
 
 def _head(fields: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import __version__
+from serving.config import served_name_of
 from serving.engines.breaker import BreakerState
 from serving.engines.supervisor import Engine
 from serving.gateway.access import AccessMiddleware, in_shape, may_use
@@ -25,7 +26,7 @@ from serving.gateway.access_log import AccessLogMiddleware
 from serving.gateway.api_document import describe
 from serving.gateway.body_room import BodyRoomMiddleware
 from serving.gateway.filters import IGNORED_HEADER, ignored_header
-from serving.gateway.identity import ANYBODY, Identity
+from serving.gateway.identity import ANYBODY, NOBODY, Identity
 from serving.gateway.intake import Gateway, json_response
 from serving.gateway.routes import admin_keys, batches, docs, files, inference, messages, responses
 from serving.gateway.routing import Backend, Route, adapters_of, own_name_of
@@ -59,7 +60,7 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
     app.add_middleware(AccessLogMiddleware)
     app.add_middleware(_RequestHeaders)
     app.add_middleware(BodyRoomMiddleware)
-    app.add_exception_handler(ApiError, respond_with_error)
+    app.add_exception_handler(ApiError, _respond_with_error)
     app.add_exception_handler(HTTPException, _respond_with_http_error)
     app.add_exception_handler(RequestValidationError, _respond_with_bad_query)
     app.add_exception_handler(ClientDisconnected, respond_to_nobody)
@@ -72,22 +73,29 @@ def create_app(gateway: Gateway, tracing: Tracing | None = None) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready() -> Response:
-        """200 once every model that is to be loaded takes requests, otherwise 503; the body tells all states.
+    async def ready(http: Request) -> Response:
+        """200 once every model that is to be loaded takes requests, otherwise 503; the body tells the states of models.
 
-        Of replicas, one is enough.
+        Of replicas, one is enough. States are told of models that the request's key may use; where keys are in
+        use, none without.
         """
+        identity: Identity = http.state.identity
         states = {engine.model.name: engine.state.value for engine in gateway.router.engines}
         for remote in gateway.router.remotes:
             is_closed = remote.breaker.state is BreakerState.CLOSED
             states[remote.model.name] = "ready" if is_closed else "unavailable"
+        shown = {
+            name: state
+            for name, state in states.items()
+            if identity is not NOBODY and may_use(identity, name, served_name_of(name))
+        }
         takes: dict[str, bool] = {}
         for engine in gateway.router.engines:
             if engine.is_expected:
                 name = engine.model.served_name
                 takes[name] = takes.get(name, False) or engine.endpoint is not None
         is_ready = not gateway.draining and all(takes.values())
-        return json_response({"ready": is_ready, "models": states}, 200 if is_ready else 503)
+        return json_response({"ready": is_ready, "models": shown}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -196,6 +204,12 @@ async def _load_of(engine: Engine, session: aiohttp.ClientSession) -> dict[str, 
             return wire.read_load(await answer.read()) if answer.ok else {}
     except (aiohttp.ClientError, TimeoutError):
         return {}
+
+
+async def _respond_with_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    request.state.log_entry.error = error.code
+    return await respond_with_error(request, error)
 
 
 def _respond_with_http_error(request: Request, error: Exception) -> Response:

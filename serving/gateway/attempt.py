@@ -28,6 +28,15 @@ class Attempt:
     served_as: str = "-"
     began_at: float | None = None
     max_wait_seconds: float | None = None
+    # Whether there is nobody else to be asked after it.
+    is_last: bool = False
+    # Whether it has been to an engine already whose process was gone, and that was sent nothing of it.
+    is_repeated: bool = False
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether it may go to such an engine once more, when that is back."""
+        return (self.is_last or not self.may_pass_on) and not self.is_repeated
 
     @property
     def may_pass_on(self) -> bool:

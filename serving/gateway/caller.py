@@ -15,6 +15,8 @@ from serving.gateway.identity import Identity
 from serving.protocol.errors import ApiError
 
 DEADLINE_HEADER = "x-rigserve-deadline-seconds"
+# With "never", a client keeps its request from models that cost money.
+SPILL_OVER_HEADER = "x-rigserve-spill-over"
 # From rig to rig: through how many a request has come.
 HOPS_HEADER = "x-rigserve-hops"
 # Rigs that are each other's replicas would else send a request round for as long as none can take it.
@@ -42,6 +44,8 @@ class Caller:
     log_entry: Entry = field(default_factory=Entry)
     # Whether it is a line of a batch.
     is_batch: bool = False
+    # Whether a route may send it to models that cost money.
+    may_spill: bool = True
 
     @staticmethod
     def of(http: HttpRequest) -> Caller:
@@ -51,7 +55,10 @@ class Caller:
         told = http.headers.get(HOPS_HEADER, "0")
         hops = int(told) if _HOPS.fullmatch(told) else MAX_HOPS
         owner = (state.request_id, http.url.path, state.identity)
-        return Caller(*owner, http.receive, deadline, hops, state.log_entry)
+        return Caller(
+            *(*owner, http.receive, deadline, hops, state.log_entry),
+            may_spill=SPILL_OVER_HEADER not in http.headers,
+        )
 
     def deadline_seconds(self) -> float | None:
         """In what time its answer must begin; raises :class:`ApiError` (400) for what is no time."""

@@ -13,10 +13,15 @@ from serving.gateway.dispatch import MODEL_HEADER, SERVED_AS_HEADER
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 # What browsers keep from scripts unless they are told.
 _EXPOSED = (
-    *("x-request-id", "retry-after", "x-rigserve-ignored"),
+    *("x-request-id", "request-id", "retry-after", "x-should-retry", "x-rigserve-ignored"),
     *(MODEL_HEADER, SERVED_AS_HEADER, *COST_HEADERS),
     *(
         f"x-ratelimit-{name}-{what}"
+        for what in ("requests", "tokens")
+        for name in ("limit", "remaining", "reset")
+    ),
+    *(
+        f"anthropic-ratelimit-{what}-{name}"
         for what in ("requests", "tokens")
         for name in ("limit", "remaining", "reset")
     ),

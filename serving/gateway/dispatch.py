@@ -86,6 +86,7 @@ class Dispatcher:
                     served_as=candidate.role.value,
                     began_at=began_at,
                     max_wait_seconds=None if is_last else plan.route.max_wait_seconds,
+                    is_last=is_last,
                 )
                 try:
                     asked = body if position == 0 else plan.prepare(candidate)

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import aiohttp
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.engine_answer import engine_gone
+from serving.gateway.remote_call import NotStarted
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import ModelRequest
 from serving.protocol.responses import new_id
+
+
+class EngineUnreachable(NotStarted):
+    """Nobody listens where the engine was: its process has ended, and was sent nothing of the request."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Self:
+        """That of an engine."""
+        gone = engine_gone(engine)
+        return cls(
+            *(gone.status, gone.message),
+            code=gone.code,
+            retry_after_seconds=gone.retry_after_seconds,
+        )
 
 
 class EngineCall:
@@ -46,7 +61,10 @@ class EngineCall:
         }
 
     async def open(self) -> aiohttp.ClientResponse:
-        """Send the request; returns once the response's headers are there."""
+        """Send the request; returns once the response's headers are there.
+
+        Raises :class:`ApiError`, of which :class:`EngineUnreachable` is one.
+        """
         try:
             return await self._post()
         except aiohttp.ServerTimeoutError as error:
@@ -60,8 +78,8 @@ class EngineCall:
     async def _post(self) -> aiohttp.ClientResponse:
         try:
             return await self._session.post(self._url, data=self._body, headers=self._headers)
-        except aiohttp.ClientConnectorError:
-            raise
+        except aiohttp.ClientConnectorError as error:
+            raise EngineUnreachable.of(self.engine) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             # Most likely it was an idle connection, which the engine closed in that moment. One that has died
             # over the request takes no second one.

@@ -41,8 +41,10 @@ class Fleet(Protocol):
     def subscribe(self, listener: Callable[[Engine], None]) -> None:
         """Call ``listener`` after each change of an engine's state."""
 
-    def recency(self, last_used: Callable[[Engine], float]) -> None:
-        """Have ``last_used`` (``time.monotonic()``) asked when it is to be decided who makes room."""
+    def traffic(
+        self, last_used: Callable[[Engine], float], in_flight: Callable[[Engine], int]
+    ) -> None:
+        """Have ``last_used`` (``time.monotonic()``) asked when it is to be decided who makes room, ``in_flight`` who is stuck."""
 
 
 class Traffic(Protocol):

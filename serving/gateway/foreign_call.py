@@ -12,7 +12,7 @@ import orjson
 
 from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.engine_answer import bad_answer, engine_gone, object_of
-from serving.gateway.engine_call import EngineCall
+from serving.gateway.engine_call import EngineCall, EngineUnreachable
 from serving.protocol.errors import ApiError
 from serving.protocol.requests import GenerationRequest, ModelRequest
 
@@ -124,6 +124,8 @@ class ForeignCall(EngineCall):
                 f"{self._endpoint.base_url}{path}", headers=self._headers
             ) as answer:
                 return object_of(self.engine, await answer.read())
+        except aiohttp.ClientConnectorError as error:
+            raise EngineUnreachable.of(self.engine) from error
         except aiohttp.ClientError as error:
             raise engine_gone(self.engine) from error
 

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import ipaddress
 import logging
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,8 @@ SECURITY_HEADERS = (
     ("referrer-policy", "no-referrer"),
 )
 _IPV6_NETWORK_BITS = 64
+# This machine's own addresses, as whatever kind of socket tells them: proxies there are believed whom they speak for.
+_PROXIES = ("127.0.0.0/8", "::1", "::ffff:127.0.0.0/104")
 # To those who find all connections taken.
 _RETRY_AFTER_SECONDS = 1
 
@@ -59,6 +62,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             headers=list(SECURITY_HEADERS),
+            forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", ",".join(_PROXIES)),
             timeout_keep_alive=limits.idle_timeout_seconds,  # type: ignore[arg-type]
             timeout_graceful_shutdown=1,
         )

@@ -16,10 +16,12 @@ from starlette.responses import Response
 
 from serving.config import ServerConfig
 from serving.gateway.access import Access, may_use
+from serving.gateway.access_log import Entry
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import marks_of
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.body_room import BodyRoom
+from serving.gateway.caller import SPILL_OVER_HEADER
 from serving.gateway.dispatch import Destination, Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.filters import Filters, filters_of
@@ -35,9 +37,6 @@ from serving.protocol.sse import CLIENT_CLOSED_REQUEST
 from serving.protocol.structured import Body
 
 Asked = TypeVar("Asked", bound=ModelRequest)
-
-# With "never", a client keeps its request from models that cost money.
-SPILL_OVER_HEADER = "x-rigserve-spill-over"
 
 # Larger bodies are parsed beside the event loop.
 _LARGE_BODY_BYTES = 256 * 1024
@@ -103,7 +102,11 @@ class Gateway:
     ) -> tuple[Destination, Asked]:
         """As :meth:`take`, for the fields that :meth:`fields_of` gave."""
         may_spill = SPILL_OVER_HEADER not in http.headers
-        admitted = self.admit(http.url.path, http.state.identity, fields, read, may_spill=may_spill)
+        admitted = self.admit(
+            *(http.url.path, http.state.identity, fields, read),
+            may_spill=may_spill,
+            log_entry=http.state.log_entry,
+        )
         destination, asked, http.state.ignored = admitted
         return destination, asked
 
@@ -133,16 +136,20 @@ class Gateway:
         read: Callable[[dict[str, Any]], Asked],
         *,
         may_spill: bool = False,
+        log_entry: Entry | None = None,
     ) -> tuple[Destination, Asked, list[str]]:
         """As :meth:`take`, for a body that is there already; also gives what of it does not count, once it is answered.
 
-        ``may_spill``: it may go to a model that costs money, if the route that it asks for has one.
+        ``may_spill``: it may go to a model that costs money, if the route that it asks for has one. The model is
+        noted in the ``log_entry``.
         """
         model = UNKNOWN_MODEL
         try:
             asked, dropped = self._filters_for(fields.get("model")).read(fields, read)
             found = self.find(identity, asked.model)
             model = label_of(found)
+            if log_entry is not None:
+                log_entry.model = model
             destination: Destination
             if isinstance(found, Route):
                 destination, asked, ignored = self._plan(found, identity, asked, dropped, may_spill)
@@ -276,8 +283,7 @@ def _declared(http: Request) -> float:
 def _check_media_type(http: Request) -> None:
     """Raise :class:`ApiError` (415) for a body that says it is something else than plain JSON in UTF-8.
 
-    One that does not say is taken: scripts leave the header out. Browsers cannot send JSON to other
-    sites unasked, but they can send forms and text, which is a reason not to take those.
+    One that does not say is taken: scripts leave the header out.
     """
     header = http.headers.get("content-type", "")
     media_type, _, options = header.lower().partition(";")

@@ -69,7 +69,11 @@ class Reservation:
         self._account = account
         self._spent = tuple(spent)
         self._in_window = self._is_open = True
-        account.window.append(self)
+        # What others have served comes late.
+        position = len(account.window)
+        while position and account.window[position - 1].arrived_at > arrived_at:
+            position -= 1
+        account.window.insert(position, self)
         account.window_tokens += tokens
         account.concurrent += 1
         for each in self._spent:
@@ -137,6 +141,17 @@ class Limits:
             account = self._account(usage.key_id)
             age_seconds = max(0.0, now_unix - usage.started_at)
             Reservation(account, now - age_seconds, usage.tokens, ()).settle(usage.tokens, 0.0)
+
+    def add(self, usage: KeyUsage) -> None:
+        """Count a request, too, that another server has served."""
+        account, now_unix = self._pruned(usage.key_id), self._unix()
+        spent = [
+            self._spent(account, period)
+            for period in _PERIODS
+            if usage.started_at >= period_start(period, now_unix)
+        ]
+        arrived_at = self._monotonic() - max(0.0, now_unix - usage.started_at)
+        Reservation(account, arrived_at, usage.tokens, spent).settle(usage.tokens, usage.usd)
 
     def reserve(self, identity: Identity, tokens: int) -> Reservation | None:
         """Let a request in that uses ``tokens`` at most; None where there is no key to count for.

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -15,10 +16,16 @@ from starlette.responses import Response
 
 from serving.cost.ledger import UsageRecord
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Endpoint
+from serving.engines.supervisor import Endpoint, Engine
 from serving.gateway.admission import Admission, Ticket
 from serving.gateway.attempt import DIRECT, PASSED_ON, Attempt, PassedOn, refusal_of
-from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
+from serving.gateway.caller import (
+    DEADLINE_HEADER,
+    HOPS_HEADER,
+    MAX_HOPS,
+    SPILL_OVER_HEADER,
+    Caller,
+)
 from serving.gateway.engine_answer import (
     NOTHING_USED,
     bad_answer,
@@ -28,7 +35,7 @@ from serving.gateway.engine_answer import (
     object_of,
     relayed,
 )
-from serving.gateway.engine_call import EngineCall
+from serving.gateway.engine_call import EngineCall, EngineUnreachable
 from serving.gateway.identity import Identity
 from serving.gateway.limits import Limits, Reservation
 from serving.gateway.metering import Meter, Request
@@ -66,6 +73,18 @@ _prompts.propagate = False
 # How long an engine may take to hand over the usage of a request whose client has left.
 _SETTLE_SECONDS = 5.0
 _CANCEL_INTERVAL_SECONDS = 0.1
+# How long it may take until it is noticed that a process has ended, which answers nobody any more.
+_NOTICE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A request's place at an engine. It must start within ``start_within_seconds``, if anybody said so."""
+
+    ticket: Ticket
+    endpoint: Endpoint
+    clearance: Clearance | None
+    start_within_seconds: float | None
 
 
 class Relay:
@@ -129,36 +148,42 @@ class Relay:
         self.open_requests += 1
         self._idle.clear()
         try:
-            ticket, endpoint, clearance = await self._enter(
-                caller, engine, body, _units(body), sent, attempt
-            )
+            place = await self._enter(caller, engine, body, _units(body), sent, attempt)
         except BaseException:
             self._close()
             if reservation:
                 reservation.withdraw()
             raise
         request.queue_seconds = (
-            ticket.queue_seconds
+            place.ticket.queue_seconds
             if attempt.began_at is None
             else time.monotonic() - attempt.began_at
         )
-        self._tickets[id(request)] = ticket
+        self._tickets[id(request)] = place.ticket
         if _prompts.isEnabledFor(logging.INFO):
             written_id = orjson.dumps(caller.request_id).decode()
             _prompts.info('{"request_id":%s,"body":%s}', written_id, sent.decode())
         caller.log_entry.is_metered = True
         self._meter.started(request, body)
-        call = self._call(engine, endpoint, body, sent, caller, clearance, request.trace)
-        if clearance:
-            request.purchase = clearance.purchase
-        try:
+        if place.clearance:
+            request.purchase = place.clearance.purchase
+
+        async def answered(place: _Place, attempt: Attempt) -> Response:
+            call = self._call(engine, place, body, sent, caller, request.trace)
             if isinstance(body, GenerationRequest) and body.stream:
                 tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
                 return await self._stream(caller, call, request, tap, translation, attempt)
             return await self._whole(caller, call, request, translation, attempt)
+
+        try:
+            return await answered(place, attempt)
         except PassedOn:
             caller.log_entry.is_metered = False
             raise
+        except EngineUnreachable as error:
+            assert isinstance(engine, Engine)
+            place = await self._enter_again(caller, engine, request, place, error)
+            return await answered(place, replace(attempt, is_repeated=True))
 
     async def ask(
         self, caller: Caller, engine: Backend, body: ModelRequest, attempt: Attempt = DIRECT
@@ -170,12 +195,12 @@ class Relay:
         sent = self._for_engine(caller, engine, body, attempt)
         reservation = self._reserve(caller, engine, 0)
         try:
-            ticket, endpoint, clearance = await self._enter(caller, engine, body, 0, sent, attempt)
+            place = await self._enter(caller, engine, body, 0, sent, attempt)
         except BaseException:
             if reservation:
                 reservation.withdraw()
             raise
-        call = self._call(engine, endpoint, body, sent, caller, clearance)
+        call = self._call(engine, place, body, sent, caller)
         status: int | None = CLIENT_CLOSED_REQUEST
         try:
             answer, payload = await while_connected(caller.receive, call.answer())
@@ -190,7 +215,7 @@ class Relay:
                 raise PassedOn(error) from error
             raise
         finally:
-            ticket.release()
+            place.ticket.release()
             if reservation and status is None:
                 reservation.withdraw()
             elif reservation:
@@ -222,7 +247,7 @@ class Relay:
         units: int,
         sent: bytes,
         attempt: Attempt,
-    ) -> tuple[Ticket, Endpoint, Clearance | None]:
+    ) -> _Place:
         """Wait for a place at an engine; counts what is turned away, and who leaves while waiting.
 
         Raises as :meth:`forward` does; then the place is given back.
@@ -244,7 +269,10 @@ class Relay:
             clearance = None
             if isinstance(engine, Remote):
                 clearance = clear(engine, body, sent, self.spending if units else None)
-            return ticket, endpoint_of(engine), clearance
+            left_seconds = None
+            if deadline_seconds is not None:
+                left_seconds = max(0.0, deadline_seconds - ticket.queue_seconds)
+            return _Place(ticket, endpoint_of(engine), clearance, left_seconds)
         except BaseException as error:
             if ticket is not None:
                 ticket.release()
@@ -255,34 +283,66 @@ class Relay:
             self._meter.unmetered(engine.model.served_name, caller.endpoint, status)
             raise
 
+    async def _enter_again(
+        self, caller: Caller, engine: Engine, request: Request, place: _Place, error: ApiError
+    ) -> _Place:
+        """Have a request wait anew for an engine whose process was gone. Raises ``error`` if it is not back in time.
+
+        Then, and when its client leaves, it is metered.
+        """
+        before = place.ticket
+        try:
+            # Until then it keeps its place, which others would be given for nothing.
+            async with asyncio.timeout(_NOTICE_SECONDS):
+                await while_connected(caller.receive, engine.leaves(place.endpoint))
+            before.release()
+            ticket = self.admission.enter(
+                *(engine, before.owner, before.units),
+                max(0.0, before.deadline_at - self.admission.monotonic()),
+                *(before.tokens, before.adapter),
+            )
+            self._tickets[id(request)] = ticket
+            if ticket.is_waiting:
+                await while_connected(caller.receive, ticket.wait())
+            endpoint = endpoint_of(engine)
+        except BaseException as failure:
+            is_refused = isinstance(failure, ApiError | TimeoutError)
+            status = error.status if is_refused else CLIENT_CLOSED_REQUEST
+            self._finish(request, status, NOTHING_USED)
+            if is_refused:
+                raise error from failure
+            raise
+        request.queue_seconds = time.monotonic() - request.arrived_at
+        return replace(place, ticket=ticket, endpoint=endpoint)
+
     def _call(
         self,
         engine: Backend,
-        endpoint: Endpoint,
+        place: _Place,
         body: ModelRequest,
         sent: bytes,
         caller: Caller,
-        clearance: Clearance | None,
         trace: Trace | None = None,
     ) -> EngineCall | RemoteCall:
         trace_headers = trace.headers if trace else {}
+        owner = _tenancy_of(body, caller.identity)
         if isinstance(engine, Remote):
-            assert clearance is not None
+            assert place.clearance is not None
             return RemoteCall(
-                *(self._session, engine, body, sent, clearance.passage),
+                *(self._session, engine, body, sent, place.clearance.passage),
                 streamed=_is_streamed(body),
-                rig_headers={**trace_headers, HOPS_HEADER: str(caller.hops + 1)},
+                rig_headers={**trace_headers, **_rig_headers(caller, owner, place)},
             )
-        headers = {**_tenancy_of(body, caller.identity).to_headers(), **trace_headers}
+        headers = {**owner.to_headers(), **trace_headers}
         wire = wire_of(engine.model)
-        return wire.call(self._session, engine, endpoint, body, sent, headers)
+        return wire.call(self._session, engine, place.endpoint, body, sent, headers)
 
     def _for_engine(
         self, caller: Caller, engine: Backend, body: ModelRequest, attempt: Attempt
     ) -> bytes:
         """As :func:`_for_engine`; counts what is turned away. Raises as :meth:`forward` does."""
         try:
-            return _for_engine(engine, body)
+            return _for_engine(engine, body, _tenancy_of(body, caller.identity))
         except ApiError as error:
             if attempt.may_pass_on:
                 raise PassedOn(error) from error
@@ -474,7 +534,9 @@ class Relay:
         return record
 
     def _failed(self, request: Request, error: ApiError, attempt: Attempt) -> ApiError | PassedOn:
-        """What to raise for a request that its engine has failed; it is metered, unless another will be."""
+        """What to raise for a request that its engine has failed; it is metered, unless it is asked again."""
+        if isinstance(error, EngineUnreachable) and attempt.may_repeat:
+            return error
         passes_on = attempt.may_pass_on and error.status in PASSED_ON
         if passes_on and (not request.purchase or isinstance(error, NotStarted)):
             self._withdraw(request)
@@ -551,7 +613,19 @@ def _tenancy_of(body: ModelRequest, identity: Identity) -> Tenancy:
     )
 
 
-def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
+def _rig_headers(caller: Caller, owner: Tenancy, place: _Place) -> dict[str, str]:
+    """What holds for a request also at the next rig, which has queues and routes of its own."""
+    headers = {HOPS_HEADER: str(caller.hops + 1)}
+    if place.start_within_seconds is not None:
+        headers[DEADLINE_HEADER] = f"{place.start_within_seconds:.3f}"
+    # A key's list of models names those of this rig.
+    has_list = caller.identity.models is not None
+    if not caller.may_spill or owner.priority == "batch" or has_list:
+        headers[SPILL_OVER_HEADER] = "never"
+    return headers
+
+
+def _for_engine(engine: Backend, body: ModelRequest, owner: Tenancy) -> bytes:
     """The request as the engine gets it: a name it knows, and usage at the end of a stream.
 
     Raises :class:`ApiError` (503) for an adapter that has gone since it was found: its base is no answer for it.
@@ -559,6 +633,10 @@ def _for_engine(engine: Backend, body: ModelRequest) -> bytes:
     changes: dict[str, Any] = {}
     if isinstance(engine, Remote):
         changes["model"] = engine.name_there
+        is_rig = engine.model.dialect == "rigserve"
+        if is_rig and owner.priority == "batch" and isinstance(body, ChatCompletionRequest):
+            # What gives way here gives way there.
+            changes["service_tier"] = "flex"
     elif body.model in (engine.model.served_name, *engine.model.aliases):
         changes["model"] = engine.model.served_name
     elif body.model not in adapters_of(engine):

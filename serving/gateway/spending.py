@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from serving.config import RemoteModel, UsdPerMillion
 from serving.cost.price_data import PriceData
 from serving.cost.prices import PriceBook
-from serving.gateway.limits import next_start
+from serving.gateway.limits import next_start, period_start
 from serving.protocol.errors import ApiError
 from serving.protocol.keys import BudgetPeriod
 from serving.protocol.responses import Usage
@@ -22,6 +22,7 @@ from serving.protocol.responses import Usage
 Price = Callable[[int, int, int], float]
 
 _RETRY_SECONDS = 1
+_PERIODS: tuple[BudgetPeriod, ...] = ("day", "month")
 
 
 def prices_of(models: Iterable[RemoteModel], data: PriceData | None = None) -> dict[str, Price]:
@@ -88,6 +89,12 @@ class Spending:
         """Begin with what the ledger has of the current period."""
         for name, usd in usd_by_model.items():
             self._of(name, period).usd += usd
+
+    def add(self, name: str, started_unix: float, usd: float) -> None:
+        """Count a request, too, that another server has sent."""
+        for period in _PERIODS:
+            if started_unix >= period_start(period, self._unix()):
+                self._of(name, period).usd += usd
 
     def spent_usd(self, name: str, period: BudgetPeriod) -> float:
         """What a model has cost in the current period, without what is under way."""

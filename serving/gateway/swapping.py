@@ -171,7 +171,7 @@ class Swapper:
         self._ready_at: dict[str, float] = {}
         self._retry_at: dict[str, float] = {}
         fleet.subscribe(self._changed)
-        fleet.recency(admission.last_used)
+        fleet.traffic(admission.last_used, admission.in_flight)
         admission.listen(self._again.set)
 
     async def run(self) -> None:

@@ -44,7 +44,7 @@ def add_keys_command(
     create.add_argument("--weight", type=float, help="the tenant's share of a busy engine")
     create.add_argument("--priority", choices=get_args(Priority), help="the tenant's class")
     create.add_argument(
-        "--models", metavar="A,B", type=lambda text: text.split(","), help="only these models"
+        "--models", metavar="A,B", type=_names, help="only these models, adapters and routes"
     )
     create.add_argument("--requests-per-minute", metavar="N", type=int)
     create.add_argument("--tokens-per-minute", metavar="N", type=int)
@@ -73,6 +73,10 @@ def add_keys_command(
                 default=0.0,
                 help="how long the old secret is still good, such as 30m, 7d (default: not at all)",
             )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _create(args: argparse.Namespace) -> int:
@@ -127,10 +131,14 @@ def _rotate(args: argparse.Namespace) -> int:
 
 def _tell_of_unknown(models: Iterable[str], file: Path) -> None:
     """A key may be for models that are still to come; or there is a typing error in one."""
+    config = load_config(file)
     served = {
-        name
-        for model in load_config(file).models
-        for name in (model.name, *model.aliases, *(adapter.name for adapter in model.adapters))
+        *(route.name for route in config.routes),
+        *(
+            name
+            for model in config.models
+            for name in (model.name, *model.aliases, *(adapter.name for adapter in model.adapters))
+        ),
     }
     if unknown := sorted(set(models) - served):
         print(f"note: {file} serves no {', '.join(unknown)}", file=sys.stderr)

@@ -150,5 +150,12 @@ SCHEMAS: dict[str, Schema] = {
         state=_TEXT,
         in_flight=_WHOLE,
     ),
-    "Reload": _object(file=_TEXT, ok=_FLAG, message=_or_null(_TEXT), changes=_object()),
+    "Reload": _object(
+        file=_TEXT,
+        reloading=_FLAG,
+        file_changed=_FLAG,
+        ok=_FLAG,
+        message=_or_null(_TEXT),
+        changes=_object(),
+    ),
 }

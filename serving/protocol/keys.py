@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema, model_validator
 
 from serving.protocol.errors import conflict
 from serving.protocol.structured import Body, ListOf
@@ -15,8 +16,24 @@ BudgetPeriod = Literal["day", "month"]
 _MAX_COUNT = 10**12
 _TEN_YEARS_SECONDS = 10 * 366 * 24 * 3600
 # It begins unlike "-", which stands for nobody.
-_Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+ -]*$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._@+ -]*$"
 _ModelName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+def _is_a_name(value: str) -> str:
+    if not re.fullmatch(_NAME, value):
+        raise ValueError(
+            "must begin with a letter or digit, and have letters, digits, spaces and . _ @ + - only"
+        )
+    return value
+
+
+_Name = Annotated[
+    str,
+    StringConstraints(max_length=64),
+    AfterValidator(_is_a_name),
+    WithJsonSchema({"type": "string", "maxLength": 64, "pattern": _NAME}),
+]
 
 
 class NewKey(Body):

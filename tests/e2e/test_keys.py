@@ -140,6 +140,9 @@ def test_a_key_for_some_models_sees_no_others(rig: KeyedRig) -> None:
             model=MODEL, messages=HELLO, max_tokens=2
         )
     by_own_name = rig.new_key("by-own-name", models=[MODEL])
+    for key, models in ((by_own_name, {MODEL: "ready"}), (secret, {}), (None, {})):
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        assert rig.get("/ready", headers=headers).json() == {"ready": True, "models": models}
     assert rig.chat(by_own_name, model="gpt-4o-mini").status_code == 200
 
 

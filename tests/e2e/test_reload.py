@@ -65,7 +65,15 @@ def test_a_stream_runs_through_a_reload_that_changes_its_model(two_models: RigSe
     ]
     rewrite(rig, rig.config)
     # The file is watched; nobody has to say anything.
-    rig.wait_for_output("changed added: third; restarted: first; updated: second")
+    seen: list[dict[str, Any]] = []
+
+    def is_taken_up() -> bool:
+        seen.append(rig.get("/admin/reload").json())
+        return "changed added: third; restarted: first; updated: second" in rig.output
+
+    wait_for(is_taken_up, "the config is taken up")
+    # What is being started is not told as what is about to leave.
+    assert all(not told["draining"] for told in seen if told["reloading"])
     assert reader.is_alive(), "the stream ended before the reload: make it longer"
 
     # From now on all is new, while the stream goes on on the old engine.
@@ -120,7 +128,9 @@ def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigSer
     ]
     for config, reason in mistakes:
         rewrite(rig, config)
+        assert rig.get("/admin/reload").json()["file_changed"]
         answer = post(rig, "/admin/reload")
+        assert not answer.json()["file_changed"]
         assert answer.status_code == 409
         assert reason in answer.json()["message"]
         assert engines_below(rig) == before
@@ -129,10 +139,12 @@ def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigSer
     assert rig.series("rigserve_config_last_reload_successful") == {"": 0.0}
     told = cli(rig, "config", "status")
     assert told.returncode == 1
+    assert "has changed since" not in told.stdout
     assert "REFUSED" in told.stdout
     assert "does not fit" in told.stdout
 
     rig.config_path.write_text(good)
+    assert "has changed since" in cli(rig, "config", "status").stdout
     rig.process.send_signal(signal.SIGHUP)
     wait_for(lambda: rig.get("/admin/reload").json()["ok"], "SIGHUP is heeded")
     assert engines_below(rig) == before

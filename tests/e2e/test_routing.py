@@ -258,16 +258,26 @@ def test_spill_over_is_marked_and_can_be_declined(near: RigServer) -> None:
 
 
 def test_a_queue_that_is_too_long_spills_over(near: RigServer) -> None:
+    seen, body = threading.Event(), {"messages": [{"role": "user", "content": "Hello"}]}
+
     def long_one() -> None:
-        ask(near, "home", max_tokens=400, ignore_eos=True)
+        """Until it has been seen what comes of the others; then nobody waits for it."""
+        url = f"{near.base_url}/v1/chat/completions"
+        fields = {**body, "model": "home", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with requests.post(url, json=fields, stream=True, timeout=60):
+            seen.wait(60)
 
     others = [threading.Thread(target=long_one) for _ in range(12)]
     for other in others:
         other.start()
-    wait_for(lambda: near.total("rigserve_admission_waiting") >= 1, "requests wait")
-    answer = ask(near, "hasty")
-    for other in others:
-        other.join()
+    try:
+        wait_for(lambda: near.total("rigserve_admission_waiting") >= 1, "requests wait")
+        answer = ask(near, "hasty")
+    finally:
+        seen.set()
+        for other in others:
+            other.join()
+    wait_for(lambda: near.total("rigserve_requests_in_flight") == 0, "they have left")
     assert answer.headers["x-rigserve-served-as"] == "spill_over"
     assert ask(near, "hasty").headers["x-rigserve-model"] == "home"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -339,3 +341,20 @@ def test_it_finds_the_length_that_fits_by_itself(
         assert refused.status_code == 400
         assert refused.json()["error"]["code"] == "context_length_exceeded"
         assert answer(server, "smollm2-135m")
+
+
+def test_an_engine_that_is_stuck_behind_its_api_is_started_again(
+    python: str, tmp_path: Path, cache_dir: Path
+) -> None:
+    with RigServer(a_config(tmp_path, cache_dir, python, step_timeout_seconds=10)) as rig:
+        rig.wait_until_ready(START_SECONDS)
+        below = command_lines(rig.process.pid)
+        [core] = [pid for pid, line in below.items() if "EngineCore" in " ".join(line)]
+        os.kill(core, signal.SIGSTOP)
+        body = {**ASKED, "model": "smollm2-135m"}
+        url = f"{rig.base_url}/v1/chat/completions"
+        # To be ended it is woken, and may give its answer on the way.
+        answer = requests.post(url, json=body, timeout=START_SECONDS)
+        assert answer.status_code in (200, 503)
+        rig.wait_for_output("has requests, and computed nothing for")
+        assert rig.total("rigserve_engine_restarts") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -17,7 +18,8 @@ import pytest
 import requests
 import yaml
 
-from serving.gateway.http_server import _network_of
+from serving.config import ServerConfig
+from serving.gateway.http_server import HttpServer, _network_of
 from tests.processes import RigServer, wait_for, write_config
 
 HOST = "127.0.0.1"
@@ -227,6 +229,37 @@ def test_whose_an_address_is(address: str, network: str) -> None:
     assert _network_of(address) == network
 
 
+@pytest.mark.parametrize(
+    ("peer", "told"),
+    [
+        ("127.0.0.1", "203.0.113.9"),
+        ("::1", "203.0.113.9"),
+        ("::ffff:127.0.0.1", "203.0.113.9"),
+        ("198.51.100.1", "198.51.100.1"),
+    ],
+)
+def test_only_proxies_of_this_machine_are_believed_whom_they_speak_for(
+    peer: str, told: str
+) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        seen.append(scope["client"][0])
+
+    async def main() -> None:
+        server = HttpServer(app, ServerConfig(), lambda _: None)
+        scope: Any = {
+            "type": "http",
+            "client": (peer, 1),
+            "headers": [(b"x-forwarded-for", b"203.0.113.9")],
+        }
+        nobody: Any = None
+        await server.config.loaded_app(scope, nobody, nobody)
+
+    asyncio.run(main())
+    assert seen == [told]
+
+
 def test_security_headers_on_all_that_is_answered(rig: RigServer) -> None:
     for path in ("/health", "/v1/models", "/nothing", "/docs"):
         headers = rig.get(path).headers
@@ -251,6 +284,21 @@ def test_only_listed_sites_may_use_it_from_a_browser(rig: RigServer) -> None:
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     exposed = answer.headers["access-control-expose-headers"]
     assert {"x-request-id", "x-ratelimit-remaining-tokens"} <= set(exposed.split(", "))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files", "/v1/batches"])
+def test_what_browsers_send_unasked_for_other_sites_is_refused(rig: RigServer, path: str) -> None:
+    """Of a page's `fetch` with `no-cors` and bytes for a body, or of its form, nobody is asked before."""
+    for headers, may in (
+        ({"sec-fetch-site": "cross-site", "origin": "https://evil.example"}, False),
+        ({"sec-fetch-site": "same-site", "origin": "null"}, False),
+        ({"sec-fetch-site": "cross-site", "origin": ORIGIN}, True),
+        ({"sec-fetch-site": "same-origin", "origin": rig.base_url}, True),
+        ({}, True),
+    ):
+        answer = requests.post(rig.base_url + path, data=b"{}", headers=headers, timeout=10)
+        is_refused = answer.status_code == 403 and answer.json()["error"]["code"] == "cross_site"
+        assert is_refused == (not may), (headers, answer.text)
 
 
 def write_certificate(folder: Path, name: str) -> tuple[Path, Path]:

@@ -75,17 +75,23 @@ def test_a_request_is_told_of_in_one_line(rig: RigServer) -> None:
 
 
 def test_refused_requests_are_told_of_too(rig: RigServer) -> None:
-    for number, (path, body, status) in enumerate(
+    late = {"x-rigserve-deadline-seconds": "soon"}
+    model = "smollm2-135m"
+    for number, (path, body, more, status, told) in enumerate(
         (
-            (CHAT, BODY | {"model": "gone"}, 404),
-            (CHAT, BODY | {"n": -1}, 400),
-            ("/nothing", {}, 404),
+            (CHAT, BODY | {"model": "gone"}, {}, 404, (None, "model_not_found")),
+            (CHAT, BODY | {"n": -1}, {}, 400, (None, "invalid_value")),
+            (CHAT, BODY, late, 400, (model, "invalid_value")),
+            ("/v1/messages", BODY, late, 400, (model, "invalid_value")),
+            (CHAT, BODY, {"sec-fetch-site": "cross-site"}, 403, (None, "cross_site")),
+            ("/nothing", {}, {}, 404, (None, None)),
         )
     ):
-        headers = {"x-request-id": f"refused-{number}"}
+        headers = {"x-request-id": f"refused-{number}", **more}
         requests.post(rig.base_url + path, json=body, headers=headers, timeout=60)
         line = line_of(rig, f"refused-{number}")
         assert (line["status"], line["endpoint"], line["level"]) == (status, path, "info")
+        assert (line["model"], line["error"]) == told
 
 
 def test_a_client_that_leaves_is_told_of_once_with_its_tokens(rig: RigServer) -> None:
@@ -222,6 +228,15 @@ def test_logs_command(rig: RigServer) -> None:
     gone = subprocess.run([*command, "gone"], capture_output=True, text=True, check=False)
     assert gone.returncode == 2
     assert "no engine of gone has written" in gone.stderr
+    assert "these have: smollm2-135m" in gone.stderr
+
+
+def test_a_models_log_is_that_of_all_its_replicas(tmp_path: Path) -> None:
+    for name in ("chat%231", "chat%232", "chatty"):
+        (tmp_path / f"{name}.log").write_text(f"{name[4:]}\n")
+    assert list(lines_of(tmp_path, "chat", 9, follow=False)) == ["[chat#1] %231", "[chat#2] %232"]
+    assert list(lines_of(tmp_path, "chat#2", 9, follow=False)) == ["%232"]
+    assert list(lines_of(tmp_path, "chatty", 9, follow=False)) == ["ty"]
 
 
 def test_what_is_stored_is_for_the_servers_user_only(rig: RigServer) -> None:
@@ -267,6 +282,7 @@ def test_prompts_are_written_only_when_asked_and_only_there(
         "GET /v1/models?api_key=SECRET-1234567890&x=1",
         "/x?a=1&token=SECRET-1234567890",
         "the key sk-SECRET-1234567890 is wrong",
+        "HF_TOKEN='hf_SECRET0123456789abcdef'",
         "cannot reach https://ana:SECRET-1@collector.example.org:4318/v1/traces",
         # The same for every process of a parallel run.
         f"rigserve's own: {new_secret()[:3]}SECRET{'x1' * ((len(new_secret()) - 9) // 2)}",

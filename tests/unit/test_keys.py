@@ -128,7 +128,10 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(commands) == 9
     (tmp_path / "m.gguf").touch()
     config = tmp_path / "rig.yaml"
-    config.write_text("models: [{name: smollm2-135m, source: m.gguf}]\nstorage: {data_dir: data}\n")
+    config.write_text(
+        "models: [{name: smollm2-135m, source: m.gguf}]\nstorage: {data_dir: data}\n"
+        "routes: [{name: chat, targets: [{model: smollm2-135m}]}]\n"
+    )
     told = {}
     for command in commands:
         words = shlex.split(command)[1:]
@@ -143,7 +146,8 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert (keys["intern"]["budget_usd"], keys["intern"]["budget_period"]) == (5.0, "day")
     assert "rs-" in told["rotate"]
     assert "rs-" not in told["list"] + told["show"] + told["revoke"]
-    assert main(["keys", "create", "typo", "--models", "smolm2", "--config", str(config)]) == 0
+    models = "smolm2, chat, smollm2-135m"
+    assert main(["keys", "create", "typo", "--models", models, "--config", str(config)]) == 0
     assert capsys.readouterr().err == f"note: {config} serves no smolm2\n"
     for wrong in (
         ["show", "nobody"],
@@ -152,7 +156,9 @@ def test_the_commands_of_the_guide_run(tmp_path: Path, capsys: pytest.CaptureFix
         ["create", "a", "--budget-usd", "-1"],
     ):
         assert main(["keys", *wrong, "--config", str(config)]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert wrong != ["create", "a/b"] or "letters, digits" in error
 
 
 def test_a_tenants_weight_is_one(store: KeyStore) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from serving.config import LlamaCppModel, MemoryConfig, ModelConfig
 from serving.engines.launch import Files, Footprint, Launch
+from serving.engines.standstill import Pulse
 from serving.engines.supervisor import (
     Engine,
     EngineStartError,
@@ -43,8 +44,9 @@ class Health(http.server.BaseHTTPRequestHandler):
         asked += 1
         if "hangs" in name and asked > 1: time.sleep(60)
         self.send_response(500 if "fails" in name and asked > 1 else 200); self.end_headers()
+    def do_POST(self): time.sleep(60)
     def log_message(self, *_): pass
-http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Health).serve_forever()
 """
 
 
@@ -55,6 +57,7 @@ class Programs:
     uses_gpus: bool = False
     needs_mib: int = 100
     launched: dict[str, Launch] = field(default_factory=dict)
+    pulse: Pulse | None = None
 
     def prepare(self, model: ModelConfig) -> Files:
         return Files(Path(os.devnull))
@@ -78,7 +81,7 @@ class Programs:
     ) -> Launch:
         environment = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         command = [sys.executable, "-I", "-c", _PROGRAM, model.name, str(port)]
-        self.launched[model.name] = Launch(command, environment)
+        self.launched[model.name] = Launch(command, environment, pulse=self.pulse)
         return self.launched[model.name]
 
 
@@ -196,6 +199,29 @@ def test_one_that_answers_no_more_is_started_again(
         assert "did not answer for 0.5 s" in caplog.text
 
     run(test, name, step_timeout_seconds=0.5)
+
+
+def test_one_that_answers_and_computes_nothing_is_started_again_if_it_has_work(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(supervisor: Supervisor) -> None:
+        [engine] = supervisor.engines
+        away, requests = asyncio.Event(), 0
+        supervisor.subscribe(lambda e: away.set() if e.state is EngineState.BACKOFF else None)
+        supervisor.traffic(lambda _: 0.0, lambda _: requests)
+        await supervisor.load(engine)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.5):
+                await away.wait()
+        requests = 1
+        async with asyncio.timeout(60):
+            await away.wait()
+            requests = 0
+            await engine.ready()
+        assert "has requests, and computed nothing for" in caplog.text
+
+    pulse = Pulse("/", lambda _: b"no step", ("/", {}))
+    run(test, "still", launcher=Programs(pulse=pulse), step_timeout_seconds=0.3)
 
 
 def test_nobody_leaves_who_may_not() -> None:

@@ -18,6 +18,7 @@ import filelock
 from serving.config import AdapterConfig, VllmModel
 from serving.engines.adapters import adapter_file
 from serving.engines.launch import AdapterFile, Files, Footprint, Launch
+from serving.engines.standstill import Pulse
 from serving.engines.vllm import adapters, command, containers
 from serving.engines.vllm.environment import INSIDE, Environments
 from serving.engines.vllm.failures import explain
@@ -190,6 +191,7 @@ class VllmLauncher:
             health_path="/v1/models",
             explain=functools.partial(explain, model),
             adapter_room=room,
+            pulse=pulse_of(model),
         )
 
     def _python(self, model: VllmModel) -> _Python:
@@ -199,6 +201,17 @@ class VllmLauncher:
         if model.environment not in self._named:
             self._named[model.environment] = _looked_at(Path(model.environment))
         return self._named[model.environment]
+
+
+def pulse_of(model: VllmModel) -> Pulse:
+    """How a vLLM shows that it computes: its API is another process than its engine, and answers while that is stuck."""
+    trial = {"model": model.served_name, "prompt": "a", "max_tokens": 1}
+    return Pulse("/metrics", _counts, ("/v1/completions", trial))
+
+
+def _counts(exposition: bytes) -> bytes:
+    """Its own series, those of its KV cache among them, which grows with each piece of a prompt."""
+    return b"\n".join(line for line in exposition.splitlines() if line.startswith(b"vllm:"))
 
 
 # Keys of a model that its process does not know of.

@@ -26,7 +26,7 @@ def routes(gateway: Gateway, fleet: Fleet, traffic: Traffic) -> APIRouter:
 
     @router.get("")
     async def listed() -> Response:
-        """All models with their engines' states, memory and requests; engines that a reload lets go come last."""
+        """All models with their engines' states, memory and requests; engines that a reload brings or lets go come last."""
         await fleet.measure()
         served = gateway.router.engines
         leaving = [engine for engine in fleet.engines if engine not in served]

@@ -79,6 +79,7 @@ class _Route(APIRoute):
             try:
                 response = await handle(http)
             except ApiError as error:
+                http.state.log_entry.error = error.code
                 response = _error(http, error.status, error.body["error"], error.response.headers)
             response.headers["request-id"] = http.state.request_id
             return response
