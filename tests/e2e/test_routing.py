@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,8 @@ def talk(rig: RigServer, model: str, messages: list[Any], **fields: Any) -> requ
     headers = fields.pop("headers", {})
     body = {"model": model, "messages": messages, "max_tokens": 4, **fields}
     url = f"{rig.base_url}/v1/chat/completions"
-    return requests.post(url, json=body, headers=headers, timeout=60)
+    stream = bool(body.get("stream"))
+    return requests.post(url, json=body, headers=headers, stream=stream, timeout=60)
 
 
 def rows(rig: RigServer, request_id: str) -> list[dict[str, Any]]:
@@ -258,16 +261,17 @@ def test_spill_over_is_marked_and_can_be_declined(near: RigServer) -> None:
 
 
 def test_a_queue_that_is_too_long_spills_over(near: RigServer) -> None:
-    def long_one() -> None:
-        ask(near, "home", max_tokens=400, ignore_eos=True)
-
-    others = [threading.Thread(target=long_one) for _ in range(12)]
-    for other in others:
-        other.start()
-    wait_for(lambda: near.total("rigserve_admission_waiting") >= 1, "requests wait")
-    answer = ask(near, "hasty")
-    for other in others:
-        other.join()
+    slots = near.config["models"][0]["max_sequences"]
+    with contextlib.ExitStack() as long_ones, ThreadPoolExecutor(1) as pool:
+        for _ in range(slots):
+            fields: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True, "stream": True}
+            long_ones.enter_context(ask(near, "home", **fields))
+        waits = pool.submit(ask, near, "home")
+        wait_for(lambda: near.total("rigserve_admission_waiting") == 1, "a request waits")
+        answer = ask(near, "hasty")
+        # Who leaves makes room for who waits.
+        long_ones.close()
+        assert waits.result().status_code == 200
     assert answer.headers["x-rigserve-served-as"] == "spill_over"
     assert ask(near, "hasty").headers["x-rigserve-model"] == "home"
 
