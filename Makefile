@@ -58,7 +58,7 @@ soak: setup-dev
 chaos: setup-dev
 	RIGSERVE_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),300) .venv/bin/python -m pytest tests/e2e/test_chaos.py
 
-# Wrong requests against a whole server; `make test` sends ten thousand.
+# Wrong requests against a whole server; `make test` sends four thousand.
 fuzz: setup-dev
 	RIGSERVE_FUZZ_REQUESTS=$(or $(FUZZ_REQUESTS),100000) RIGSERVE_FUZZ_SEED=$(or $(FUZZ_SEED),1) .venv/bin/python -m pytest tests/fuzz
 

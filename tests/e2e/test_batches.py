@@ -327,7 +327,7 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, cache_dir: Path) 
 
 def test_stopped_killed_expired_and_not_run_twice(tmp_path: Path, cache_dir: Path) -> None:
     path = write_config(tmp_path, cache_dir, context_length=1024, max_sequences=2)
-    names = [f"l{number}" for number in range(24)]
+    names = [f"l{number}" for number in range(14)]
     with RigServer(path) as server:
         server.wait_until_ready()
         batch = begin(server, [line(name, max_tokens=40) for name in names])

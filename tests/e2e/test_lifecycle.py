@@ -39,12 +39,13 @@ def ledger_rows(rig: RigServer) -> list[tuple[Any, ...]]:
         ).fetchall()
 
 
-def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
-    stream = own_rig.client.chat.completions.create(
+def test_an_engine_killed_mid_stream(rig: RigServer) -> None:
+    stream = rig.client.chat.completions.create(
         model="smollm2-135m", messages=HELLO, stream=True, extra_body=ENDLESS
     )
     next(iter(stream))
-    [engine] = own_rig.engines()
+    restarts = rig.total("rigserve_engine_restarts")
+    [engine] = rig.engines()
     guard = engine.parent()
     # As long as its guard sleeps, nobody knows of its death.
     guard.suspend()
@@ -52,51 +53,50 @@ def test_an_engine_killed_mid_stream(own_rig: RigServer) -> None:
     with pytest.raises(openai.APIError, match="stopped while it worked"):
         for _ in stream:
             pass
-    wait_for(lambda: own_rig.total("rigserve_requests_in_flight") == 0, "the stream is metered")
-    url = f"{own_rig.base_url}/v1/chat/completions"
+    wait_for(lambda: rig.total("rigserve_requests_in_flight") == 0, "the stream is metered")
+    url = f"{rig.base_url}/v1/chat/completions"
     body = {"model": "smollm2-135m", "messages": HELLO, "max_tokens": 1}
     with ThreadPoolExecutor(1) as client:
         # It finds nobody there, and waits until the engine is back.
         away = client.submit(requests.post, url, json=body, timeout=120)
-        wait_for(lambda: own_rig.total("rigserve_requests_in_flight") == 1 or away.done(), "sent")
+        wait_for(lambda: rig.total("rigserve_requests_in_flight") == 1 or away.done(), "sent")
         guard.resume()
         assert away.result().status_code == 200
-    wait_for(lambda: own_rig.total("rigserve_engine_restarts") == 1, "the death is noticed")
-    own_rig.wait_until_ready()
-    answer = own_rig.client.chat.completions.create(
-        model="smollm2-135m", messages=HELLO, max_tokens=2
-    )
+    wait_for(lambda: rig.total("rigserve_engine_restarts") == restarts + 1, "the death is noticed")
+    rig.wait_until_ready()
+    answer = rig.client.chat.completions.create(model="smollm2-135m", messages=HELLO, max_tokens=2)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 2
-    assert "SIGKILL" in own_rig.output
-    wait_for(lambda: (500, "estimated") in {(r[0], r[2]) for r in ledger_rows(own_rig)}, "the row")
+    assert "SIGKILL" in rig.output
+    wait_for(lambda: (500, "estimated") in {(r[0], r[2]) for r in ledger_rows(rig)}, "the row")
 
 
-def test_a_killed_guard_takes_its_engine_along_and_both_come_back(own_rig: RigServer) -> None:
-    [engine] = own_rig.engines()
+def test_a_killed_guard_takes_its_engine_along_and_both_come_back(rig: RigServer) -> None:
+    restarts = rig.total("rigserve_engine_restarts")
+    [engine] = rig.engines()
     engine.parent().kill()
     psutil.wait_procs([engine], timeout=5)
     assert not engine.is_running()
-    wait_for(lambda: own_rig.total("rigserve_engine_restarts") == 1, "the crash is noticed")
-    own_rig.wait_until_ready()
+    wait_for(lambda: rig.total("rigserve_engine_restarts") == restarts + 1, "the crash is noticed")
+    rig.wait_until_ready()
 
 
-def test_a_stopped_engine_does_not_hold_on_to_clients_that_leave(own_rig: RigServer) -> None:
-    [engine] = own_rig.engines()
+def test_a_stopped_engine_does_not_hold_on_to_clients_that_leave(rig: RigServer) -> None:
+    [engine] = rig.engines()
     engine.suspend()
     try:
         for stream in (True, False):
             with pytest.raises(requests.ReadTimeout):
                 requests.post(
-                    f"{own_rig.base_url}/v1/chat/completions",
+                    f"{rig.base_url}/v1/chat/completions",
                     json={"model": "smollm2-135m", "messages": HELLO, "stream": stream},
                     timeout=0.5,
                 )
-        wait_for(lambda: own_rig.total("rigserve_requests_in_flight") == 0, "both are metered")
+        wait_for(lambda: rig.total("rigserve_requests_in_flight") == 0, "both are metered")
     finally:
         engine.resume()
     running = "rigserve_sequences_running"
-    wait_for(lambda: list(own_rig.series(running).values()) == [0], "the engine is idle", 5)
+    wait_for(lambda: list(rig.series(running).values()) == [0], "the engine is idle", 5)
 
 
 def test_sigterm_lets_streams_finish_and_turns_new_requests_away(own_rig: RigServer) -> None:

@@ -63,10 +63,11 @@ def ask(
     return answer
 
 
-@pytest.fixture
-def pair(tmp_path: Path, cache_dir: Path) -> Iterator[RigServer]:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[RigServer]:
     """Two engines of one slot each, of which the second drafts."""
-    path = write_config(tmp_path, cache_dir, max_sequences=1, speculation="none")
+    folder = tmp_path_factory.mktemp("pair")
+    path = write_config(folder, cache_dir, max_sequences=1, speculation="none")
     config = yaml.safe_load(path.read_text())
     second = {"name": "second", "aliases": [], "speculation": "prompt_lookup"}
     config["models"].append({**config["models"][0], **second})
@@ -181,6 +182,7 @@ def test_the_queue_by_class_preemptions_the_prefix_cache_and_drafts(pair: RigSer
 
 
 def test_engines_that_do_not_answer_have_no_series_and_are_asked_together(pair: RigServer) -> None:
+    """The last one with these engines: it kills them."""
     ask(pair, "What is a wave?", model="second")
     before = Scrape(pair)
     own = (

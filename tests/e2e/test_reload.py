@@ -18,9 +18,10 @@ from tests.processes import RigServer, wait_for
 HELLO: Any = [{"role": "user", "content": "Tell me about the sea."}]
 
 
-@pytest.fixture
-def two_models(tmp_path: Path, cache_dir: Path) -> Iterator[RigServer]:
-    path = write_models(tmp_path, cache_dir, {"first": {"context_length": 2048}, "second": {}})
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[RigServer]:
+    folder = tmp_path_factory.mktemp("rig")
+    path = write_models(folder, cache_dir, {"first": {"context_length": 2048}, "second": {}})
     with RigServer(path) as rig:
         rig.wait_until_ready()
         yield rig
@@ -43,7 +44,54 @@ def names(rig: RigServer) -> set[str]:
     return {model.id for model in rig.client.models.list()}
 
 
+def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigServer) -> None:
+    rig = two_models
+    before, good = engines_below(rig), rig.config_path.read_text()
+    # Only what asks for it is looked at here.
+    quiet = {**rig.config, "server": {**rig.config["server"], "watch_config": False}}
+    rewrite(rig, quiet)
+    rig.wait_for_output("changed settings: server.watch_config")
+    assert cli(rig, "config", "status").returncode == 0
+
+    broken = rig.config_path.parent / "broken.gguf"
+    broken.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    first, second = quiet["models"]
+    moved = {**quiet, "server": {**quiet["server"], "port": 1, "lenient": True}}
+    renamed = {**second, "name": "renamed"}
+    unstartable = {**first, "name": "broken", "source": str(broken), "quantization": None}
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({**quiet, "models": [{**first, "contxt": 1}]}, "did you mean 'context_length'"),
+        ({**moved, "models": [renamed]}, "only a restart can change server.port"),
+        ({**quiet, "models": [{**renamed, "filters": {"forced": {"nonsense": 1}}}]}, "nonsense"),
+        ({**quiet, "models": [renamed, unstartable]}, "has no general.architecture"),
+        ({**quiet, "memory": {"budget_mib": 1}, "models": [renamed]}, "does not fit"),
+    ]
+    for config, reason in mistakes:
+        rewrite(rig, config)
+        assert rig.get("/admin/reload").json()["file_changed"]
+        answer = post(rig, "/admin/reload")
+        assert not answer.json()["file_changed"]
+        assert answer.status_code == 409
+        assert reason in answer.json()["message"]
+        assert engines_below(rig) == before
+        assert names(rig) == {"first", "second"}
+        assert states(rig) == {"first": "ready", "second": "ready"}
+    assert rig.series("rigserve_config_last_reload_successful") == {"": 0.0}
+    told = cli(rig, "config", "status")
+    assert told.returncode == 1
+    assert "has changed since" not in told.stdout
+    assert "REFUSED" in told.stdout
+    assert "does not fit" in told.stdout
+
+    rig.config_path.write_text(good)
+    assert "has changed since" in cli(rig, "config", "status").stdout
+    rig.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: rig.get("/admin/reload").json()["ok"], "SIGHUP is heeded")
+    assert engines_below(rig) == before
+
+
 def test_a_stream_runs_through_a_reload_that_changes_its_model(two_models: RigServer) -> None:
+    """The last one for these models: it takes one away."""
     rig = two_models
     before = engines_below(rig)
     finished: list[Any] = []
@@ -102,52 +150,6 @@ def test_a_stream_runs_through_a_reload_that_changes_its_model(two_models: RigSe
     with pytest.raises(openai.NotFoundError):
         ask(rig, "first")
     assert engines_below(rig)["second"] == before["second"]
-
-
-def test_what_cannot_be_taken_up_changes_nothing_and_says_why(two_models: RigServer) -> None:
-    rig = two_models
-    before, good = engines_below(rig), rig.config_path.read_text()
-    # Only what asks for it is looked at here.
-    quiet = {**rig.config, "server": {**rig.config["server"], "watch_config": False}}
-    rewrite(rig, quiet)
-    rig.wait_for_output("changed settings: server.watch_config")
-    assert cli(rig, "config", "status").returncode == 0
-
-    broken = rig.config_path.parent / "broken.gguf"
-    broken.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
-    first, second = quiet["models"]
-    moved = {**quiet, "server": {**quiet["server"], "port": 1, "lenient": True}}
-    renamed = {**second, "name": "renamed"}
-    unstartable = {**first, "name": "broken", "source": str(broken), "quantization": None}
-    mistakes: list[tuple[dict[str, Any], str]] = [
-        ({**quiet, "models": [{**first, "contxt": 1}]}, "did you mean 'context_length'"),
-        ({**moved, "models": [renamed]}, "only a restart can change server.port"),
-        ({**quiet, "models": [{**renamed, "filters": {"forced": {"nonsense": 1}}}]}, "nonsense"),
-        ({**quiet, "models": [renamed, unstartable]}, "has no general.architecture"),
-        ({**quiet, "memory": {"budget_mib": 1}, "models": [renamed]}, "does not fit"),
-    ]
-    for config, reason in mistakes:
-        rewrite(rig, config)
-        assert rig.get("/admin/reload").json()["file_changed"]
-        answer = post(rig, "/admin/reload")
-        assert not answer.json()["file_changed"]
-        assert answer.status_code == 409
-        assert reason in answer.json()["message"]
-        assert engines_below(rig) == before
-        assert names(rig) == {"first", "second"}
-        assert states(rig) == {"first": "ready", "second": "ready"}
-    assert rig.series("rigserve_config_last_reload_successful") == {"": 0.0}
-    told = cli(rig, "config", "status")
-    assert told.returncode == 1
-    assert "has changed since" not in told.stdout
-    assert "REFUSED" in told.stdout
-    assert "does not fit" in told.stdout
-
-    rig.config_path.write_text(good)
-    assert "has changed since" in cli(rig, "config", "status").stdout
-    rig.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: rig.get("/admin/reload").json()["ok"], "SIGHUP is heeded")
-    assert engines_below(rig) == before
 
 
 def test_a_changed_model_waits_for_the_room_of_its_old_engine(

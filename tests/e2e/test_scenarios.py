@@ -1,4 +1,4 @@
-"""Every scenario that comes with rigserve, for a few requests each, against the embedded model."""
+"""Every scenario that comes with rigserve, for a few requests each, against a whole server with a small model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ USERS_OF_ALL_TENANTS = {"mixed": "5"}
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Iterator[RigServer]:
+def rig(
+    tmp_path_factory: pytest.TempPathFactory, cache_dir: Path, small_path: Path
+) -> Iterator[RigServer]:
     """With the context of the default config: documents and agents' histories are long."""
-    folder = tmp_path_factory.mktemp("rig")
-    config = write_config(folder, cache_dir, context_length=4096, queue_timeout_seconds=300)
+    small = {"source": str(small_path), "quantization": None}
+    config = write_config(
+        tmp_path_factory.mktemp("rig"),
+        cache_dir,
+        context_length=4096,
+        queue_timeout_seconds=300,
+        **small,
+    )
     with RigServer(config) as server:
         server.wait_until_ready()
         yield server

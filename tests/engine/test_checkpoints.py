@@ -62,7 +62,7 @@ def test_a_converted_model_computes_what_it_does_in_transformers(name: str, tmp_
 
 def test_the_embedded_model_comes_back_as_it_was(model_path: Path, tmp_path: Path) -> None:
     """Its first layers, made a Hugging Face folder and converted: the same logits, tokens and settings."""
-    base = write_model(tmp_path / "base.gguf", model_path, layers=2, lora=None, scale=0)
+    base = write_model(tmp_path / "base.gguf", model_path, layers=2)
     folder = write_embedded(tmp_path / "model", base, dtype="F32")
     convert_checkpoint(folder, tmp_path / "made.gguf", None)
     assert np.array_equal(logits_of(base), logits_of(tmp_path / "made.gguf"))

@@ -15,7 +15,6 @@ import pytest
 from serving.llamacpp.measure import log_softmax
 from serving.llamacpp.runtime import Context, LoraAdapter, Model
 from serving.models.peft import convert_adapter
-from tests.lora_files import write_model
 from tests.peft_files import MODULES, Llama, Matrix, write_peft
 from tests.processes import EngineServer
 
@@ -28,10 +27,9 @@ Pairs = dict[str, tuple[Matrix, Matrix]]
 
 
 @pytest.fixture(scope="module")
-def base(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(small_whole_path: Path) -> Path:
     """The model's first layers, as F32."""
-    path = tmp_path_factory.mktemp("convert") / "base.gguf"
-    return write_model(path, model_path, layers=LAYERS, lora=None, scale=0)
+    return small_whole_path
 
 
 @pytest.fixture(scope="module")

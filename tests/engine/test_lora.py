@@ -41,13 +41,6 @@ def lora() -> Lora:
     return random_lora(SHAPES, seed=1)
 
 
-@pytest.fixture(scope="module")
-def small_base(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's first layers."""
-    path = tmp_path_factory.mktemp("lora") / "base.gguf"
-    return write_model(path, model_path, layers=LAYERS, lora=None, scale=0)
-
-
 def _context(model: Model) -> Context:
     return Context(model, slots=2, context_length=64, batch_tokens=64, threads=1)
 
@@ -65,15 +58,14 @@ def _logprobs(model: Model, context: Context) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("scale", [1.0, -0.5])
 def test_an_adapter_does_what_merging_it_into_the_weights_does(
-    tmp_path: Path, model_path: Path, small_base: Path, lora: Lora, scale: float
+    tmp_path: Path, small_whole_path: Path, lora: Lora, scale: float
 ) -> None:
-    merged_path = write_model(
-        tmp_path / "merged.gguf", model_path, layers=LAYERS, lora=lora, scale=scale
-    )
+    merged_path = tmp_path / "merged.gguf"
+    write_model(merged_path, small_whole_path, layers=LAYERS, lora=lora, scale=scale)
     with closing(Model(merged_path, 0)) as merged, closing(_context(merged)) as context:
         expected = _logprobs(merged, context)
     path = write_lora(tmp_path / "lora.gguf", lora)
-    with closing(Model(small_base, 0)) as model, closing(_context(model)) as context:
+    with closing(Model(small_whole_path, 0)) as model, closing(_context(model)) as context:
         base = _logprobs(model, context)
         use_adapter(context.handle, LoraAdapter(model, path, scale))
         adapted = _logprobs(model, context)
@@ -82,11 +74,11 @@ def test_an_adapter_does_what_merging_it_into_the_weights_does(
 
 
 def test_adapters_come_and_go_and_leave_nothing_behind(
-    tmp_path: Path, small_base: Path, lora: Lora
+    tmp_path: Path, small_whole_path: Path, lora: Lora
 ) -> None:
     path = write_lora(tmp_path / "lora.gguf", lora)
     other_path = write_lora(tmp_path / "other.gguf", random_lora(SHAPES, seed=2))
-    with closing(Model(small_base, 0)) as model, closing(_context(model)) as context:
+    with closing(Model(small_whole_path, 0)) as model, closing(_context(model)) as context:
         base = _logprobs(model, context)
         use_adapter(context.handle, LoraAdapter(model, path, 0.0))
         assert np.array_equal(_logprobs(model, context), base)

@@ -31,7 +31,7 @@ from tests.fuzz.mutation import wrong_body, wrong_form, wrong_path
 from tests.models import write_minilm
 from tests.processes import RigServer, wait_for, write_config
 
-REQUESTS = int(os.environ.get("RIGSERVE_FUZZ_REQUESTS", "10000"))
+REQUESTS = int(os.environ.get("RIGSERVE_FUZZ_REQUESTS", "4000"))
 SEED = int(os.environ.get("RIGSERVE_FUZZ_SEED", "20261124"))
 
 # How the requests are shared out among the tests below.

@@ -405,8 +405,8 @@ def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, wor
         headers = [(SPILL_OVER_HEADER.encode(), word.encode())]
         path = ChatCompletionRequest.path
         scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        scope["state"] = {"body_share": Share()}
-        return HttpRequest({**scope, "query_string": b"", "server": ("rig", 80)}, receive)
+        rest = {"query_string": b"", "server": ("rig", 80), "state": {"body_share": Share()}}
+        return HttpRequest({**scope, **rest}, receive)
 
     async def main() -> None:
         async with a_house(tmp_path) as house:
