@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order[share_of(item.nodeid)])
 
 
-class ByShare(LoadScopeScheduling):  # type: ignore[misc]
+class ByShare(LoadScopeScheduling):
     """Hands whole shares to the processes, in their order."""
 
     def _split_scope(self, nodeid: str) -> str:
