@@ -10,6 +10,7 @@ from typing import Any
 import gevent
 from locust import LoadTestShape, User, constant, task
 from locust.env import Environment
+from locust.rpc import Message
 from locust.runners import MasterRunner, Runner, WorkerRunner
 
 from loadtest.records import RequestRecord
@@ -179,6 +180,10 @@ class Crowd:
             _obey(self.runner, self._post)
         else:
             self.runner = self.environment.create_master_runner(*master_at)
+        # Who they are, once the work has been shared out.
+        self._members: frozenset[str] | None = None
+        if isinstance(self.runner, MasterRunner):
+            self._turn_away_latecomers(self.runner)
         self.runner.register_message(
             _REPORT, lambda environment, msg, **_: self.collector.take(msg.data)
         )
@@ -194,8 +199,23 @@ class Crowd:
             return 1
         return int(self.runner.worker_count)
 
+    def _turn_away_latecomers(self, runner: MasterRunner) -> None:
+        """Locust would give them users, but the numbers of users and requests are those of the others."""
+        handle = runner.handle_message
+
+        def handle_message(client_id: str, msg: Message) -> None:
+            if self._members is None or client_id in self._members:
+                handle(client_id, msg)
+            elif msg.type == "client_ready":
+                runner.server.send_to_client(Message("ack", None, client_id))
+                runner.server.send_to_client(Message("quit", None, client_id))
+
+        runner.handle_message = handle_message  # type: ignore[method-assign]
+
     def set_up(self, setup: Setup) -> None:
         """Tell all processes what they must know."""
+        if isinstance(self.runner, MasterRunner):
+            self._members = frozenset(self.runner.clients)
         self.runner.send_message(_SETUP, setup.as_message())
 
     def program(self, stages: Sequence[Stage]) -> None:
@@ -258,8 +278,11 @@ def _obey(runner: Any, post: Post) -> None:
     runner.register_message(_ABANDON, abandon)
 
 
-def work_for(host: str, port: int, api_key: str | None, gone: Callable[[], bool]) -> None:
-    """Be a worker of the bench at that address until it ends, or ``gone`` says that nobody wants it."""
+def work_for(host: str, port: int, api_key: str | None, gone: Callable[[], bool]) -> bool:
+    """Be a worker of the bench at that address until it ends, or ``gone`` says that nobody wants it.
+
+    Tells whether there was work to do.
+    """
     environment = Environment(stop_timeout=GRACE_SECONDS)
     post = Post(environment, api_key)
     environment.user_classes = [user_class(post)]
@@ -267,6 +290,7 @@ def work_for(host: str, port: int, api_key: str | None, gone: Callable[[], bool]
     _obey(runner, post)
     while len(runner.greenlet) and not gone():
         gevent.sleep(_IDLE_SECONDS)
+    return post.station is not None
 
 
 def quiet_logs() -> None:

@@ -60,8 +60,14 @@ def join(options: Join) -> int:
     _collect_less_garbage()
     leash = Leash()
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
-    work_for(options.host, options.port, key, leash.end.is_set)
-    return 0
+    if work_for(options.host, options.port, key, leash.end.is_set) or leash.end.is_set():
+        return 0
+    print(
+        f"error: --join {options.host}:{options.port}: the bench there has all the workers that it was told to "
+        "wait for; see its --remote-workers",
+        file=sys.stderr,
+    )
+    return BAD_INPUT
 
 
 def run(options: BenchOptions) -> int:
@@ -286,6 +292,10 @@ def _crowd(
             if lost() or (time.monotonic() > deadline and not options.remote_workers):
                 raise ServerError("the worker processes do not start; what they said is above")
             gevent.sleep(0.1)
+        if crowd.connected > setup.workers:
+            raise ServerError(
+                f"{crowd.connected} workers have joined, and {setup.workers} were to; see --remote-workers"
+            )
         yield None if leash.end.is_set() else crowd
 
 

@@ -25,9 +25,9 @@ from playwright.sync_api import sync_playwright
 
 from loadtest import charts, curves
 from loadtest.amounts import constant
-from loadtest.options import BenchOptions
+from loadtest.options import BenchOptions, Join
 from loadtest.records import read_records
-from loadtest.run import run_bench
+from loadtest.run import run_bench, run_worker
 from loadtest.scenario import Closed, Scenario, Traffic, load_scenario
 from loadtest.schema import PATH, report_schema
 from serving.config import CostConfig, load_config
@@ -35,6 +35,7 @@ from serving.cost.money import USD
 from serving.cost.peers import suggest_peers
 from serving.cost.price_data import installed
 from serving.cost.words import Step
+from serving.engines.launch import free_port
 from tests.browser import browser
 from tests.openai_server import JOULES_A_REQUEST, serving
 from tests.processes import wait_for
@@ -251,6 +252,30 @@ def test_worker_processes_share_the_load_and_their_records_are_merged(tmp_path: 
     assert len({r["user"] for r in load if r["tenant"] == "a"}) == 4
     assert set(report["stages"][0]["tenants"]) == {"a", "b"}
     assert len(set(server.begun)) == len(server.begun)
+
+
+def test_a_worker_that_comes_late_is_sent_home(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = ("127.0.0.1", free_port())
+    with serving("paced") as (url, server):
+        asked = options(url, tmp_path, workers=1, bind=address, scenario=scenario(duration=20.0))
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from loadtest.options import BenchOptions as B; "
+            "from loadtest.run import run_bench; sys.exit(run_bench(B.from_json(sys.argv[1])))"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, asked.to_json()])
+        try:
+            wait_for(lambda: server.begun, "the load")
+            assert run_worker(Join(*address)) == 2
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert "has all the workers that it was told to wait for" in capfd.readouterr().err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {r["worker"] for r in report["requests"]} == {0}
+    assert report["totals"]["requests"] == len(server.begun)
 
 
 def test_arrivals_do_not_wait_and_count_from_when_they_were_due(tmp_path: Path) -> None:
