@@ -193,7 +193,9 @@ class _Trial:
         # A word that is one token; the number makes them differ from the first on.
         prompt = f"{number} " + "sea " * (tokens - _SPARE_TOKENS)
         body: dict[str, Any] = {"model": "m", "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
-        body = {key: value for key, value in (body | self.case.asked).items() if value is not None}
+        body = {
+            key: value for key, value in {**body, **self.case.asked}.items() if value is not None
+        }
         answer = requests.post(
             f"http://127.0.0.1:{self.port}/v1/completions", json=body, timeout=_ANSWER_SECONDS
         )

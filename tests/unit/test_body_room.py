@@ -98,4 +98,4 @@ def test_lists_are_counted_before_they_are_made() -> None:
     with pytest.raises(ApiError, match="too many parts"):
         read_object(b'{"messages":[' + b"[]," * 70_000 + b"[]]}")
     # In a text they are letters.
-    assert read_object(b'{"prompt":"' + b"[\\\"" * 70_000 + b'"}')["prompt"].count("[") == 70_000
+    assert read_object(b'{"prompt":"' + b'[\\"' * 70_000 + b'"}')["prompt"].count("[") == 70_000

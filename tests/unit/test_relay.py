@@ -397,8 +397,8 @@ def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, wor
     def said(word: str) -> HttpRequest:
         headers = [(SPILL_OVER_HEADER.encode(), word.encode())]
         path = ChatCompletionRequest.path
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        scope["state"] = {"body_share": Share()}
+        state = {"body_share": Share()}
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "state": state}
         return HttpRequest({**scope, "query_string": b"", "server": ("rig", 80)}, receive)
 
     async def main() -> None:
