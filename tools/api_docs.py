@@ -251,7 +251,7 @@ status into an exception of its own, and by themselves try again after 408, 409,
 | 499 | the client left before its answer was complete | in the log, the ledger and metrics only |
 | 500 | something failed here; the log has more under the request's id | |
 | 502 | the engine gave an answer that makes no sense | |
-| 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, the server is shutting down, or has all the connections it takes | `Retry-After` |
+| 503 | the model cannot start in time (`queue_full`, `deadline_unmeetable`) or at all (`model_load_failed`), its engine has stopped, the server is shutting down, has all the connections it takes, or no memory for one more request of this size (`too_many_large_requests`) | `Retry-After` |
 | 504 | no connection to the engine can be made in time | |
 | 507 | the disk is full on which files and batches are kept | |
 

@@ -973,7 +973,9 @@ class MemoryConfig(Section):
         description="Main memory for engines. Unset: what other programs leave of the machine's, less the reserve.",
     )
     reserve_mib: int = Field(
-        512, ge=0, description="Main memory to leave free where budget_mib is not set."
+        512,
+        ge=0,
+        description="Main memory to leave free where budget_mib is not set. Half of it (64 MiB at least) is for requests' bodies; larger ones beyond it wait.",
     )
     gpu_reserve_mib: int = Field(512, ge=0, description="Memory to leave free on each GPU.")
     max_wait_seconds: float = Field(

@@ -40,6 +40,7 @@ from serving.tuning.subject import (
 )
 
 _INTERRUPTED = 130
+_LEAST_SECONDS_WITH_VLLM = 600.0
 # Of what is read by a program, not folded to 80 columns.
 _PAGE_WIDTH = 100
 
@@ -111,7 +112,7 @@ def _tuned(args: argparse.Namespace) -> int:
     goal = Goal(args.objective, args.slo.get("ttft"), args.slo.get("tpot"))
     default = filled(default_of(args.model, config, args.source), config, launchers)
     _check_lengths(default, work)
-    engines = args.engine or _engines(default, config)
+    engines = args.engine or _engines(default, config, args.budget)
     spaces = spaces_of(
         default, engines, config, launchers, work,
         most_loss=args.max_loss / 100, keep_quantization=args.keep_quantization,
@@ -126,6 +127,8 @@ def _tuned(args: argparse.Namespace) -> int:
             search.run()
         except KeyboardInterrupt:
             interrupted = True
+    if interrupted and not search.trials:
+        raise KeyboardInterrupt
     outcome = outcome_of(search, goal, was_interrupted=interrupted)
     _report(args, outcome, work, journal.path)
     if interrupted:
@@ -182,10 +185,15 @@ def _report(args: argparse.Namespace, outcome: Outcome, work: Work, journal: Pat
         print(f"wrote {args.write}; serve it with: rigserve serve {args.write}", file=sys.stderr)
 
 
-def _engines(default: ModelConfig, config: Config) -> list[str]:
-    has_vllm = Environments(Path(config.storage.data_dir)).current is not None
-    others = ["vllm"] if has_vllm and default.engine != "vllm" else []
-    return [default.engine, *others]
+def _engines(default: ModelConfig, config: Config, budget_seconds: float) -> list[str]:
+    """The default's, and vLLM where it is installed and there is time for its starts, which take a minute or two each."""
+    if default.engine == "vllm" or Environments(Path(config.storage.data_dir)).current is None:
+        return [default.engine]
+    if budget_seconds < _LEAST_SECONDS_WITH_VLLM:
+        least = _LEAST_SECONDS_WITH_VLLM / 60
+        print(f"vLLM takes long to start and is left out; it is tried with --budget {least:g} or more, or --engine vllm", file=sys.stderr)  # fmt: skip
+        return [default.engine]
+    return [default.engine, "vllm"]
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -177,7 +177,7 @@ def test_json_is_taken_however_it_is_announced(rig: RigServer, headers: dict[str
         b'{"model": NaN}',
         b'{"temperature": -Infinity}',
         b'{"n": 1e400}',
-        b"[" * 100_000,
+        b"[" * 50_000,
         b'{"messages":' * 10_000,
     ],
     ids=lambda body: repr(body[:24]),
