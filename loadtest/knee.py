@@ -9,7 +9,7 @@ from loadtest.scenario import Sweep
 # Less than this from twice the load, twice in succession (once may be noise), and it is saturated.
 _LEAST_GAIN = 1.05
 _FRUITLESS = 2
-_MOST_FAILURES = 0.1
+MOST_FAILURES = 0.1
 _CLOSE_ENOUGH = 1.3
 
 
@@ -30,7 +30,7 @@ class KneeSearch:
 
     def saw(self, load: float, throughput: float, failed_share: float) -> None:
         """Take in what a stage showed. Throughput is of anything, but always of the same."""
-        if failed_share > _MOST_FAILURES:
+        if failed_share > MOST_FAILURES:
             self._failing.add(load)
             self.saturated = True
             return

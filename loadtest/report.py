@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.gate import Comparison, Verdict
+from loadtest.knee import MOST_FAILURES
 from loadtest.measures import Summary, Totals
 from loadtest.options import BenchOptions
 from loadtest.records import RequestRecord
+from loadtest.scenario import Sweep
 from loadtest.stages import Stage
 from loadtest.watch import ClientHealth, WatchSample
 from serving import __version__
@@ -81,6 +83,16 @@ class Report:
         """The stage that stands for all: the knee's, or else the last."""
         at_knee = [one for one in self.stages if one.stage.load == self.knee]
         return at_knee[-1] if at_knee else self.stages[-1]
+
+    @property
+    def beyond_knee(self) -> str:
+        """What more load than the knee's brings, as words that follow that."""
+        worse = [one.summary.totals for one in self.stages if one.stage.load > (self.knee or 0.0)]
+        if any(totals.errors > MOST_FAILURES * totals.requests for totals in worse):
+            return f"makes more than {MOST_FAILURES:.0%} of the requests fail"
+        load = self.options.scenario.load
+        assert isinstance(load, Sweep)
+        return f"brings less than {1 / load.knee_share - 1:.0%} more throughput, and longer waits"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -22,10 +22,8 @@ def summary_text(report: Report) -> str:
     head, summary = report.headline, report.headline.summary
     said = []
     if report.knee is not None:
-        share = 1 / getattr(report.options.scenario.load, "knee_share", 0.9) - 1
         said.append(
-            f"The server is at its best at <b>{escape(head.stage.label)}</b>: more load brings less than "
-            f"{share:.0%} more throughput, and longer waits."
+            f"The server is at its best at <b>{escape(head.stage.label)}</b>: more load {report.beyond_knee}."
         )
     ttft, tokens = summary.ttft_seconds, summary.completion_tokens_per_second
     if ttft is not None:

@@ -221,7 +221,8 @@ def _report_of(
         notes.append("The bench was ended early.")
     records = marked([*found.records, *crowd.collector.records], conductor.stages)
     of_load = [record for record in records if not record.warmup]
-    notes += energy_notes(energy_before, energy_after, len(of_load))
+    # The first requests may be metered after the first look at the meter.
+    notes += energy_notes(energy_before, energy_after, len(records))
     traffic = traffic_of(records, energy_before, energy_after, options.cost)
     return Report(
         options=options,

@@ -158,10 +158,7 @@ def show_report(console: Console, report: Report, out: Path) -> None:
     console.print(Text.assemble("\n", (report.model, "bold"), rest))
     console.print(_stages_table(report))
     if report.knee is not None:
-        console.print(
-            f"The knee (*) is at {head.stage.label}: more load brings less than "
-            f"{1 / _knee_share(report) - 1:.0%} more."
-        )
+        console.print(f"The knee (*) is at {head.stage.label}: more load {report.beyond_knee}.")
     for kind, count in head.summary.error_classes.items():
         told = f"; the first: {head.summary.first_error}"
         console.print(Text.assemble((f"{count} x {kind}", "red"), told))
@@ -180,10 +177,6 @@ def show_report(console: Console, report: Report, out: Path) -> None:
     console.print(
         f"\nReport: {out / 'report.html'} (also report.json, report.csv, report.md, records.jsonl)"
     )
-
-
-def _knee_share(report: Report) -> float:
-    return getattr(report.options.scenario.load, "knee_share", 0.9)
 
 
 def _stages_table(report: Report) -> Table:

@@ -318,6 +318,7 @@ def read_traffic(path: Path, selected: Selection = _OWN, cuts: Cuts = _NO_CUTS) 
         energy_source=_joined(each.energy_source for each in sums),
         timing_source=_joined(each.timing_source for each in sums),
         elapsed_seconds=last - first,
+        tokens_source=_joined(each.tokens_source for each in sums),
         groups=tuple(tokens),
     )
 

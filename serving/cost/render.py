@@ -70,9 +70,10 @@ def _basis(report: CostReport) -> Text:
     seen = ""
     if traffic.elapsed_seconds > traffic.busy_seconds > 0:
         seen = f" ({traffic.busy_seconds / traffic.elapsed_seconds:.1%} of the time it spans)"
+    counted = "" if traffic.tokens_source == "engine" else f" (source: {traffic.tokens_source})"
     return Text(
         f"Traffic: {traffic.requests:,} requests, {traffic.prompt_tokens:,} prompt tokens "
-        f"({traffic.cached_tokens:,} cached), {traffic.completion_tokens:,} generated.\n"
+        f"({traffic.cached_tokens:,} cached), {traffic.completion_tokens:,} generated{counted}.\n"
         f"Engine time: {traffic.prefill_busy_seconds:,.1f} s prefill, "
         f"{traffic.decode_busy_seconds:,.1f} s decode{seen} (source: {traffic.timing_source}). "
         f"Energy: {traffic.energy_joules:,.0f} J, of which {traffic.idle_joules:,.0f} J idle draw "

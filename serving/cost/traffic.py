@@ -59,6 +59,7 @@ class Traffic:
     energy_source: str
     timing_source: str
     elapsed_seconds: float = 0.0
+    tokens_source: str = "engine"
     groups: tuple[TokenGroup, ...] = ()
 
     @property
@@ -81,7 +82,8 @@ class Traffic:
     @property
     def estimated(self) -> bool:
         """Whether any of it rests on an estimate."""
-        return bool({"estimated", "mixed"} & {self.energy_source, self.timing_source})
+        sources = {self.energy_source, self.timing_source, self.tokens_source}
+        return bool({"estimated", "mixed"} & sources)
 
 
 def of_request(

@@ -329,6 +329,15 @@ def test_what_an_older_version_has_spooled_is_written(tmp_path: Path) -> None:
     assert read_spending(tmp_path / "l.sqlite", 0.0) == {"m": 0.5}
 
 
+def test_tokens_that_were_counted_by_chunks_make_the_traffic_an_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    for source, estimated in (("engine", False), ("estimated", True)):
+        with closing(Ledger(path)) as ledger:
+            ledger.append(replace(RECORD, tokens_source=source))
+        assert read_traffic(path).estimated is estimated
+    assert read_traffic(path).tokens_source == "mixed"
+
+
 def test_what_other_servers_did_is_not_the_rigs_work(tmp_path: Path) -> None:
     with closing(Ledger(tmp_path / "l.sqlite")) as ledger:
         ledger.append(RECORD)

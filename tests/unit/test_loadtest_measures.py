@@ -29,9 +29,11 @@ from loadtest.measures import (
     summarize,
     tokens_over_time,
 )
+from loadtest.options import BenchOptions
 from loadtest.pricing import EnergyReading, energy_notes, traffic_of
 from loadtest.records import RequestRecord, read_records, write_records
-from loadtest.scenario import Slo, Sweep
+from loadtest.report import Report, StageReport
+from loadtest.scenario import Scenario, Slo, Sweep
 from loadtest.stages import Stage
 from loadtest.statistics import (
     batch_interval,
@@ -391,6 +393,28 @@ def test_a_load_at_which_requests_fail_is_no_knee_however_much_it_brings(over: A
     assert search.knee is not None
     assert 4 < search.knee <= 5, "what lies between the last good load and the first bad is tried"
     assert len(tried) == len(set(tried)) <= 7
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"), [(0, "less than 11% more"), (5, "more than 10% of the")]
+)
+def test_what_lies_beyond_the_knee_is_told(errors: int, told: str) -> None:
+    stages = []
+    for users, failed in ((4, 0), (8, errors)):
+        records = [record(number=n, error="http_503" if n < failed else None) for n in range(10)]
+        summary = summarize(records, WINDOW, Slo())
+        stage = Stage(0, *WINDOW, users=users)
+        stages.append(
+            StageReport(stage, summary, {}, health([], [], WINDOW, None, due_times=False))
+        )
+    nothing: Any = None
+    sweep = Scenario(load=Sweep(kind="sweep"))
+    report = Report(
+        options=BenchOptions("", "sweep", sweep, COST), model="tiny", started=nothing, host={}, notes=(),
+        records=(), samples=(), stages=tuple(stages), knee=4.0, totals=nothing, totals_with_warmup=nothing,
+        cost=None,
+    )  # fmt: skip
+    assert told in report.beyond_knee
 
 
 def test_a_server_that_always_fails_has_no_knee() -> None:
