@@ -258,7 +258,8 @@ def test_spill_over_is_marked_and_can_be_declined(near: RigServer) -> None:
 
 
 def test_a_queue_that_is_too_long_spills_over(near: RigServer) -> None:
-    seen, body = threading.Event(), {"messages": [{"role": "user", "content": "Hello"}]}
+    seen = threading.Event()
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
 
     def long_one() -> None:
         """Until it has been seen what comes of the others; then nobody waits for it."""
