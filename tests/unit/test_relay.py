@@ -31,11 +31,16 @@ from serving.gateway.balancing import Balancer, Marks
 from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.body_room import BodyRoom, Share
-from serving.gateway.caller import HOPS_HEADER, MAX_HOPS, Caller
+from serving.gateway.caller import (
+    HOPS_HEADER,
+    MAX_HOPS,
+    SPILL_OVER_HEADER,
+    Caller,
+)
 from serving.gateway.dispatch import Dispatcher, Plan
 from serving.gateway.file_store import FileStore
 from serving.gateway.identity import ANYBODY, Identity
-from serving.gateway.intake import SPILL_OVER_HEADER, Gateway
+from serving.gateway.intake import Gateway
 from serving.gateway.limits import Limits
 from serving.gateway.metering import Meter
 from serving.gateway.relay import Relay
