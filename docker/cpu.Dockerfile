@@ -16,7 +16,7 @@ COPY configs configs
 COPY loadtest loadtest
 COPY serving serving
 RUN RIGSERVE_BUILD=cpu python -m tools.setup \
-    && .venv/bin/pip inspect --local > sbom.json \
+    && .venv/bin/python tools/sbom.py > sbom.json \
     && find . -name __pycache__ -prune -exec rm -rf {} + \
     && rm -f .venv/build.log
 

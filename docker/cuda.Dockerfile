@@ -20,7 +20,7 @@ COPY configs configs
 COPY loadtest loadtest
 COPY serving serving
 RUN RIGSERVE_BUILD=cuda python3 -m tools.setup \
-    && .venv/bin/pip inspect --local > sbom.json \
+    && .venv/bin/python tools/sbom.py > sbom.json \
     && find . -name __pycache__ -prune -exec rm -rf {} + \
     && rm -f .venv/build.log
 

@@ -11,7 +11,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev p
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/vllm \
     && /opt/vllm/bin/pip install --no-cache-dir "vllm==${VLLM_VERSION}" \
-    && /opt/vllm/bin/pip inspect --local > /opt/vllm/sbom.json
+    && /opt/vllm/bin/python /opt/rigserve/tools/sbom.py > /opt/vllm/sbom.json
 # Libraries that are compiled are kept; from /tmp, which Docker mounts with noexec, none could be loaded.
 ENV VLLM_CACHE_ROOT=/var/cache/rigserve/vllm \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/rigserve/torchinductor \

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -30,6 +33,9 @@ from serving.engines.vllm.install import (
 )
 
 _VLLM = "vllm"
+_LIBRARY = "llama_cpp"
+# Drivers of cards take their time to answer first.
+_ASK_SECONDS = 60.0
 
 
 def add_engines_command(commands: Any, *, default_config: Path) -> None:
@@ -103,12 +109,21 @@ def _list(args: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("ENGINE", "VERSION", "STATE", "WHERE"):
         table.add_column(title, overflow="fold")
-    package = f"llama-cpp-python {version('llama-cpp-python')}"
-    table.add_row("llama_cpp", package, "works", "with rigserve")
+    # Within this process a damaged library could end it.
+    loads = _printed([sys.executable, "-c", f"import {_LIBRARY}; print('loads')"])
+    package, is_well = f"llama-cpp-python {version('llama-cpp-python')}", loads == "loads"
+    state = loads if is_well else f"broken: {loads}; set up rigserve again (make setup)"
+    table.add_row("llama_cpp", package, state, "with rigserve")
     program = shutil.which(LLAMA_SERVER)
-    state = "found" if program else "not found"
-    table.add_row("llama_server", "-", state, program or "nowhere on PATH; docs/engines.md")
-    is_well, there = True, list(environments.all())
+    if program is None:
+        table.add_row("llama_server", "-", "not found", "nowhere on PATH; docs/engines.md")
+    else:
+        printed = _printed([program, "--version"])
+        found = re.search(r"version: (.+?)(?:;|$)", printed)
+        is_well &= found is not None
+        state = "runs" if found else f"broken: {printed}; install it again"
+        table.add_row("llama_server", found[1] if found else "-", state, program)
+    there = list(environments.all())
     for each in there:
         state, works = _state(each, environments.current, checking=args.check)
         is_well &= works
@@ -119,6 +134,25 @@ def _list(args: argparse.Namespace) -> int:
         table.add_row("vllm", "-", "not finished; the next install removes it", str(folder))
     Console().print(table)
     return 0 if is_well else 1
+
+
+def _printed(command: Sequence[str]) -> str:
+    """The last lines that a program prints, in one; or why it prints nothing."""
+    try:
+        asked = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=_ASK_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    lines = asked.stdout.strip().splitlines()[-2:]
+    return "; ".join(lines) or f"it says nothing, and exits with code {asked.returncode}"
 
 
 def _state(each: Environment, current: Environment | None, *, checking: bool) -> tuple[str, bool]:

@@ -19,6 +19,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serving.cli import main
 from serving.config import AdapterConfig, ConfigError, VllmModel, load_config
 from serving.engines.adapters import LiveAdapters
 from serving.engines.launch import AdapterFile, Files
@@ -960,6 +961,41 @@ class TestEnvironments:
         environments.use(made)
         assert environments.current == made
         assert environments.require() == made
+
+    @pytest.mark.parametrize(
+        ("printed", "shown", "status"),
+        [
+            ("version: 6123 (abc)\\nbuilt with GNU", "6123 (abc) runs", 0),
+            (
+                "error while loading shared libraries: libcuda.so.1",
+                "broken: error while loading",
+                1,
+            ),
+        ],
+    )
+    def test_engines_are_listed_as_they_are_found(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        printed: str,
+        shown: str,
+        status: int,
+    ) -> None:
+        program = tmp_path / "llama-server"
+        program.write_text(f"#!/bin/sh\nprintf '{printed}' >&2\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setenv("COLUMNS", "200")
+        config = tmp_path / "rig.yaml"
+        config.write_text(
+            "models: [{name: m, source: hf://o/r/f.gguf}]\n"
+            f"storage: {{data_dir: {tmp_path}/data}}\n"
+        )
+        assert main(["engines", "list", "--config", str(config)]) == status
+        told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        assert f"llama_server {shown}" in told[2] or f"llama_server - {shown}" in told[2]
+        assert " loads " in told[1]
 
     def test_what_is_damaged_does_not_count(self, tmp_path: Path) -> None:
         environments = Environments(tmp_path)
