@@ -16,7 +16,7 @@ BUDGET_MIB = 500
 
 def test_all_slots_full_stay_within_the_budget(tmp_path: Path, cache_dir: Path) -> None:
     path = write_config(
-        tmp_path, cache_dir, context_length="auto", max_sequences=4, prefix_cache_mib=0
+        tmp_path, cache_dir, context_length="auto", max_sequences=2, prefix_cache_mib=0
     )
     config = yaml.safe_load(path.read_text()) | {"memory": {"budget_mib": BUDGET_MIB}}
     path.write_text(yaml.safe_dump(config))
@@ -25,7 +25,7 @@ def test_all_slots_full_stay_within_the_budget(tmp_path: Path, cache_dir: Path) 
         found = re.search(r"smollm2-135m: context_length: (\d+) \(auto\)", rig.output)
         assert found is not None, rig.output
         context_length = int(found[1])
-        assert context_length == 1024  # of 8,192 that it was trained for
+        assert context_length == 2048  # of 8,192 that it was trained for
         prompt = "sea " * (context_length - 100)
 
         def ask(number: int) -> int:
@@ -35,8 +35,8 @@ def test_all_slots_full_stay_within_the_budget(tmp_path: Path, cache_dir: Path) 
             assert answer.usage is not None
             return answer.usage.prompt_tokens
 
-        with ThreadPoolExecutor(4) as pool:
-            assert min(pool.map(ask, range(4))) > 0.9 * (context_length - 100)
+        with ThreadPoolExecutor(2) as pool:
+            assert min(pool.map(ask, range(2))) > 0.9 * (context_length - 100)
         engines = [pid for pid in family_of(rig.process.pid) if pid != rig.process.pid]
         assert resident_mib(engines) <= BUDGET_MIB
 

@@ -248,7 +248,7 @@ def grows_and_shrinks(rig: ClusterServer) -> list[Outcome]:
 
 def survives_a_node(rig: ClusterServer, cluster: Any, node: Any) -> list[Outcome]:
     """Only streams that the lost node had break off, with an error; a new replica takes its place."""
-    crowd = Crowd(rig, clients=6, max_tokens=400, count=1)
+    crowd = Crowd(rig, clients=6, max_tokens=250, count=1)
     wait_for(lambda: rig.total("rigserve_sequences_running") == 4, "both are at work", WAIT_SECONDS)
     restarts = rig.series("rigserve_engine_restarts")
     cut_off(cluster, node)
