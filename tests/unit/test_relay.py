@@ -22,7 +22,7 @@ from serving.cost.model import CostModel
 from serving.cost.prices import PriceBook
 from serving.engines.llama_cpp import LlamaCppLauncher
 from serving.engines.remote import Remote
-from serving.engines.supervisor import Engine
+from serving.engines.supervisor import Endpoint, Engine, EngineState
 from serving.gateway import batch_runner
 from serving.gateway.access import Access
 from serving.gateway.admission import Admission
@@ -32,6 +32,7 @@ from serving.gateway.batch_runner import BatchRunner
 from serving.gateway.batch_store import BatchStore
 from serving.gateway.body_room import BodyRoom, Share
 from serving.gateway.caller import (
+    DEADLINE_HEADER,
     HOPS_HEADER,
     MAX_HOPS,
     SPILL_OVER_HEADER,
@@ -56,6 +57,7 @@ from serving.protocol.batches import BatchRequest, Line, begun
 from serving.protocol.embeddings import TokenizeRequest
 from serving.protocol.errors import UNSUPPORTED_PARAMETER, ApiError
 from serving.protocol.requests import ChatCompletionRequest, ModelRequest
+from serving.protocol.sse import ClientDisconnected
 
 PATIENCE_SECONDS = 10.0
 PER_MINUTE = 10
@@ -402,9 +404,9 @@ def test_a_word_against_spilling_over_is_never_misunderstood(tmp_path: Path, wor
     def said(word: str) -> HttpRequest:
         headers = [(SPILL_OVER_HEADER.encode(), word.encode())]
         path = ChatCompletionRequest.path
-        state = {"body_share": Share()}
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "state": state}
-        return HttpRequest({**scope, "query_string": b"", "server": ("rig", 80)}, receive)
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        rest = {"query_string": b"", "server": ("rig", 80), "state": {"body_share": Share()}}
+        return HttpRequest({**scope, **rest}, receive)
 
     async def main() -> None:
         async with a_house(tmp_path) as house:
@@ -474,6 +476,70 @@ def test_what_cannot_be_translated_is_a_bad_gateway_and_is_metered_once(
     asyncio.run(main())
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("by_route", [False, True])
+@pytest.mark.parametrize("outcome", [200, 503, 499])
+def test_what_an_engine_was_not_sent_waits_until_it_is_back(
+    tmp_path: Path, outcome: int, by_route: bool
+) -> None:
+    """Its process has ended, which nobody has noticed yet: nobody listens there."""
+
+    async def main() -> None:
+        async with a_house(tmp_path) as house, aiohttp.ClientSession() as session:
+            model = LlamaCppModel(name="m", source="-", load="on_demand")
+            engine = Engine(model, LlamaCppLauncher(tmp_path), session)
+            engine.on_change(house.admission.changed)
+            gone = await house.remote("gone", None)
+            there = await house.remote("m", answers(200, COMPLETION))
+            engine._endpoint = Endpoint(gone.model.base_url.removesuffix("/v1"), "k")
+            engine._move(EngineState.READY)
+            leaves = asyncio.Event()
+
+            async def receive() -> Any:
+                await leaves.wait()
+                return {"type": "http.disconnect"}
+
+            caller = replace(CALLER, receive=receive)
+            down = Candidate("gone", gone, Role.TARGET)
+            last = Candidate("m", engine, Role.FALLBACK)
+            plan = Plan(
+                *(Route("r", (down, last), None), [down, last], Marks()),
+                lambda each: chat(model=each.name),
+            )
+            destination = plan if by_route else engine
+            work = asyncio.create_task(house.dispatcher.forward(caller, destination, chat()))
+            # It keeps its place until it is known that the engine is away, and then waits for it.
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await until(lambda: house.admission.in_flight(engine) == 1)
+                await asyncio.sleep(0.1)
+                assert house.admission.in_flight(engine) == 1
+                engine._move(EngineState.BACKOFF)
+                await until(lambda: house.admission.waiting(engine) == 1)
+                assert house.admission.in_flight(engine) == 0
+                if outcome == 200:
+                    engine._endpoint = Endpoint(there.model.base_url.removesuffix("/v1"), "k")
+                    engine._move(EngineState.READY)
+                    assert (await work).status_code == 200
+                elif outcome == 499:
+                    leaves.set()
+                    with pytest.raises(ClientDisconnected):
+                        await work
+                else:
+                    engine._move(EngineState.STOPPED)
+                    with pytest.raises(ApiError) as refused:
+                        await work
+                    assert (refused.value.status, refused.value.code) == (503, "engine_stopped")
+            assert await house.is_as_before()
+            assert house.admission.waiting(engine) == house.admission.in_flight(engine) == 0
+            assert house.statuses() == [outcome]
+
+    asyncio.run(main())
+
+
 def test_rigs_that_lead_to_each_other_do_not_send_a_request_round_for_ever(
     tmp_path: Path,
 ) -> None:
@@ -500,5 +566,73 @@ def test_rigs_that_lead_to_each_other_do_not_send_a_request_round_for_ever(
             assert refused.value.status == 503
             assert asked == MAX_HOPS
             assert await house.is_as_before(remote)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "headers", "tier"),
+    [
+        ({}, {}, {}, None),
+        ({"may_spill": False}, {}, {SPILL_OVER_HEADER: "never"}, None),
+        (
+            {"identity": replace(IDENTITY, models=("m",))},
+            {},
+            {SPILL_OVER_HEADER: "never"},
+            None,
+        ),
+        ({"deadline": "2.5"}, {}, {DEADLINE_HEADER: "2.500"}, None),
+        ({}, {"service_tier": "flex"}, {SPILL_OVER_HEADER: "never"}, "flex"),
+        (
+            {"identity": replace(IDENTITY, priority="batch")},
+            {},
+            {SPILL_OVER_HEADER: "never"},
+            "flex",
+        ),
+    ],
+)
+def test_what_was_said_of_a_request_holds_at_the_next_rig_too(
+    tmp_path: Path,
+    fields: dict[str, Any],
+    asked: dict[str, Any],
+    headers: dict[str, str],
+    tier: str | None,
+) -> None:
+    async def main() -> None:
+        told: dict[str, str | None] = {}
+        tiers: list[str | None] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            names = (SPILL_OVER_HEADER, DEADLINE_HEADER)
+            told.update({name: request.headers.get(name) for name in names})
+            tiers.append((await request.json()).get("service_tier"))
+            return web.json_response(COMPLETION)
+
+        async with a_house(tmp_path) as house:
+            remote = await house.remote("m", handler)
+            answer = await house.relay.forward(replace(CALLER, **fields), remote, chat(**asked))
+            assert answer.status_code == 200
+            assert {name: word for name, word in told.items() if word is not None} == headers
+            assert tiers == [tier]
+
+    asyncio.run(main())
+
+
+def test_a_rig_has_no_longer_for_its_start_than_the_route_gives_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        told: list[str | None] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            told.append(request.headers.get(DEADLINE_HEADER))
+            return web.json_response({"error": {}}, status=503)
+
+        async with a_house(tmp_path) as house:
+            first, last = await house.remote("first", handler), await house.remote("last", handler)
+            plan = house.plan(first, last, prepare=lambda _: chat())
+            plan.route = replace(plan.route, max_wait_seconds=5.0)
+            with pytest.raises(ApiError):
+                await house.dispatcher.forward(CALLER, plan, chat())
+            # After the last there is nobody to try: it may take its time.
+            assert told == ["5.000", None]
 
     asyncio.run(main())
