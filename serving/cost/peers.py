@@ -18,6 +18,8 @@ _PACKING = {
     "instruct", "it", "chat", "gguf", "awq", "gptq", "fp8", "fp16", "bf16", "f16", "int4", "int8", "turbo",
     "hf", "meta", "latest", "versatile", "instant", "free",
 }  # fmt: skip
+# Cheaper, for answers within a day.
+_FOR_LATER = ":batch"
 _QUANTIZATION = re.compile(r"[-_.]i?q\d[a-z0-9_]*$")
 # Billions of weights, and models that are sold for work of that class. A judgement, not a measurement.
 _CLASSES: tuple[tuple[float, tuple[str, ...]], ...] = (
@@ -87,7 +89,10 @@ def _same_weights(model: str, data: PriceData) -> Iterator[tuple[float, str]]:
         if provider.id not in _HOSTS:
             continue
         for each in provider.models:
-            if _identity(each.id) == wanted and has_prices(each) and not each.deprecated:
+            is_offered = (
+                has_prices(each) and not each.deprecated and not each.id.endswith(_FOR_LATER)
+            )
+            if _identity(each.id) == wanted and is_offered:
                 reference = f"{provider.id}/{each.id}"
                 price = PriceBook([reference], data=data).per_million(reference).output_usd
                 # What costs nothing is for trying out, and stops after so many requests a day.

@@ -51,7 +51,7 @@ def experts(family: Family, keys: Keys, width: int) -> Experts:
                     for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
                 ),
             ]
-        case "deepseek_v3" | "kimi_k2" | "glm4_moe" | "minimax_m2" | "nemotron_h":
+        case "deepseek_v3" | "kimi_k2" | "glm4_moe" | "glm4_moe_lite" | "minimax_m2" | "nemotron_h":
             weights.append(Weight("exp_probs_b.bias", (count,)))
     return Experts(
         count=count,

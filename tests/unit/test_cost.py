@@ -600,6 +600,7 @@ def test_batches_and_flex_cost_less_where_they_do() -> None:
     [
         ("llama-3.1-8b", "llama", "the same weights"),
         ("Llama-3.3-70B-Instruct-Q4_K_M", "llama", "the same weights"),
+        ("gpt-oss-20b", "openrouter/openai/gpt-oss-20b", "the same weights"),
         ("smollm2-135m", "openai/gpt-5-nano", "0.135 billion"),
         ("our-32b-tune", "openai/gpt-5-mini", "32 billion"),
         ("support-bot", "openai/gpt-5-nano", "does not tell its size"),
@@ -609,6 +610,7 @@ def test_peers_are_suggested_by_what_a_model_is(model: str, peer: str, why: str)
     references, basis = suggest_peers(model, installed())
     assert peer in references[0].lower()
     assert why in basis
+    assert not any(":batch" in reference for reference in references)
     PriceBook(references)  # all of them have prices
 
 
