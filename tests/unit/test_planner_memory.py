@@ -9,7 +9,7 @@ import pytest
 from serving.models.architecture import Architecture
 from serving.models.catalog import find_model
 from serving.models.gguf import read_header
-from serving.planner.memory import MIB, Extras, Offload, memory_of, places
+from serving.planner.memory import IN_MAIN_MEMORY, MIB, Extras, Offload, memory_of, places
 from serving.planner.settings import Settings
 from serving.planner.weights import of_files, predicted
 from tools.gguf_skeleton import write_skeleton
@@ -119,3 +119,33 @@ def test_extras_go_where_the_model_is() -> None:
     on_card = memory_of(architecture, weights, Settings(4096), Offload((1.0,)), extras)
     assert on_host.host.extras == on_card.cards[0].extras == 7 * MIB
     assert on_card.host.extras == 0
+
+
+def test_what_a_step_needs_in_main_memory_beside_its_results_counts() -> None:
+    architecture = architecture_of("llama-3.1-8b-instruct")
+    weights = predicted(architecture, "Q4_K_M")
+
+    def compute(settings: Settings, offload: Offload = IN_MAIN_MEMORY) -> int:
+        return memory_of(architecture, weights, settings, offload).host.compute
+
+    # Of all heads' scores a processor keeps another copy, in 16 bits; a card's work is the card's.
+    plain = Settings(8192, has_flash_attention=False)
+    scores = 32 * 8192 * 512
+    assert compute(Settings(8192)) < 3 * scores < 6 * scores < compute(plain)
+    assert compute(plain, Offload((1.0,))) < 4 * scores
+    # The scores of a row for each slot, of prompts that are scored, and of drafts.
+    row = 4 * architecture.vocabulary
+    assert compute(Settings(8192, 16)) - compute(Settings(8192, 2)) == 14 * row
+    assert compute(Settings(8192, 8, scored_rows=248)) - compute(Settings(8192, 8)) == 184 * row
+
+
+def test_vocabularies_and_texts_count() -> None:
+    def overhead(name: str, settings: Settings) -> int:
+        architecture = architecture_of(name)
+        return memory_of(architecture, predicted(architecture, "Q8_0"), settings).host.overhead
+
+    small, large = (overhead(n, Settings(4096)) for n in ("smollm2-135m-instruct", "qwen3-0.6b"))
+    assert large - small == 1024 * (151_936 - 49_152)
+    long = overhead("qwen3-0.6b", Settings(32768, 8))
+    assert long - large == 64 * (8 * 32768 - 4096)
+    assert overhead("qwen3-0.6b", Settings(32768, 8, has_lookup=True)) > 3 * (long - large)
