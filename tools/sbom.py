@@ -14,7 +14,7 @@ from importlib.metadata import Distribution, distributions
 
 def document(packages: Iterable[Distribution]) -> Mapping[str, object]:
     """CycloneDX 1.5, as https://cyclonedx.org/docs/1.5/json has it."""
-    components = {each["bom-ref"]: each for each in map(_component, packages)}
+    components = {str(each["bom-ref"]): each for each in map(_component, packages)}
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.5",
@@ -35,8 +35,8 @@ def _component(package: Distribution) -> dict[str, object]:
         "purl": purl,
     }
     # An expression of SPDX's, where the package says so; older fields are free text.
-    if expression := package.metadata.get("License-Expression"):
-        told["licenses"] = [{"expression": expression}]
+    if "License-Expression" in package.metadata:
+        told["licenses"] = [{"expression": package.metadata["License-Expression"]}]
     return told
 
 
