@@ -127,9 +127,9 @@ def test_scored_prompts_share_the_rows_of_a_step_whose_scores_are_kept(model_pat
         for number in range(4):
             bench.submit(f"{number}: {STORY * 2}", limit=1, echo=True, top_logprobs=1)
         bench.ends(4)
-        assert (
-            max(rows for rows, steps in bench.scheduler.stats.prefill_steps.items() if steps) <= 64
-        )
+        steps = bench.scheduler.stats.prefill_steps
+        assert steps["64"]
+        assert not steps["128"] + steps["256"]
 
 
 def test_batch_gives_way_to_interactive_and_loses_nothing(model_path: Path) -> None:
