@@ -259,7 +259,7 @@ def test_a_worker_that_comes_late_is_sent_home(
 ) -> None:
     address = ("127.0.0.1", free_port())
     with serving("paced") as (url, server):
-        asked = options(url, tmp_path, workers=1, bind=address, scenario=scenario(duration=20.0))
+        asked = options(url, tmp_path, workers=1, bind=address, scenario=scenario(duration=280.0))
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from loadtest.options import BenchOptions as B; "
