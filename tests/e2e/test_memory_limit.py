@@ -14,7 +14,7 @@ from tools.memory_trial import EMBEDDED, WIDE, Case, run_case
 # The other cases: python -m tools.memory_trial
 CASE = Case(
     "many slots",
-    900,
+    1024,
     {"context_length": 512, "prefix_cache_mib": 0, "threads": 1},
     "max_sequences",
     1,

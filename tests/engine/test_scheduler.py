@@ -109,19 +109,6 @@ def test_prefixes_are_saved_while_there_is_nothing_else_to_do(model_path: Path) 
         assert bench.run(STORY, limit=1).usage(1).cached_tokens == len(bench.tokens(STORY)) - 1
 
 
-def test_a_slot_with_more_than_the_store_takes_costs_it_nothing(model_path: Path) -> None:
-    with Bench(model_path, slots=1) as bench:
-        bench.run(RIVER, limit=1)
-        wait_for(lambda: bench.scheduler.load().prefix_store_bytes > 0, "it is saved")
-        small = bench.scheduler.load().prefix_store_bytes
-    with Bench(model_path, slots=1, store_bytes=2 * small) as bench:
-        bench.run(RIVER, limit=1)
-        wait_for(lambda: bench.scheduler.load().prefix_store_bytes > 0, "it is saved")
-        bench.run(STORY * 4, limit=1)  # too much to be saved
-        assert bench.run(RIVER, limit=1).usage(1).cached_tokens > 0
-        assert bench.scheduler.load().prefix_store_bytes <= 2 * small
-
-
 def test_scored_prompts_share_the_rows_of_a_step_whose_scores_are_kept(model_path: Path) -> None:
     with Bench(model_path, slots=4, batch_tokens=256) as bench:
         for number in range(4):
