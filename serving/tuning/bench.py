@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,9 @@ class _NotStarted(Exception):
 class Bench:
     """Measures models with the cost, memory and cache of a config; nothing of it stays but requantized files."""
 
-    def __init__(self, config: Config, work: Work) -> None:
-        self._config, self._work = config, work
+    def __init__(self, config: Config, work: Work, again: Callable[[], None]) -> None:
+        """``again`` is told before something is measured once more."""
+        self._config, self._work, self._again = config, work, again
         self._repeats_left = _MOST_VAIN_REPEATS
 
     def measure(self, model: ModelConfig, rounds: int) -> tuple[Result, float]:
@@ -58,6 +59,7 @@ class Bench:
         began = time.monotonic()
         result = self._once(model, rounds)
         while _is_disturbed(result) and self._repeats_left:
+            self._again()
             result = self._once(model, rounds)
             self._repeats_left -= _is_disturbed(result)
         return result, time.monotonic() - began

@@ -122,7 +122,7 @@ def _tuned(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
     with Shown(args.budget) as shown:
-        search = _search(spaces, goal, args.budget, Bench(config, work), journal, shown, fit_check(config, launchers))  # fmt: skip
+        search = _search(spaces, goal, args.budget, Bench(config, work, shown.again), journal, shown, fit_check(config, launchers))  # fmt: skip
         try:
             search.run()
         except KeyboardInterrupt:

@@ -58,6 +58,13 @@ class Shown:
         if not self._is_terminal:
             print(text, file=sys.stderr, flush=True)
 
+    def again(self) -> None:
+        """It is measured once more."""
+        text = "other programs were busy meanwhile: once more"
+        self._bar.update(self._task, description=text)
+        if not self._is_terminal:
+            print(f"  {text}", file=sys.stderr, flush=True)
+
     def end(self, trial: Trial) -> None:
         """It has ended."""
         result = trial.result
