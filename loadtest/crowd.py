@@ -208,6 +208,8 @@ class Crowd:
                 handle(client_id, msg)
             elif msg.type == "client_ready":
                 runner.server.send_to_client(Message("ack", None, client_id))
+            elif msg.type == "heartbeat":
+                # Now it is up, and ends whole.
                 runner.server.send_to_client(Message("quit", None, client_id))
 
         runner.handle_message = handle_message  # type: ignore[method-assign]

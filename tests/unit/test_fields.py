@@ -348,7 +348,7 @@ def test_ten_megabytes_of_anything_take_no_time(fields: dict[str, Any]) -> None:
         ('{"x": 1}'.encode("utf-16"), "not valid JSON"),
         (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"x":' * 100_000 + b"1" + b"}" * 100_000, "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 60_000, "not valid JSON"),
         (b"3", "must be a JSON object"),
     ],
 )
