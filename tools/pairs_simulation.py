@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtest.statistics import student_t
+
 Logs = NDArray[np.float64]
 # The lower end of the 95 % interval of each row's ratio, as a logarithm.
 Lower = Callable[[Logs], Logs]
@@ -21,7 +23,6 @@ _RATIOS = (1.0, 1.05, 1.1, 1.2)
 # Standard deviations of logarithms, and what a disturbed trial loses.
 _BETWEEN_STARTS, _BETWEEN_ROUNDS = 0.02, 0.04
 _LOSSES = (0.1, 0.5)
-_T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 1))
 
 
 def students(logs: Logs, aside: int = 0) -> Logs:
@@ -31,7 +32,7 @@ def students(logs: Logs, aside: int = 0) -> Logs:
     kept = logs[:, aside : pairs - aside]
     clipped = np.clip(logs, kept[:, :1], kept[:, -1:])
     error = clipped.std(axis=1, ddof=1) / (kept.shape[1] / pairs * math.sqrt(pairs))
-    return np.asarray(kept.mean(axis=1) - _T[kept.shape[1] - 1] * error)
+    return np.asarray(kept.mean(axis=1) - student_t(kept.shape[1] - 1) * error)
 
 
 def robust(logs: Logs) -> Logs:

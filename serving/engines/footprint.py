@@ -14,14 +14,14 @@ from serving.models.hub import HubSource
 from serving.models.requantize import type_name
 from serving.models.sources import ModelError, local_path
 from serving.planner.memory import Extras, Offload, Parts, memory_of, vocabulary_bytes
-from serving.planner.settings import Settings
+from serving.planner.settings import SCORED_ROWS, Settings
 from serving.planner.weights import ModelWeights, of_files, predicted
 
 MIB = 2**20
 # What a draft model is given to work on at once.
 _DRAFT_BATCH_TOKENS = 512
-# Of prompts that are scored, the rows of one step; of one slot, the longest draft.
-_SCORED_ROWS, _LONGEST_DRAFT = 64, 31
+# Of one slot, as the engine has it.
+LONGEST_DRAFT = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,8 @@ def _settings(model: GgufModel, described: ModelDescription) -> Settings:
         return Settings(tokens, batch_tokens=tokens, is_pooled=True)
     speculation = model.speculation if isinstance(model, LlamaCppModel) else "none"
     drafted_rows = {
-        "prompt_lookup": _LONGEST_DRAFT * model.max_sequences,
-        "draft_model": _LONGEST_DRAFT,
+        "prompt_lookup": LONGEST_DRAFT * model.max_sequences,
+        "draft_model": LONGEST_DRAFT,
     }
     return Settings(
         context_length=model.context_length,
@@ -136,7 +136,7 @@ def _settings(model: GgufModel, described: ModelDescription) -> Settings:
         value_type=model.kv_type,
         has_flash_attention=model.flash_attention,
         has_full_windows=is_ours,
-        scored_rows=max(_SCORED_ROWS, drafted_rows.get(speculation, 0)),
+        scored_rows=max(SCORED_ROWS, drafted_rows.get(speculation, 0)),
         has_lookup=speculation == "prompt_lookup",
     )
 

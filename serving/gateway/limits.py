@@ -24,7 +24,7 @@ from serving.protocol.keys import BudgetPeriod
 
 WINDOW_SECONDS = 60.0
 _SLOT_RETRY_SECONDS = 1
-_PERIODS: tuple[BudgetPeriod, ...] = ("day", "month")
+PERIODS: tuple[BudgetPeriod, ...] = ("day", "month")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Limits:
         account, now_unix = self._pruned(usage.key_id), self._unix()
         spent = [
             self._spent(account, period)
-            for period in _PERIODS
+            for period in PERIODS
             if usage.started_at >= period_start(period, now_unix)
         ]
         arrived_at = self._monotonic() - max(0.0, now_unix - usage.started_at)
@@ -163,7 +163,7 @@ class Limits:
             return None
         allowance = identity.allowance
         account = self._pruned(identity.key_id)
-        spent = {period: self._spent(account, period) for period in _PERIODS}
+        spent = {period: self._spent(account, period) for period in PERIODS}
         _refuse_the_impossible(allowance, tokens)
         if tokens:
             self._check_budget(allowance, spent[allowance.budget_period], tokens)

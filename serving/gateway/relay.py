@@ -170,16 +170,17 @@ class Relay:
 
         async def answered(place: _Place, attempt: Attempt) -> Response:
             call = self._call(engine, place, body, sent, caller, request.trace)
-            if isinstance(body, GenerationRequest) and body.stream:
-                tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
-                return await self._stream(caller, call, request, tap, translation, attempt)
-            return await self._whole(caller, call, request, translation, attempt)
+            try:
+                if isinstance(body, GenerationRequest) and body.stream:
+                    tap = StreamTap(forward_usage=body.wants_usage_chunk or translation is not None)
+                    return await self._stream(caller, call, request, tap, translation, attempt)
+                return await self._whole(caller, call, request, translation, attempt)
+            except PassedOn:
+                caller.log_entry.is_metered = False
+                raise
 
         try:
             return await answered(place, attempt)
-        except PassedOn:
-            caller.log_entry.is_metered = False
-            raise
         except EngineUnreachable as error:
             assert isinstance(engine, Engine)
             place = await self._enter_again(caller, engine, request, place, error)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from serving.config import RemoteModel, UsdPerMillion
 from serving.cost.price_data import PriceData
 from serving.cost.prices import PriceBook
-from serving.gateway.limits import next_start, period_start
+from serving.gateway.limits import PERIODS, next_start, period_start
 from serving.protocol.errors import ApiError
 from serving.protocol.keys import BudgetPeriod
 from serving.protocol.responses import Usage
@@ -22,7 +22,6 @@ from serving.protocol.responses import Usage
 Price = Callable[[int, int, int], float]
 
 _RETRY_SECONDS = 1
-_PERIODS: tuple[BudgetPeriod, ...] = ("day", "month")
 
 
 def prices_of(models: Iterable[RemoteModel], data: PriceData | None = None) -> dict[str, Price]:
@@ -92,7 +91,7 @@ class Spending:
 
     def add(self, name: str, started_unix: float, usd: float) -> None:
         """Count a request, too, that another server has sent."""
-        for period in _PERIODS:
+        for period in PERIODS:
             if started_unix >= period_start(period, self._unix()):
                 self._of(name, period).usd += usd
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # llama.cpp rounds what it keeps of a sequence up to so many tokens.
 _CELL_BLOCK = 256
+# Of prompts that are scored, the rows of one step, as rigserve's engine has it.
+SCORED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Settings:
     has_flash_attention: bool = True
     has_full_windows: bool = True
     # Rows of a step whose scores are read, beside one of each slot: of prompts that are scored, or of drafts.
-    scored_rows: int = 64
+    scored_rows: int = SCORED_ROWS
     # Drafts are found in each text: it is indexed.
     has_lookup: bool = False
     # Embeddings: a text is read once, in one step, and no tokens are scored.

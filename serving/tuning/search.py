@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from loadtest.statistics import student_t
 from serving.config import ModelConfig
 from serving.tuning.explorer import Explorer
 from serving.tuning.goal import Failed, Goal, Measured, Result
@@ -31,8 +32,6 @@ _MOST_TRIALS = 500
 # A failure, or a broken limit, teaches the explorer no more than so many times fewer tokens than the first: it is
 # blamed on all keys that were changed, until others clear them.
 _WORST = math.log(2)
-# Student's t at 95 %, of one degree of freedom and more (W. Gosset; any table has it).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Comparison:
         kept = logs[aside : pairs - aside]
         mean = float(np.mean(kept))
         deviation = float(np.std(np.clip(logs, kept[0], kept[-1]), ddof=1))
-        margin = _T[len(kept) - 2] * deviation / (len(kept) / pairs * math.sqrt(pairs))
+        margin = student_t(len(kept) - 1) * deviation / (len(kept) / pairs * math.sqrt(pairs))
         return math.exp(mean), math.exp(mean - margin), math.exp(mean + margin)
 
     def is_surely_better(self, goal: Goal) -> bool:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from serving.engines.footprint import LONGEST_DRAFT
+from serving.llamacpp import scheduler, speculation
 from serving.models.architecture import Architecture
 from serving.models.catalog import find_model
 from serving.models.gguf import read_header
 from serving.planner.memory import IN_MAIN_MEMORY, MIB, Extras, Offload, memory_of, places
-from serving.planner.settings import Settings
+from serving.planner.settings import SCORED_ROWS, Settings
 from serving.planner.weights import of_files, predicted
 from tools.gguf_skeleton import write_skeleton
 from tools.memory_check import check, wrong_types
@@ -149,3 +151,8 @@ def test_vocabularies_and_texts_count() -> None:
     long = overhead("qwen3-0.6b", Settings(32768, 8))
     assert long - large == 64 * (8 * 32768 - 4096)
     assert overhead("qwen3-0.6b", Settings(32768, 8, has_lookup=True)) > 3 * (long - large)
+
+
+def test_the_engine_reads_no_more_scores_than_are_planned_for() -> None:
+    assert scheduler._SCORED_ROWS == SCORED_ROWS
+    assert speculation._LONGEST_DRAFT == LONGEST_DRAFT

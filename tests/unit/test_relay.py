@@ -25,6 +25,7 @@ from serving.engines.remote import Remote
 from serving.engines.supervisor import Endpoint, Engine, EngineState
 from serving.gateway import batch_runner
 from serving.gateway.access import Access
+from serving.gateway.access_log import Entry
 from serving.gateway.admission import Admission
 from serving.gateway.background import BackgroundResponses
 from serving.gateway.balancing import Balancer, Marks
@@ -482,11 +483,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("by_route", [False, True])
-@pytest.mark.parametrize("outcome", [200, 503, 499])
+@pytest.mark.parametrize("outcome", [200, 503, 499, None])
 def test_what_an_engine_was_not_sent_waits_until_it_is_back(
-    tmp_path: Path, outcome: int, by_route: bool
+    tmp_path: Path, outcome: int | None, by_route: bool
 ) -> None:
-    """Its process has ended, which nobody has noticed yet: nobody listens there."""
+    """Its process has ended, which nobody has noticed yet: nobody listens there. None: nor when it is back."""
 
     async def main() -> None:
         async with a_house(tmp_path) as house, aiohttp.ClientSession() as session:
@@ -503,7 +504,7 @@ def test_what_an_engine_was_not_sent_waits_until_it_is_back(
                 await leaves.wait()
                 return {"type": "http.disconnect"}
 
-            caller = replace(CALLER, receive=receive)
+            caller = replace(CALLER, receive=receive, log_entry=Entry())
             down = Candidate("gone", gone, Role.TARGET)
             last = Candidate("m", engine, Role.FALLBACK)
             plan = Plan(
@@ -524,6 +525,10 @@ def test_what_an_engine_was_not_sent_waits_until_it_is_back(
                     engine._endpoint = Endpoint(there.model.base_url.removesuffix("/v1"), "k")
                     engine._move(EngineState.READY)
                     assert (await work).status_code == 200
+                elif outcome is None:
+                    engine._move(EngineState.READY)
+                    with pytest.raises(ApiError):
+                        await work
                 elif outcome == 499:
                     leaves.set()
                     with pytest.raises(ClientDisconnected):
@@ -535,7 +540,10 @@ def test_what_an_engine_was_not_sent_waits_until_it_is_back(
                     assert (refused.value.status, refused.value.code) == (503, "engine_stopped")
             assert await house.is_as_before()
             assert house.admission.waiting(engine) == house.admission.in_flight(engine) == 0
-            assert house.statuses() == [outcome]
+            # What a route has handed on to nobody is in the log only, of all requests exactly once.
+            metered = [] if outcome is None and by_route else [outcome or 503]
+            assert house.statuses() == metered
+            assert caller.log_entry.is_metered == bool(metered)
 
     asyncio.run(main())
 
